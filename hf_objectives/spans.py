@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from hf_objectives.errors import TemplateError
 from hf_objectives.messages import CALL, CLOSE, END, NTH, OPEN, RESERVED, mark
-from hf_objectives.templates import Renderer
+from hf_objectives.templates import Renderer, text_steers
 
 Span = tuple[int, int]
 
@@ -74,6 +74,8 @@ class SpanFinder:
         self._closings: dict[tuple, Closing] = {}
         self._closes_itself: bool | None = None
         self._opening: str | None = None
+        self._blind = not text_steers(render.source)
+        self._prompts: dict[tuple[str, ...], list[str] | None] = {}
 
     def find(self, messages: list[dict], trained: list[int]) -> Rendered:
         """Render a conversation and find the span of each trained assistant turn.
@@ -127,6 +129,21 @@ class SpanFinder:
             raise
 
     def _prompt(self, messages: list[dict], k: int) -> str | None:
+        """The prompt of turn k.
+
+        Where the template provably prints what messages say and does not look at it, the prompt's literal text depends
+        on roles alone: it is learnt once, and filled with this conversation's contents.
+        """
+        if self._blind and k and not self.render.tools:
+            contents = [message["content"] for message in messages[:k] if len(message) == 2]
+            key = tuple(message["role"] for message in messages[:k])
+            if len(contents) == k and not any(c[:1].isspace() or c[-1:].isspace() for c in contents):
+                if key not in self._prompts:
+                    self._prompts[key] = self._learn_prompt(messages[:k])
+                literals = self._prompts[key]
+                if literals is not None:
+                    parts = [part for pair in zip(literals, contents, strict=False) for part in pair]
+                    return "".join(parts) + literals[-1]
         try:
             return self.render(messages[:k], generation_prompt=True)
         except TemplateError as error:
@@ -134,6 +151,25 @@ class SpanFinder:
                 return None
             error.turn = k
             raise
+
+    def _learn_prompt(self, messages: list[dict]) -> list[str] | None:
+        """The literal text before, between and after the contents of a prompt, None where it cannot be taken apart."""
+        try:
+            prompt = self.render(messages, generation_prompt=True)
+            marks = read_marks(self.render(mark(messages), generation_prompt=True))
+        except TemplateError:
+            return None
+        if marks.text != prompt or any(len(marks.positions.get(i, ())) != 1 for i in range(len(messages))):
+            return None
+        literals, at = [], 0
+        for i, message in enumerate(messages):
+            end = marks.positions[i][0]
+            begin = end - len(message["content"])
+            if begin < at or prompt[begin:end] != message["content"]:
+                return None
+            literals.append(prompt[at:begin])
+            at = end
+        return [*literals, prompt[at:]]
 
     def _marks(self, messages: list[dict], text: str) -> Marks:
         marks = read_marks(self.render(mark(messages)))

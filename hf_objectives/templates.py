@@ -6,10 +6,12 @@ This is the only file that touches the private parts of transformers' template c
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from transformers.utils import chat_template_utils
 
 from hf_objectives.errors import TemplateError
@@ -37,6 +39,71 @@ def literal_text(template: str) -> str:
     literals = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
     literals |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
     return "\0".join(sorted(literals))
+
+
+# Tests that ask what kind of value content is, not what it says.
+_KIND_TESTS = frozenset({"string", "none", "defined", "undefined", "mapping", "iterable", "sequence"})
+_EDGE_METHODS = frozenset({"strip", "lstrip", "rstrip"})
+
+
+@lru_cache(maxsize=64)
+def text_steers(template: str) -> bool:
+    """Whether what a message says can change anything but its own place in the render.
+
+    True unless the template provably only prints content, trimmed at most: no comparison, search, condition or method
+    on it or on anything made of it. For such a template the literal text around contents depends on roles alone.
+    """
+    tree = compile_template(template).environment.parse(template)
+    made = {"content"}
+    while True:  # names assigned from content speak of content as well
+        grown = made | {
+            name
+            for node in tree.find_all((nodes.Assign, nodes.AssignBlock))
+            if _speaks(node.node if isinstance(node, nodes.Assign) else node, made)
+            for name in _targets(node.target)
+        }
+        if grown == made:
+            break
+        made = grown
+    if any(_speaks(node, made) for node in tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock))):
+        return True
+    conditions = [node.test for node in tree.find_all((nodes.If, nodes.CondExpr))]
+    conditions += [node.iter for node in tree.find_all(nodes.For)] + list(tree.find_all((nodes.Compare, nodes.And, nodes.Or)))
+    if any(_speaks(condition, made, _KIND_TESTS) for condition in conditions):
+        return True
+    for node in tree.find_all((nodes.Filter, nodes.Call, nodes.Test, nodes.Mul, nodes.Mod, nodes.Not)):
+        harmless = (
+            (isinstance(node, nodes.Filter) and node.name == "trim" and not node.args)
+            or (isinstance(node, nodes.Test) and node.name in _KIND_TESTS)
+            or (
+                isinstance(node, nodes.Call)
+                and isinstance(node.node, nodes.Getattr)
+                and node.node.attr in _EDGE_METHODS
+                and not node.args
+            )
+        )
+        if not harmless and _speaks(node, made):
+            return True
+    return False
+
+
+def _speaks(node: nodes.Node, made: set[str], harmless: frozenset[str] = frozenset()) -> bool:
+    """Whether an expression reads content, outside of tests of its kind."""
+    if isinstance(node, nodes.Test) and node.name in harmless:
+        return False
+    if isinstance(node, nodes.Getattr) and node.attr in made:
+        return True
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value in made:
+        return True
+    if isinstance(node, nodes.Name) and node.name in made:
+        return True
+    return any(_speaks(child, made, harmless) for child in node.iter_child_nodes())
+
+
+def _targets(target: nodes.Node) -> list[str]:
+    names = [node.name for node in target.find_all(nodes.Name)]
+    names += [target.name] if isinstance(target, nodes.Name) else []
+    return names + ([target.attr] if isinstance(target, nodes.NSRef) else [])
 
 
 def template_of(tokenizer: Any, chat_template: str | None, tools: Sequence | None) -> str:
@@ -98,6 +165,7 @@ class Renderer:
     def __init__(
         self, tokenizer: Any, template: str, tools: Sequence | None, template_kwargs: Mapping[str, Any]
     ) -> None:
+        self.source = template
         self._template = compile_template(template)
         self.tools = None if tools is None else [tool if isinstance(tool, Mapping) else _schema(tool) for tool in tools]
         # `Template.render` copies globals and arguments for each call; a shared context built from one dict is the same
