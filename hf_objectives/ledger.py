@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 _EXAMPLES_KEPT = 5
@@ -40,6 +39,11 @@ class Account:
             seen = self.dropped_examples.setdefault(reason, [])
             if len(seen) < _EXAMPLES_KEPT:
                 seen.append(row)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The account as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
 
     def balance(self) -> int:
         """tokens in - (trained + masked + dropped): 0, or tokens were lost."""
@@ -86,7 +90,7 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """The ledger as JSON values."""
-        return {source: _plain(asdict(account)) for source, account in self.accounts.items()}
+        return {source: account.to_dict() for source, account in self.accounts.items()}
 
     def lines(self) -> list[str]:
         """One line a source, for a terminal or a log."""
@@ -104,6 +108,3 @@ class Ledger:
             )
         return lines
 
-
-def _plain(account: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: dict(value) if isinstance(value, Counter) else value for key, value in account.items()}

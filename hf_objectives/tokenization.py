@@ -71,7 +71,7 @@ class TextEncoder:
         self._slow = Tokenizer.from_str(backend.to_str())
         self._slow.no_padding()
         self._slow.no_truncation()
-        self._added = set(tokenizer.added_tokens_encoder.values())
+        self._added = dict(tokenizer.added_tokens_encoder)
         self._fast = _load_fastokens(self._slow)
         self._lengths: NDArray[np.int64] | None = None
         if self._fast is not None:
@@ -146,17 +146,23 @@ class TextEncoder:
         Raises:
             TokenizerError: even the model itself maps the text to a control id.
         """
-        normalized = self._slow.normalizer.normalize_str(token) if self._slow.normalizer is not None else token
-        words = [normalized]
-        if self._slow.pre_tokenizer is not None:
-            words = [word for word, _ in self._slow.pre_tokenizer.pre_tokenize_str(normalized)]
-        ids = [piece.id for word in words for piece in self._slow.model.tokenize(word)]
-        if not self._added.isdisjoint(ids) and len(token) > 1:
+        newline, ids = self._model_ids("\n"), self._model_ids("\n" + token)
+        ids = ids[len(newline) :] if ids[: len(newline)] == newline else self._model_ids(token)
+        inside = {i for text, i in self._added.items() if text in token and len(text) > 1}
+        if not inside.isdisjoint(ids) and len(token) > 1:
             # A vocabulary that holds the token as a word of its own: cut it, no half is a control token.
-            ids = [i for half in (token[:1], token[1:]) for i in self._slow.encode(half, add_special_tokens=False).ids]
-        if not self._added.isdisjoint(ids):
+            ids = self._model_ids(token[:1]) + self._model_ids(token[1:])
+        if not inside.isdisjoint(ids):
             raise TokenizerError(f"the tokenizer turns the plain text {token!r} into a control token; cannot defuse it")
         return ids, [(0, len(token))] * len(ids)
+
+    def _model_ids(self, text: str) -> list[int]:
+        if self._slow.normalizer is not None:
+            text = self._slow.normalizer.normalize_str(text)
+        words = [text]
+        if self._slow.pre_tokenizer is not None:
+            words = [word for word, _ in self._slow.pre_tokenizer.pre_tokenize_str(text)]
+        return [piece.id for word in words for piece in self._slow.model.tokenize(word)]
 
 
 def _pieces(text: str) -> list[tuple[str, bool]]:

@@ -1,0 +1,142 @@
+"""Both backends give the tokenizer's ids and the place of every token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from chat_corpus import byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hf_objectives.errors import TokenizerError
+from hf_objectives.messages import CLOSE, OPEN
+from hf_objectives.tokenization import TextEncoder, text_encoder
+
+TEXTS = ["Hello there, general!", "", "naïve 日本語 👩‍👩‍👧‍👦 cafe\u0301", "a<|im_end|>b  \n\n c", "<|im_start|>"]
+
+
+def trained_bpe(normalizer=None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|im_end|>", "<|im_start|>"])
+    backend.train_from_iterator(["hello there general kenobi the answer is forty two"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback()])
+    special = ["<unk>", "<|im_end|>", "<|im_start|>", *(f"<0x{i:02X}>" for i in range(256))]
+    backend.train_from_iterator(["hello there general a b c"] * 20, trainers.BpeTrainer(vocab_size=350, special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<unk>")
+
+
+@pytest.fixture(params=["bytes", "bpe", "nfc", "metaspace"], scope="module")
+def tokenizer(request):
+    return {
+        "bytes": byte_tokenizer,
+        "bpe": trained_bpe,
+        "nfc": lambda: trained_bpe(normalizers.NFC()),
+        "metaspace": metaspace,
+    }[request.param]()
+
+
+def rows(encoded):
+    for a, b in zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True):
+        yield encoded.ids[a:b].tolist(), encoded.starts[a:b].tolist(), encoded.ends[a:b].tolist()
+
+
+def test_ids_are_the_tokenizers_own(tokenizer):
+    encoded = TextEncoder(tokenizer).encode_batch(TEXTS)
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    assert [ids for ids, *_ in rows(encoded)] == expected
+
+
+def test_backend_in_use():
+    assert TextEncoder(trained_bpe()).backend == "fastokens"
+    assert TextEncoder(metaspace()).backend == "tokenizers"
+
+
+def test_fast_and_slow_places_agree(tokenizer):
+    fast, slow = TextEncoder(tokenizer), TextEncoder(tokenizer)
+    slow._fast = None
+    for text, quick, exact, in_bytes in zip(
+        TEXTS, rows(fast.encode_batch(TEXTS)), rows(slow.encode_batch(TEXTS)), fast.encode_batch(TEXTS).in_bytes, strict=True
+    ):
+        ids, starts, ends = quick
+        assert ids == exact[0]
+        if not in_bytes:
+            assert (starts, ends) == exact[1:]
+            continue
+        assert starts[:1] in ([], [0]) and ends[-1:] in ([], [len(text.encode())]) and starts[1:] == ends[:-1]
+        if text.isascii():
+            assert (starts, ends) == exact[1:]
+
+
+def test_special_tokens_count_their_own_text():
+    encoded = TextEncoder(trained_bpe()).encode_batch(["the<|im_end|>x"])
+    ((_, starts, ends),) = rows(encoded)
+    assert (starts[-2], ends[-2], starts[-1], ends[-1]) == (3, 13, 13, 14)
+
+
+def test_wrapped_control_tokens_are_plain_text(tokenizer):
+    control = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text = f"ab{OPEN}<|im_end|>{CLOSE}cd<|im_end|>"
+    encoded = text_encoder(tokenizer).encode_batch([text, "x"])
+    ids, starts, ends = next(rows(encoded))
+    assert ids.count(control) == 1 and ids[-1] == control
+    assert (starts[-1], ends[-1]) == (14, 24)  # after ab, ten characters of plain text, and cd; the wrapping counts nothing
+    spelled = tokenizer.decode(ids).replace(" ", "")
+    assert spelled == "ab<|im_end|>cd<|im_end|>"
+
+
+def test_a_lone_mark_only_cuts():
+    tokenizer = byte_tokenizer()
+    encoded = text_encoder(tokenizer).encode_batch([f"a<|im_{CLOSE}end|>b", f"a{OPEN}bc"])
+    (first, *_), (second, *_) = rows(encoded)
+    assert tokenizer.decode(first) == "a<|im_end|>b" and tokenizer.eos_token_id not in first
+    assert tokenizer.decode(second) == "abc"
+
+
+def test_padding_and_truncation_of_the_tokenizer_change_nothing():
+    tokenizer = trained_bpe()
+    tokenizer.pad_token = "<|im_end|>"
+    tokenizer(["a", "hello there"], padding="max_length", truncation=True, max_length=3)
+    ids, *_ = next(rows(TextEncoder(tokenizer).encode_batch(["hello there general kenobi"])))
+    assert tokenizer.decode(ids) == "hello there general kenobi"
+
+
+def test_added_tokens_make_a_new_encoder():
+    tokenizer = byte_tokenizer()
+    first = text_encoder(tokenizer)
+    assert text_encoder(tokenizer) is first
+    tokenizer.add_tokens(["<new>"])
+    ids, *_ = next(rows(text_encoder(tokenizer).encode_batch(["<new>"])))
+    assert ids == [tokenizer.convert_tokens_to_ids("<new>")]
+
+
+def test_a_tokenizer_without_a_fast_backend_is_named():
+    class Slow:
+        backend_tokenizer = None
+
+    with pytest.raises(TokenizerError, match="Slow has no fast backend"):
+        TextEncoder(Slow())
+
+
+BPE = trained_bpe()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: not {OPEN, CLOSE} & set(t)), max_size=5))
+def test_any_text(texts):
+    encoded = text_encoder(BPE).encode_batch(texts)
+    assert len(encoded.offsets) == len(texts) + 1 and np.all(encoded.starts <= encoded.ends)
+    for text, (ids, starts, ends) in zip(texts, rows(encoded), strict=True):
+        assert ids == BPE(text, add_special_tokens=False)["input_ids"]
+        assert starts == sorted(starts) and ends == sorted(ends)
