@@ -1,0 +1,89 @@
+"""Packing of a whole encoded dataset, over its Arrow columns."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from hf_objectives.errors import FormatError, NothingSupervisedError
+from hf_objectives.packing import IGNORE, PackedRows, pack_rows
+
+logger = logging.getLogger(__name__)
+
+
+def pack_dataset(
+    dataset: Dataset, max_length: int, *, strategy: str = "best_fit", overflow: str = "truncate"
+) -> Dataset:
+    """Pack the documents of an encoded dataset into rows of at most `max_length` tokens.
+
+    Args:
+        dataset: columns `input_ids` and, unless every token is trained, `labels`; a `source` column is kept.
+        max_length: most tokens a row may hold.
+        strategy: "best_fit" (whole documents) or "concat" (a continuous stream).
+        overflow: for best_fit, what becomes of longer documents: "truncate", "split" or "drop".
+
+    Returns:
+        A dataset with `input_ids` and `labels` (list of int32; the first label of each document is -100), `seq_lengths`
+        (the lengths of the documents in a row, in order) and, where rows have a source, `sources` (one per document).
+        Every row trains at least one token; rows that would not are left out and counted in the log.
+
+    Raises:
+        FormatError: no `input_ids` column, or labels of another length.
+        NothingSupervisedError: no row would train a token.
+        ConfigError: an unknown strategy or overflow, or `max_length` under 2.
+    """
+    if "input_ids" not in dataset.column_names:
+        raise FormatError(f"columns {', '.join(dataset.column_names)}; expected input_ids, encode the dataset first")
+    table = dataset.with_format("arrow")[:]
+    ids, offsets = flat_column(table, "input_ids")
+    labels, label_offsets = flat_column(table, "labels") if "labels" in table.column_names else (ids, offsets)
+    if not np.array_equal(offsets, label_offsets):
+        row = int(np.flatnonzero(offsets != label_offsets)[0]) - 1
+        raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
+    rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
+    columns: dict[str, Any] = {
+        "input_ids": _lists(ids[rows.index], rows.row_offsets),
+        "labels": _lists(rows.labels(labels), rows.row_offsets),
+        "seq_lengths": _lists(rows.lengths.astype(np.int32), rows.piece_offsets),
+    }
+    if "source" in table.column_names:
+        sources = table["source"].combine_chunks().take(pa.array(rows.documents))
+        columns["sources"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), sources)
+    return Dataset(_supervised(pa.table(columns), rows, labels, max_length))
+
+
+def _supervised(table: pa.Table, rows: PackedRows, labels: NDArray[np.int32], max_length: int) -> pa.Table:
+    """The rows that train a token."""
+    trained = np.concatenate(([0], np.cumsum(rows.labels(labels) != IGNORE)))[rows.row_offsets]
+    keep = np.diff(trained) > 0
+    tokens, lost = int(rows.row_offsets[-1]), int(rows.dropped.sum())
+    if not keep.any():
+        raise NothingSupervisedError(f"none of {len(keep)} packed rows trains a token; check labels and max_length={max_length}")
+    logger.info(
+        "packed %d documents into %d rows, %.1f%% full; %d tokens dropped; %d rows without a trained token left out",
+        *(len(rows.dropped), int(keep.sum()), 100 * tokens / max(1, len(keep) * max_length), lost, int((~keep).sum())),
+    )
+    return table if keep.all() else table.filter(pa.array(keep))
+
+
+def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """A list column as its values (int32) end to end and the offsets of its rows (int64 [rows + 1])."""
+    column = table[name].combine_chunks()
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        raise FormatError(f"column {name!r} is {column.type}; expected lists of token ids")
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+    return values, offsets - offsets[0]
+
+
+def _lists(values: NDArray[np.int32], offsets: NDArray[np.int64]) -> pa.Array:
+    # datasets writes and reads 32-bit lists; a table past 2^31 tokens keeps the long ones.
+    kind = pa.ListArray if offsets[-1] < 2**31 else pa.LargeListArray
+    width = pa.int32() if kind is pa.ListArray else pa.int64()
+    return kind.from_arrays(pa.array(offsets, width), pa.array(values, pa.int32()))

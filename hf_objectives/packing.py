@@ -1,0 +1,235 @@
+"""Documents into rows of a fixed length: which document goes where, and the rows that come of it, all in arrays."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hf_objectives.errors import ConfigError, nearest
+
+IGNORE = -100
+OVERFLOW = ("truncate", "split", "drop")
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which bin each document is in.
+
+    Attributes:
+        num_bins: number of bins.
+        bin_of: int64 [documents], the bin of each document, from 0.
+        fill: share of the bins' capacity that documents fill, 1.0 when there are no bins.
+    """
+
+    num_bins: int
+    bin_of: NDArray[np.int64]
+    fill: float
+
+
+def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np.int64]]:
+    """Best-fit decreasing (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830, section 3.2).
+
+    Documents of one length are placed together: best fit fills one bin with as many of them as it takes before it turns
+    to the next bin, so that a whole group of bins with equal room is served at once. The bins are those of the classical
+    algorithm, which places one document at a time.
+
+    Args:
+        lengths: int64 [documents], each at most `capacity`.
+        capacity: room of a bin.
+
+    Returns:
+        The number of bins and int64 [documents], the bin of each document.
+    """
+    bin_of = np.empty(len(lengths), np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    sizes, counts = np.unique(lengths, return_counts=True)
+    rooms: list[int] = []  # the remaining capacities that occur, ascending
+    open_bins: dict[int, list[NDArray[np.int64]]] = {}
+    num_bins, at = 0, 0
+
+    def keep(room: int, bins: NDArray[np.int64]) -> None:
+        if len(bins) == 0 or room == 0:
+            return
+        if room not in open_bins:
+            bisect.insort(rooms, room)
+            open_bins[room] = []
+        open_bins[room].append(bins)
+
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        left = count
+        while left:
+            place = bisect.bisect_left(rooms, size)
+            if place < len(rooms):
+                room = rooms[place]
+                bins = open_bins[room].pop()
+                if not open_bins[room]:
+                    del open_bins[room]
+                    rooms.pop(place)
+            else:
+                room = capacity
+                new = -(-left // (capacity // size)) if size else 1
+                bins = np.arange(num_bins, num_bins + new)
+                num_bins += new
+            each = room // size if size else left
+            full = min(len(bins), left // each)
+            bin_of[order[at : at + full * each]] = np.repeat(bins[:full], each)
+            at, left = at + full * each, left - full * each
+            keep(room - each * size, bins[:full])
+            rest = bins[full:]
+            if left and len(rest):  # fewer than a bin takes
+                bin_of[order[at : at + left]] = rest[0]
+                keep(room - left * size, rest[:1])
+                at, left, rest = at + left, 0, rest[1:]
+            keep(room, rest)
+    return num_bins, bin_of
+
+
+#: How documents are put in bins, by name.
+STRATEGIES: dict[str, Callable[[NDArray[np.int64], int], tuple[int, NDArray[np.int64]]]] = {"best_fit": best_fit}
+
+
+def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "best_fit") -> Packing:
+    """Put documents in as few bins as the strategy manages; a pure function of its arguments.
+
+    Args:
+        lengths: tokens per document, [documents], none longer than `capacity`.
+        capacity: tokens that a bin holds.
+        strategy: a key of STRATEGIES.
+
+    Raises:
+        ConfigError: an unknown strategy, a capacity under 1, or a document that is longer than a bin.
+
+    Example:
+        >>> pack_lengths([3, 2, 4, 1], 5).bin_of.tolist()
+        [1, 1, 0, 0]
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f"unknown packing strategy {strategy!r}; expected one of {', '.join(STRATEGIES)}{nearest(strategy, STRATEGIES)}"
+        )
+    if capacity < 1:
+        raise ConfigError(f"capacity is {capacity}; expected at least 1 token")
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and sizes.min() < 0:
+        raise ConfigError(f"document {int(sizes.argmin())} has length {int(sizes.min())}; expected 0 or more")
+    if len(sizes) and sizes.max() > capacity:
+        raise ConfigError(
+            f"document {int(sizes.argmax())} has {int(sizes.max())} tokens, a bin holds {capacity}; "
+            "truncate, split or drop it first"
+        )
+    num_bins, bin_of = STRATEGIES[strategy](sizes, capacity)
+    return Packing(num_bins, bin_of, float(sizes.sum() / (num_bins * capacity)) if num_bins else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Rows of packed documents, or pieces of documents.
+
+    Attributes:
+        index: int64 [tokens], where each token of the rows stood in the flat input.
+        row_offsets: int64 [rows + 1], row i is `index[row_offsets[i]:row_offsets[i + 1]]`.
+        lengths: int64 [pieces], tokens of each piece, in the order of the rows.
+        piece_offsets: int64 [rows + 1], row i holds pieces `piece_offsets[i]:piece_offsets[i + 1]`.
+        documents: int64 [pieces], the document that each piece is of.
+        dropped: int64 [documents], tokens of each document that no row holds.
+    """
+
+    index: NDArray[np.int64]
+    row_offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    piece_offsets: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    dropped: NDArray[np.int64]
+
+    def labels(self, flat: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The rows' labels: those of the documents, but for the first token of each piece, which nothing predicts."""
+        labels = flat[self.index]
+        labels[(np.cumsum(self.lengths) - self.lengths)[self.lengths > 0]] = IGNORE
+        return labels
+
+
+def pack_best_fit(offsets: NDArray[np.int64], max_length: int, overflow: str) -> PackedRows:
+    """Whole documents, several to a row; what becomes of longer ones is `overflow`."""
+    sizes = np.diff(offsets)
+    documents = np.arange(len(sizes))
+    if overflow == "split":
+        parts = np.maximum(1, -(-sizes // max_length))
+        documents = np.repeat(documents, parts)
+        nth = np.arange(len(documents)) - np.repeat(np.cumsum(parts) - parts, parts)
+        lengths = np.minimum(max_length, sizes[documents] - nth * max_length)
+        starts = offsets[documents] + nth * max_length
+    else:
+        if overflow == "drop":
+            documents = documents[sizes <= max_length]
+        lengths = np.minimum(sizes[documents], max_length)
+        starts = offsets[documents]
+    packing = pack_lengths(lengths, max_length)
+    # Rows in the order of their first document, documents of a row in their own order.
+    first = np.full(packing.num_bins, len(lengths))
+    np.minimum.at(first, packing.bin_of, np.arange(len(lengths)))
+    rank = np.empty(packing.num_bins, np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(packing.num_bins)
+    row_of = rank[packing.bin_of]
+    order = np.argsort(row_of, kind="stable")
+    return _rows(starts[order], lengths[order], documents[order], np.bincount(row_of, minlength=packing.num_bins), sizes)
+
+
+def pack_concat(offsets: NDArray[np.int64], max_length: int, overflow: str) -> PackedRows:
+    """One stream of documents, cut every `max_length` tokens: a document may go on in the next row, nothing is lost."""
+    sizes = np.diff(offsets)
+    total = int(offsets[-1])
+    cuts = np.unique(np.concatenate([offsets[:-1][sizes > 0], np.arange(0, total, max_length)]))
+    lengths = np.diff(np.append(cuts, total))
+    documents = np.searchsorted(offsets, cuts, "right") - 1
+    per_row = np.bincount(cuts // max_length, minlength=-(-total // max_length)) if total else np.empty(0, np.int64)
+    return _rows(cuts, lengths, documents, per_row, sizes)
+
+
+#: How rows are made, by name.
+ROWS: dict[str, Callable[[NDArray[np.int64], int, str], PackedRows]] = {"best_fit": pack_best_fit, "concat": pack_concat}
+
+
+def pack_rows(
+    offsets: ArrayLike, max_length: int, *, strategy: str = "best_fit", overflow: str = "truncate"
+) -> PackedRows:
+    """Pack documents that lie end to end in one flat array.
+
+    Args:
+        offsets: int64 [documents + 1]; document i is `flat[offsets[i]:offsets[i + 1]]`.
+        max_length: most tokens a row may hold.
+        strategy: "best_fit" or "concat".
+        overflow: for best_fit, what becomes of longer documents: "truncate", "split" into pieces, or "drop".
+
+    Raises:
+        ConfigError: an unknown strategy or overflow, or `max_length` under 2.
+    """
+    check_packing(max_length, strategy, overflow)
+    return ROWS[strategy](np.asarray(offsets, np.int64), max_length, overflow)
+
+
+def check_packing(max_length: int, strategy: str, overflow: str) -> None:
+    """Raise ConfigError unless the settings name a way to pack."""
+    for name, value, known in (("strategy", strategy, tuple(ROWS)), ("overflow", overflow, OVERFLOW)):
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}")
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")
+
+
+def _rows(
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    documents: NDArray[np.int64],
+    pieces_per_row: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+) -> PackedRows:
+    ends = np.cumsum(lengths)
+    index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+    piece_offsets = np.concatenate(([0], np.cumsum(pieces_per_row))).astype(np.int64)
+    row_offsets = np.concatenate(([0], ends))[piece_offsets].astype(np.int64)
+    kept = np.bincount(documents, lengths, len(sizes)).astype(np.int64)
+    return PackedRows(index, row_offsets, lengths, piece_offsets, documents, sizes - kept)
