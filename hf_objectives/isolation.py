@@ -1,0 +1,103 @@
+"""A probe on the live model: does a packed document see its neighbour?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_objectives.errors import PackingLeakError
+
+
+@dataclass(frozen=True, slots=True)
+class IsolationReport:
+    """What the probe saw.
+
+    Attributes:
+        attention: the attention implementation of the model.
+        change: largest change of a logit of the second document when the first one changed.
+        tolerance: the largest change that passes.
+    """
+
+    attention: str
+    change: float
+    tolerance: float
+
+
+def probe_isolation(model: nn.Module, *, length: int = 16, tolerance: float | None = None) -> IsolationReport:
+    """Pack two documents as the collator does, change the first, and require the second's logits to stay.
+
+    Run in training and in evaluation mode, on the model's own device, dtype and attention backend. Dropout draws the same
+    numbers both times; random state, mode and gradients are left as they were.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        length: tokens of each document.
+        tolerance: largest change of a logit that passes; by default 1e-4 of the largest logit in float32, 2e-2 in half
+            precision.
+
+    Raises:
+        PackingLeakError: the second document's logits moved; names the attention implementation.
+    """
+    parameter = next(model.parameters())
+    vocabulary = _vocabulary(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (1, 2 * length), generator=generator)
+    changed = ids.clone()
+    moved = torch.randint(1, max(2, vocabulary), (1, length), generator=generator)
+    changed[:, :length] = (ids[:, :length] + moved) % vocabulary
+    was_training, worst = model.training, IsolationReport(_attention(model), 0.0, 0.0)
+    try:
+        for training in (True, False):
+            model.train(training)
+            first, second = (_second_document(model, batch.to(parameter.device), length) for batch in (ids, changed))
+            change = float((first - second).abs().max())
+            bound = tolerance
+            if bound is None:
+                bound = (1e-4 if parameter.dtype == torch.float32 else 2e-2) * max(1.0, float(first.abs().max()))
+            if not change <= bound:
+                raise PackingLeakError(
+                    f"packed documents see each other under attention {worst.attention!r} in "
+                    f"{'training' if training else 'evaluation'} mode: changing the first of two moved a logit of the second "
+                    f"by {change:.3g} (tolerance {bound:.3g}). Use a model and attention that honour position_ids (sdpa, "
+                    "eager or flash attention of a decoder without recurrent layers), or train without packing"
+                )
+            worst = max(worst, IsolationReport(worst.attention, change, bound), key=lambda report: report.change)
+    finally:
+        model.train(was_training)
+    return worst
+
+
+@torch.no_grad()
+def _second_document(model: nn.Module, ids: Tensor, length: int) -> Tensor:
+    """Logits [length, vocabulary] of the second of two packed documents, in float32."""
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=ids.device)
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        logits = model(
+            input_ids=ids,
+            position_ids=torch.arange(length, device=ids.device).repeat(2).unsqueeze(0),
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=length,
+            max_length_k=length,
+            use_cache=False,
+        ).logits
+    return logits[0, length:].float()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    return model
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = _unwrapped(model).config
+    return int(getattr(config.get_text_config(), "vocab_size", 0) or config.vocab_size)
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(_unwrapped(model).config, "_attn_implementation", "unknown"))
