@@ -26,13 +26,14 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """One row: ids, labels, optional weights of its labels, lengths and sources of its documents, and its place."""
+    """One row: ids, labels, optional weights of its labels, and length, source and row number of its documents."""
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     weights: NDArray[np.float32] | None
     lengths: list[int]
     sources: list[str] | None
+    numbers: list[int] | None
     packed: bool
 
 
@@ -72,6 +73,7 @@ class _Collator:
 
     def _read(self, row: Row, i: int, max_length: int | None) -> _Encoded:
         sources = row.get("sources") or ([row["source"]] if row.get("source") is not None else None)
+        numbers = row.get("rows") or ([row["row"]] if isinstance(row.get("row"), int) else None)
         packed = row.get("seq_lengths") is not None
         if row.get("input_ids") is None or packed:
             encoded = row if packed else self._encode(row, i, max_length)
@@ -91,7 +93,7 @@ class _Collator:
             raise FormatError(f"seq_lengths add up to {sum(lengths)}, the row has {len(ids)} tokens", row=i)
         if sources is not None and len(sources) != len(lengths):
             sources = list(sources) * len(lengths)
-        return _Encoded(ids, labels, weights, lengths, sources, packed)
+        return _Encoded(ids, labels, weights, lengths, sources, numbers, packed)
 
     def _encode(self, row: Row, i: int, max_length: int | None) -> dict[str, list[int]]:
         return encode_row(
@@ -140,6 +142,12 @@ class _Collator:
                     of[i, begin : begin + length] = names.setdefault(source, len(names))
             batch["source_names"] = list(names)
             batch["source_ids"] = torch.from_numpy(of)
+        if self.return_source and any(row.numbers for row in rows):
+            of = np.full((len(rows), width), -1, np.int64)
+            for i, row in enumerate(rows):
+                for number, begin, length in zip(row.numbers or [], _begins(row.lengths), row.lengths, strict=False):
+                    of[i, begin : begin + length] = number
+            batch["row_ids"] = torch.from_numpy(of)
         return batch
 
 
@@ -153,7 +161,8 @@ class DataCollatorForAssistantOnlyLM(_Collator):
         train_on, control_tokens, chat_template, template_kwargs: see `encode_chat`.
         pad_to_multiple_of: widths are multiples of this.
         allow_empty: take a batch in which nothing is trained; it is an error otherwise.
-        return_source: give the source of each token (`source_names`, `source_ids`), for evaluation by source.
+        return_source: give the source and the row number of each token (`source_names`, `source_ids`, `row_ids`; int64
+            [rows, width], -1 for none) where rows carry `source` and `row`, for evaluation by source and for reports.
 
     Returns (from a call): `input_ids`, `attention_mask`, `labels`, int64 [rows, width], padded on the right whatever the
     tokenizer's padding side; `labels` are unshifted and -100 on padding, on what is not trained and on the first token.
@@ -264,7 +273,7 @@ class DataCollatorWithEosPacking(_Collator):
         label = eos if read.labels[-1] != IGNORE else IGNORE
         weights = None if read.weights is None else np.append(read.weights, read.weights[-1])
         ids, labels = np.append(read.ids, eos), np.append(read.labels, label)
-        return _Encoded(ids, labels, weights, [len(ids)], read.sources, False)
+        return _Encoded(ids, labels, weights, [len(ids)], read.sources, read.numbers, False)
 
     def _pack(self, rows: Sequence[_Encoded]) -> list[_Encoded]:
         assert self.max_length is not None
@@ -281,6 +290,7 @@ class DataCollatorWithEosPacking(_Collator):
             tokens = slice(*packed.row_offsets[i : i + 2])
             pieces = slice(*packed.piece_offsets[i : i + 2])
             sources = [(rows[d].sources or [""])[0] for d in packed.documents[pieces]]
+            numbers = [(rows[d].numbers or [-1])[0] for d in packed.documents[pieces]]
             made.append(
                 _Encoded(
                     ids[tokens],
@@ -288,6 +298,7 @@ class DataCollatorWithEosPacking(_Collator):
                     None if weights is None else weights[tokens],
                     packed.lengths[pieces].tolist(),
                     sources if any(sources) else None,
+                    numbers if max(numbers) >= 0 else None,
                     True,
                 )
             )

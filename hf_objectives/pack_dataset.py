@@ -22,14 +22,15 @@ def pack_dataset(
     """Pack the documents of an encoded dataset into rows of at most `max_length` tokens.
 
     Args:
-        dataset: columns `input_ids` and, unless every token is trained, `labels`; a `source` column is kept.
+        dataset: columns `input_ids` and, unless every token is trained, `labels`; `source` and `row` columns are kept.
         max_length: most tokens a row may hold.
         strategy: "best_fit" (whole documents) or "concat" (a continuous stream).
         overflow: for best_fit, what becomes of longer documents: "truncate", "split" or "drop".
 
     Returns:
         A dataset with `input_ids` and `labels` (list of int32; the first label of each document is -100), `seq_lengths`
-        (the lengths of the documents in a row, in order) and, where rows have a source, `sources` (one per document).
+        (the lengths of the documents in a row, in order) and, where the dataset has `source` or `row`, `sources` and
+        `rows`, one entry per document.
         Every row trains at least one token; rows that would not are left out and counted in the log.
 
     Raises:
@@ -51,9 +52,10 @@ def pack_dataset(
         "labels": _lists(rows.labels(labels), rows.row_offsets),
         "seq_lengths": _lists(rows.lengths.astype(np.int32), rows.piece_offsets),
     }
-    if "source" in table.column_names:
-        sources = table["source"].combine_chunks().take(pa.array(rows.documents))
-        columns["sources"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), sources)
+    for name in ("source", "row"):
+        if name in table.column_names:
+            of_pieces = table[name].combine_chunks().take(pa.array(rows.documents))
+            columns[f"{name}s"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), of_pieces)
     return Dataset(_supervised(pa.table(columns), rows, labels, max_length))
 
 

@@ -63,8 +63,8 @@ def prepare_dataset(
         ledger: is given what became of every token.
 
     Returns:
-        A dataset with `input_ids` and `labels` (and `seq_lengths` when packed), and `source` (`sources`, one per document,
-        when packed). Every row has at least one trained token.
+        A dataset with `input_ids`, `labels`, `source` and `row` (its number in the source); when packed, with
+        `seq_lengths`, `sources` and `rows`, one entry per document. Every row has at least one trained token.
 
     Raises:
         DataError: a row that cannot be used; names source, row and turn.
@@ -147,13 +147,13 @@ def _encode_adopted(batch: tuple[int, list[Row]]) -> tuple[pa.Table, Ledger]:
 
 def _encode(encoder: RowEncoder, rows: Sequence[Row], first: int, source: str) -> tuple[pa.Table, Ledger]:
     ledger = Ledger()
-    labelled, sources, _ = encoder.encode(rows, source=source, first_row=first, ledger=ledger)
-    return _table(labelled, sources), ledger
+    labelled, sources, numbers = encoder.encode(rows, source=source, first_row=first, ledger=ledger)
+    return _table(labelled, sources, numbers), ledger
 
 
-def _table(labelled: Labelled, sources: Sequence[str]) -> pa.Table:
-    table = labelled.to_table()
-    return table.append_column("source", pa.array(sources, pa.string()))
+def _table(labelled: Labelled, sources: Sequence[str], numbers: Sequence[int]) -> pa.Table:
+    table = labelled.to_table().append_column("source", pa.array(sources, pa.string()))
+    return table.append_column("row", pa.array(numbers, pa.int64()))
 
 
 def _batches(dataset: Dataset | Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:

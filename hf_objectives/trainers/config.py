@@ -1,0 +1,53 @@
+"""Arguments of PerplexityTrainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_objectives.errors import ConfigError
+
+
+@dataclass
+class PerplexityTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the few that exact objectives need.
+
+    Two defaults differ from the parent's: `remove_unused_columns=False`, since collators take rows as they come, and
+    `logging_nan_inf_filter=False`, since that filter would log a usual-looking number for a loss that is NaN.
+
+    Args:
+        z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5); 0 for none.
+        check_isolation: before the first step and the first evaluation, prove on the live model that packed documents do
+            not see each other.
+        stop_on_non_finite: stop all ranks before an optimizer step whose loss or gradient norm is NaN or infinite.
+
+    Raises:
+        ConfigError: `z_loss` is negative, or a setting of the parent that would make numbers wrong.
+    """
+
+    z_loss: float = field(default=0.0, metadata={"help": "Weight of the squared log-partition (PaLM: 1e-4); 0 for none."})
+    check_isolation: bool = field(
+        default=True, metadata={"help": "Prove on the live model that packed documents do not see each other."}
+    )
+    stop_on_non_finite: bool = field(
+        default=True, metadata={"help": "Stop all ranks before a step whose loss or gradient norm is not finite."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Collators take rows as they come; leave this off."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Would hide a loss that is not finite; leave this off."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.z_loss < 0:
+            raise ConfigError(f"z_loss is {self.z_loss}; expected 0 or more")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ConfigError(f"label_smoothing_factor is {self.label_smoothing_factor}; expected 0 or more, under 1")
+        if not self.average_tokens_across_devices:
+            raise ConfigError(
+                "average_tokens_across_devices=False weights each rank's mean alike, so that the loss depends on how rows "
+                "fall on ranks; leave it on"
+            )

@@ -1,0 +1,255 @@
+"""PerplexityTrainer: the same numbers whatever the batching, and what a checkpoint and a log hold."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from chat_corpus import PLAIN, byte_tokenizer
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from test_collators import llama
+from test_evaluation import nats_of
+from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
+
+from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+from hf_objectives.encode import encode_row
+from hf_objectives.errors import ConfigError, NothingSupervisedError
+from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+
+TOKENIZER = byte_tokenizer()
+
+
+def chats(n: int = 23) -> list[dict]:
+    """Conversations with very uneven numbers of trained tokens."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Count to {i}"},
+                {"role": "assistant", "content": " ".join(map(str, range(1 + (i * 7) % 19)))},
+            ],
+            "source": "even" if i % 2 == 0 else "odd",
+        }
+        for i in range(n)
+    ]
+
+
+def arguments(folder, **options) -> PerplexityTrainingArguments:
+    defaults = {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1}
+    return PerplexityTrainingArguments(str(folder), **{**defaults, "save_strategy": "no", "disable_tqdm": True, **options})
+
+
+def trainer(folder, *, model=None, collator=None, rows=None, **options) -> PerplexityTrainer:
+    return PerplexityTrainer(
+        model or llama(),
+        arguments(folder, **options),
+        collator,
+        train_dataset=rows or chats(),
+        eval_dataset=chats(),
+        processing_class=TOKENIZER,
+    )
+
+
+def test_evaluation_is_the_sum_over_documents_for_every_batch_size(tmp_path):
+    model = llama()
+    nats, by_source = [], {"even": [], "odd": []}
+    for row in chats():
+        encoded = encode_row(TOKENIZER, row)
+        own = nats_of(model, encoded["input_ids"])
+        mine = [own[i - 1] for i in range(1, len(own) + 1) if encoded["labels"][i] != -100]
+        nats += mine
+        by_source[row["source"]] += mine
+    padded = DataCollatorForAssistantOnlyLM(TOKENIZER)
+    packed = DataCollatorWithEosPacking(TOKENIZER, max_length=200)
+    for collator in (padded, packed):
+        for batch_size in (1, 4, 7, 16):
+            run = trainer(tmp_path, model=model, collator=collator, per_device_eval_batch_size=batch_size)
+            metrics = run.evaluate()
+            assert metrics["eval_num_tokens"] == len(nats)
+            assert metrics["eval_loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-6)
+            assert metrics["eval_perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-6)
+            for name, own in by_source.items():
+                assert metrics[f"eval_{name}_loss"] == pytest.approx(sum(own) / len(own), rel=1e-6)
+    assert 0 < metrics["eval_stop_probability"] < 1
+
+
+def test_a_stream_evaluates_to_the_same(tmp_path):
+    run = trainer(tmp_path)
+    stream = IterableDataset.from_generator(chats)
+    assert run.evaluate(stream)["eval_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-9)
+    several = run.evaluate({"a": chats(5), "b": chats()})
+    assert several["eval_b_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-9)
+
+
+def test_evaluation_metrics_have_the_parents_keys_too(tmp_path):
+    metrics = trainer(tmp_path).evaluate(metric_key_prefix="test")
+    assert {"test_loss", "test_runtime", "test_samples_per_second", "test_perplexity"} <= metrics.keys()
+
+
+def gradient(tmp_path, batch_size, accumulation, collator=None):
+    model = llama()
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    class Catch(PerplexityTrainer):
+        def _get_grad_norm(self, model, grad_norm=None):
+            seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+            raise Stop
+
+    run = Catch(
+        model,
+        arguments(
+            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_grad_norm=0.0
+        ),
+        collator,
+        train_dataset=chats(8),
+        processing_class=TOKENIZER,
+    )
+    with pytest.raises(Stop):
+        run.train()
+    return seen
+
+
+def by_autograd():
+    """The gradient of the mean over all trained tokens of eight chats, one document at a time in float64."""
+    model = llama().double()
+    total = count = 0
+    for row in chats(8):
+        encoded = encode_row(TOKENIZER, row)
+        labels = torch.tensor(encoded["labels"][1:])
+        logits = model(torch.tensor([encoded["input_ids"]]), use_cache=False).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels != -100).sum())
+    (total / count).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_do_not_depend_on_batching(tmp_path, batch_size, accumulation, packed):
+    collator = DataCollatorWithEosPacking(TOKENIZER, max_length=400) if packed else None
+    expected, found = by_autograd(), gradient(tmp_path, batch_size, accumulation, collator)
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value, atol=1e-5 * scale), name
+
+
+def test_loss_weights_weigh(tmp_path):
+    row = encode_row(TOKENIZER, chats()[3])
+    model = llama()
+    nats = nats_of(model, row["input_ids"])
+    trained = [i for i in range(1, len(row["labels"])) if row["labels"][i] != -100]
+    weights = [0.0] * len(row["labels"])
+    for n, i in enumerate(trained):
+        weights[i] = float(n % 3)
+    expected = sum(nats[i - 1] * weights[i] for i in trained) / sum(weights)
+    rows = [{**row, "loss_weights": weights}] * 2
+    run = trainer(tmp_path, model=model, rows=rows, max_steps=1, learning_rate=0.0)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothing_and_z_loss(tmp_path):
+    """Against torch's label smoothing and the definition of z-loss."""
+    row = encode_row(TOKENIZER, chats()[3])
+    model = llama()
+    with torch.no_grad():
+        logits = model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        smoothed = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        z = logits.logsumexp(-1)[labels != -100].square().mean()
+    run = trainer(
+        tmp_path, model=model, rows=[row] * 2, max_steps=1, learning_rate=0.0, label_smoothing_factor=0.1, z_loss=0.01
+    )
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(float(smoothed + 0.01 * z), rel=1e-5)
+
+
+def test_logs(tmp_path):
+    run = trainer(tmp_path, rows=chats(4), per_device_train_batch_size=4, max_steps=2)
+    run.train()
+    first, second = run.state.log_history[:2]
+    supervised = sum(label != -100 for row in chats(4) for label in encode_row(TOKENIZER, row)["labels"])
+    assert (first["num_supervised_tokens"], second["num_supervised_tokens"]) == (supervised, 2 * supervised)
+    assert first["perplexity"] == pytest.approx(math.exp(first["loss"]), rel=1e-6)
+    sizes = [len(encode_row(TOKENIZER, row)["input_ids"]) for row in chats(4)]
+    assert first["padding_share"] == pytest.approx(1 - sum(sizes) / (4 * max(sizes)))
+    assert first["tokens_per_second"] > 0
+
+
+def test_stop_tokens_that_were_trained_stop_the_saved_model(tmp_path):
+    """The template ends turns with a token that is not the tokenizer's EOS, as Llama 3's and Gemma's do."""
+    tokenizer = byte_tokenizer(eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = llama()
+    model.generation_config = GenerationConfig(eos_token_id=3)
+    run = PerplexityTrainer(model, arguments(tmp_path), train_dataset=chats(), processing_class=tokenizer)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config.eos_token_id
+    assert stop in saved and tokenizer.eos_token_id in saved
+
+
+def test_resumed_run_is_the_uninterrupted_one(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 5}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = trainer(tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
+def test_other_settings_train(tmp_path, options):
+    run = trainer(tmp_path, **options)
+    assert math.isfinite(run.train().training_loss)
+
+
+def test_lora_trains_and_saves(tmp_path):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    run = trainer(tmp_path, model=model)
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    saved = json.loads((tmp_path / "adapter" / "generation_config.json").read_text())
+    assert TOKENIZER.eos_token_id in ([saved["eos_token_id"]] if isinstance(saved["eos_token_id"], int) else saved["eos_token_id"])
+
+
+def test_raw_rows_of_a_dataset_are_collated_without_further_settings(tmp_path):
+    run = trainer(tmp_path, rows=Dataset.from_list([{"messages": PLAIN}] * 4))
+    assert math.isfinite(run.train().training_loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"z_loss": -1.0}, "z_loss is -1.0"), ({"label_smoothing_factor": 1.5}, "under 1"), ({"average_tokens_across_devices": False}, "leave it on")],
+)
+def test_bad_arguments_are_named(tmp_path, options, words):
+    with pytest.raises(ConfigError, match=words):
+        arguments(tmp_path, **options)
+
+
+def test_what_cannot_be_exact_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="never gathered"):
+        PerplexityTrainer(llama(), arguments(tmp_path), compute_metrics=lambda _: {})
+    run = trainer(tmp_path)
+    with pytest.raises(NothingSupervisedError, match="no row of the evaluation data"):
+        run.evaluate([{"input_ids": [1, 2], "labels": [-100, -100]}])
+
+
+@pytest.mark.parametrize(
+    "name", ["_get_num_items_in_batch", "_get_grad_norm", "compute_loss", "training_step", "evaluation_loop", "save_model"]
+)
+def test_contact_with_transformers(name):
+    """If this fails, transformers' Trainer moved: mend hf_objectives/trainers/causal_lm.py."""
+    import inspect
+
+    ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (PerplexityTrainer, Trainer))
+    assert list(ours.parameters) == list(theirs.parameters), f"Trainer.{name} changed its arguments"
