@@ -42,3 +42,9 @@ def gather_objects(value: object) -> list:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def leave_group() -> None:
+    """End the process group, for the end of a program: gloo's threads abort the process if it is still there at exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
