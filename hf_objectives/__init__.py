@@ -1,3 +1,65 @@
-"""hf_objectives: exact training objectives for the Hugging Face stack."""
+"""hf_objectives: exact training objectives for the Hugging Face stack.
+
+Public names are imported when they are first used, so that `import hf_objectives` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "encode_chat": "chat",
+    "encode_chats": "chat",
+    "encode_row": "encode",
+    "DataCollatorForAssistantOnlyLM": "collators",
+    "DataCollatorWithEosPacking": "collators",
+    "pack_lengths": "packing",
+    "pack_dataset": "dataset_packing",
+    "prepare_dataset": "prepare",
+    "compute_perplexity": "evaluation",
+    "probe_isolation": "isolation",
+    "PerplexityTrainer": "trainers",
+    "PerplexityTrainingArguments": "trainers",
+    "plot_training_metrics": "diagnostics.plot",
+}
+
+__all__ = [
+    "DataCollatorForAssistantOnlyLM",
+    "DataCollatorWithEosPacking",
+    "PerplexityTrainer",
+    "PerplexityTrainingArguments",
+    "compute_perplexity",
+    "encode_chat",
+    "encode_chats",
+    "encode_row",
+    "pack_dataset",
+    "pack_lengths",
+    "plot_training_metrics",
+    "prepare_dataset",
+    "probe_isolation",
+]
+
+if TYPE_CHECKING:
+    from hf_objectives.chat import encode_chat, encode_chats
+    from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+    from hf_objectives.diagnostics.plot import plot_training_metrics
+    from hf_objectives.encode import encode_row
+    from hf_objectives.evaluation import compute_perplexity
+    from hf_objectives.isolation import probe_isolation
+    from hf_objectives.dataset_packing import pack_dataset
+    from hf_objectives.packing import pack_lengths
+    from hf_objectives.prepare import prepare_dataset
+    from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"hf_objectives.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hf_objectives' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -17,7 +17,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hf_objectives.errors import ConfigError, ConversationError, DataError, NothingSupervisedError, TemplateError, nearest
+from hf_objectives.errors import (
+    ConfigError,
+    ConversationError,
+    DataError,
+    NothingSupervisedError,
+    TemplateError,
+    nearest,
+)
 from hf_objectives.formats import drop_nulls
 from hf_objectives.messages import CLOSE, OPEN, RESERVED, ControlTokens, defuse, read_messages
 from hf_objectives.spans import Rendered, SpanFinder
@@ -95,7 +102,9 @@ class ChatEncoder:
             ("control_tokens", control_tokens, CONTROL_TOKENS),
         ):
             if value not in known:
-                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}")
+                raise ConfigError(
+                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
+                )
         self.tokenizer, self.train_on, self.control_tokens = tokenizer, train_on, control_tokens
         self._template, self._kwargs = chat_template, dict(template_kwargs or {})
         self._finders: dict[tuple[str, bool], SpanFinder] = {}
@@ -137,7 +146,9 @@ class ChatEncoder:
         encoded = text_encoder(self.tokenizer).encode_batch([one.text for one in rendered])
         return label_spans(encoded, rendered)
 
-    def _restyled(self, finder: SpanFinder, messages: list[dict], trained: list[int], error: TemplateError | None) -> Rendered:
+    def _restyled(
+        self, finder: SpanFinder, messages: list[dict], trained: list[int], error: TemplateError | None
+    ) -> Rendered:
         """Find the spans with the messages as they are, else in the first other form that the template takes."""
         first = error
         order = [self._style, *(i for i in range(len(STYLES)) if i != self._style)]

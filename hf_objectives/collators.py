@@ -57,9 +57,13 @@ class _Collator:
             ("control_tokens", self.control_tokens, CONTROL_TOKENS),
         ):
             if value not in known:
-                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}")
+                raise ConfigError(
+                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
+                )
         if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; expected at least 2, a token and the one that it predicts")
+            raise ConfigError(
+                f"max_length is {self.max_length}; expected at least 2, a token and the one that it predicts"
+            )
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; expected at least 1")
 
@@ -78,11 +82,15 @@ class _Collator:
         if row.get("input_ids") is None or packed:
             encoded = row if packed else self._encode(row, i, max_length)
         else:
-            encoded = row if max_length is None or len(row["input_ids"]) <= max_length else self._encode(row, i, max_length)
+            encoded = (
+                row if max_length is None or len(row["input_ids"]) <= max_length else self._encode(row, i, max_length)
+            )
         ids = np.asarray(encoded["input_ids"], np.int64)
         labels = ids.copy() if encoded.get("labels") is None else np.array(encoded["labels"], np.int64)
         if labels.shape != ids.shape or ids.ndim != 1:
-            raise FormatError(f"input_ids of shape {ids.shape}, labels of shape {labels.shape}; expected one label per token", row=i)
+            raise FormatError(
+                f"input_ids of shape {ids.shape}, labels of shape {labels.shape}; expected one label per token", row=i
+            )
         weights = row.get("loss_weights")
         if weights is not None:
             weights = np.asarray(weights, np.float32)[: len(ids)]
@@ -243,7 +251,9 @@ class DataCollatorWithEosPacking(_Collator):
         ready = [row for row in rows if row.packed]
         loose = [row for row in rows if not row.packed]
         for row in ready:
-            row.labels[[begin for begin, length in zip(_begins(row.lengths), row.lengths, strict=True) if length]] = IGNORE
+            row.labels[[begin for begin, length in zip(_begins(row.lengths), row.lengths, strict=True) if length]] = (
+                IGNORE
+            )
         made = ready + (self._pack(loose) if loose else [])
         if not made:
             raise NothingSupervisedError(f"every document of the batch is longer than max_length={self.max_length}")

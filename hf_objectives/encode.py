@@ -71,7 +71,9 @@ class RowEncoder:
         self._documents: ControlTokens | None = None
         self._frame: tuple[list[int], list[int]] | None = None
 
-    def encode(self, rows: Sequence[Row], *, source: str, first_row: int = 0, ledger: Ledger) -> tuple[Labelled, list[str], list[int]]:
+    def encode(
+        self, rows: Sequence[Row], *, source: str, first_row: int = 0, ledger: Ledger
+    ) -> tuple[Labelled, list[str], list[int]]:
         """Encode rows, book them, and leave out what the policies leave out.
 
         Returns:
@@ -160,7 +162,9 @@ class RowEncoder:
         if self._frame is None:
             eos = self.tokenizer.eos_token_id
             if eos is None:
-                raise TokenizerError("the tokenizer has no EOS token; set tokenizer.eos_token, documents must end with one")
+                raise TokenizerError(
+                    "the tokenizer has no EOS token; set tokenizer.eos_token, documents must end with one"
+                )
             framed = self.tokenizer("a")["input_ids"]
             bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
             before = framed[: next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)]
@@ -200,7 +204,9 @@ class RowEncoder:
                 parts.append(_slice(labelled, i))
                 continue
             chat = self._chat(unit.example)
-            for messages in _fitting(unit.example.messages, lambda m, c=chat, u=unit: self._size(c, m, u.example), limit):
+            for messages in _fitting(
+                unit.example.messages, lambda m, c=chat, u=unit: self._size(c, m, u.example), limit
+            ):
                 piece = _Unit(unit.row, unit.source, chat.render(messages, unit.example.tools), example=unit.example)
                 kept.append(piece)
                 parts.append(self._label([piece]))
@@ -217,9 +223,12 @@ class RowEncoder:
         if self.settings.overlength == "cut" and limit is not None:
             labelled = cut(labelled, limit)
         kept_sizes = np.diff(labelled.offsets)
-        trained = np.add.reduceat(
-            np.append(labelled.labels != IGNORE, False).astype(np.int64), labelled.offsets[:-1]
-        ) * (kept_sizes > 0) if len(units) else np.zeros(0, np.int64)
+        trained = (
+            np.add.reduceat(np.append(labelled.labels != IGNORE, False).astype(np.int64), labelled.offsets[:-1])
+            * (kept_sizes > 0)
+            if len(units)
+            else np.zeros(0, np.int64)
+        )
         keep = np.ones(len(units), bool)
         for i, unit in enumerate(units):
             account = ledger[unit.source]
@@ -292,7 +301,10 @@ def expand(messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     rows = []
     # What stands before the first question (a greeting of the assistant) belongs to the first row.
     for begin, end in zip([0, *starts[1:]], bounds, strict=True):
-        turn = [dict(message, train=False) if message.get("role") == "assistant" else dict(message) for message in messages[:begin]]
+        turn = [
+            dict(message, train=False) if message.get("role") == "assistant" else dict(message)
+            for message in messages[:begin]
+        ]
         turn += [dict(message) for message in messages[begin:end]]
         if any(message.get("role") == "assistant" for message in messages[begin:end]):
             rows.append(turn)
@@ -354,7 +366,11 @@ def _slice(labelled: Labelled, i: int) -> Labelled:
     a, b = labelled.offsets[i], labelled.offsets[i + 1]
     mine = labelled.span_rows == i
     return Labelled(
-        labelled.ids[a:b], labelled.labels[a:b], np.array([0, b - a]), labelled.spans[mine] - a, labelled.span_rows[mine] * 0
+        labelled.ids[a:b],
+        labelled.labels[a:b],
+        np.array([0, b - a]),
+        labelled.spans[mine] - a,
+        labelled.span_rows[mine] * 0,
     )
 
 

@@ -147,11 +147,15 @@ def _preference(row: Row) -> Example:
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("conversations") is not None:
         prompt = _system(row) + _sharegpt_messages(row["conversations"])
-        sides = [prompt + _sharegpt_messages([side] if isinstance(side, Mapping) else side) for side in (chosen, rejected)]
+        sides = [
+            prompt + _sharegpt_messages([side] if isinstance(side, Mapping) else side) for side in (chosen, rejected)
+        ]
     elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt = row.get("prompt")
         if prompt is None:
-            raise FormatError("chosen and rejected are plain text without a prompt; expected a prompt column or messages")
+            raise FormatError(
+                "chosen and rejected are plain text without a prompt; expected a prompt column or messages"
+            )
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(prompt, "prompt")
         sides = [[*given, {"role": "assistant", "content": side}] for side in (chosen, rejected)]
     else:
@@ -253,7 +257,9 @@ def _calls(value: Any, turn: int) -> list[dict[str, Any]]:
     built = []
     for call in listed:
         if not isinstance(call, Mapping) or "name" not in call:
-            raise ConversationError(f'function_call {call!r:.80} has no name; expected {{"name", "arguments"}}', turn=turn)
+            raise ConversationError(
+                f'function_call {call!r:.80} has no name; expected {{"name", "arguments"}}', turn=turn
+            )
         arguments = call.get("arguments", {})
         if isinstance(arguments, str):
             try:

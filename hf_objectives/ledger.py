@@ -104,7 +104,7 @@ class Ledger:
             )
             lines.append(
                 f"{source}: {account.rows_in} rows, {account.tokens_in} tokens = {account.trained} trained ({share:.1%}) + "
-                f"{account.masked} masked + {account.dropped_tokens.total()} dropped" + (f"; {dropped}" if dropped else "")
+                f"{account.masked} masked + {account.dropped_tokens.total()} dropped"
+                + (f"; {dropped}" if dropped else "")
             )
         return lines
-

@@ -57,7 +57,9 @@ def read_messages(messages: Any, *, train_on: str = "assistant") -> Turns:
             tool call; names the turn.
         VisionContentError: image, video or audio content.
     """
-    if type(messages) is not list and (isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable)):
+    if type(messages) is not list and (
+        isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable)
+    ):
         raise ConversationError(f"expected a list of messages, found {type(messages).__name__}")
     cleaned, trained, plain = [], [], True
     for turn, message in enumerate(messages):
@@ -66,7 +68,8 @@ def read_messages(messages: Any, *, train_on: str = "assistant") -> Turns:
         role = message.get("role")
         if role not in ROLES:
             raise ConversationError(
-                f"unknown role {role!r}; expected one of {', '.join(sorted(ROLES))}{nearest(str(role), ROLES)}", turn=turn
+                f"unknown role {role!r}; expected one of {', '.join(sorted(ROLES))}{nearest(str(role), ROLES)}",
+                turn=turn,
             )
         content = message.get("content")
         if type(content) is str and len(message) == 2 and not content.isspace() and content:
@@ -102,7 +105,9 @@ def is_trained(message: Mapping[str, Any], turn: int) -> bool:
     if train is not None and not isinstance(train, bool):
         raise ConversationError(f"train is {train!r}; expected true or false", turn=turn)
     if weight is not None and (isinstance(weight, str) or weight not in (0, 1)):
-        raise ConversationError(f"weight is {weight!r}; expected 0 or 1 (per-token weights go in loss_weights)", turn=turn)
+        raise ConversationError(
+            f"weight is {weight!r}; expected 0 or 1 (per-token weights go in loss_weights)", turn=turn
+        )
     return train is not False and weight != 0
 
 
@@ -133,7 +138,8 @@ def _check_calls(role: str, calls: Any, turn: int) -> None:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             raise ConversationError(
-                f'tool call {call!r:.120} has no name; expected {{"function": {{"name": ..., "arguments": ...}}}}', turn=turn
+                f'tool call {call!r:.120} has no name; expected {{"function": {{"name": ..., "arguments": ...}}}}',
+                turn=turn,
             )
 
 

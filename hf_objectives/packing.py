@@ -175,7 +175,9 @@ def pack_best_fit(offsets: NDArray[np.int64], max_length: int, overflow: str) ->
     rank[np.argsort(first, kind="stable")] = np.arange(packing.num_bins)
     row_of = rank[packing.bin_of]
     order = np.argsort(row_of, kind="stable")
-    return _rows(starts[order], lengths[order], documents[order], np.bincount(row_of, minlength=packing.num_bins), sizes)
+    return _rows(
+        starts[order], lengths[order], documents[order], np.bincount(row_of, minlength=packing.num_bins), sizes
+    )
 
 
 def pack_concat(offsets: NDArray[np.int64], max_length: int, overflow: str) -> PackedRows:
@@ -190,7 +192,10 @@ def pack_concat(offsets: NDArray[np.int64], max_length: int, overflow: str) -> P
 
 
 #: How rows are made, by name.
-ROWS: dict[str, Callable[[NDArray[np.int64], int, str], PackedRows]] = {"best_fit": pack_best_fit, "concat": pack_concat}
+ROWS: dict[str, Callable[[NDArray[np.int64], int, str], PackedRows]] = {
+    "best_fit": pack_best_fit,
+    "concat": pack_concat,
+}
 
 
 def pack_rows(

@@ -17,7 +17,7 @@ from hf_objectives.encode import Overlength, RowEncoder, RowSettings
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.formats import Row
 from hf_objectives.ledger import Ledger
-from hf_objectives.pack_dataset import pack_dataset
+from hf_objectives.dataset_packing import pack_dataset
 from hf_objectives.tokenization import text_encoder
 
 logger = logging.getLogger(__name__)

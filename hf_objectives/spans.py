@@ -188,7 +188,9 @@ class SpanFinder:
                 positions.update(single.positions)
                 calls.update(single.calls)
             elif messages[i]["role"] == "assistant":
-                raise TemplateError("the template rewrites this turn depending on its text; its span is unknown", turn=i)
+                raise TemplateError(
+                    "the template rewrites this turn depending on its text; its span is unknown", turn=i
+                )
         return Marks(text, positions, calls)
 
     # -- one turn ------------------------------------------------------------------------------------------------
@@ -240,7 +242,12 @@ class SpanFinder:
             raise TemplateError("the template's generation prompt overlaps the text of this turn", turn=k)
         tail = self._tail(messages, k, text[end:], marks)
         content = messages[k].get("content")
-        if isinstance(content, str) and content == content.strip() and content and _shape(messages, k)[1:] == (False, False):
+        if (
+            isinstance(content, str)
+            and content == content.strip()
+            and content
+            and _shape(messages, k)[1:] == (False, False)
+        ):
             begin = end - len(content)
             if begin >= start and text[begin:end] == content:
                 self._closings[_shape(messages, k)] = Closing(text[start:begin], tail)
@@ -336,7 +343,9 @@ class SpanFinder:
             calls = messages[k].get("tool_calls") or ()
             shown = len(marks.calls.get(k, ()))
             if shown < len(calls):
-                raise TemplateError(f"the chat template renders {shown} of the {len(calls)} tool calls of this turn", turn=k)
+                raise TemplateError(
+                    f"the chat template renders {shown} of the {len(calls)} tool calls of this turn", turn=k
+                )
             for call in calls:
                 arguments = call.get("function", call).get("arguments")
                 if isinstance(arguments, str) and arguments.strip() not in text:

@@ -68,7 +68,9 @@ def text_steers(template: str) -> bool:
     if any(_speaks(node, made) for node in tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock))):
         return True
     conditions = [node.test for node in tree.find_all((nodes.If, nodes.CondExpr))]
-    conditions += [node.iter for node in tree.find_all(nodes.For)] + list(tree.find_all((nodes.Compare, nodes.And, nodes.Or)))
+    conditions += [node.iter for node in tree.find_all(nodes.For)] + list(
+        tree.find_all((nodes.Compare, nodes.And, nodes.Or))
+    )
     if any(_speaks(condition, made, _KIND_TESTS) for condition in conditions):
         return True
     for node in tree.find_all((nodes.Filter, nodes.Call, nodes.Test, nodes.Mul, nodes.Mod, nodes.Not)):
@@ -197,7 +199,9 @@ class Renderer:
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise TemplateError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from error
+            raise TemplateError(
+                f"the chat template fails on this conversation: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _schema(tool: Any) -> dict:

@@ -87,13 +87,16 @@ class TextEncoder:
         wrapped = [i for i, text in enumerate(texts) if OPEN in text or CLOSE in text]
         if self._fast is None or self._lengths is None:
             return _join([self._encode_one(text) for text in texts])
-        ids, offsets = (np.frombuffer(buffer, kind) for buffer, kind in zip(
-            self._fast.encode_batch_flat(list(texts)), ("<u4", "<u8"), strict=True
-        ))
+        ids, offsets = (
+            np.frombuffer(buffer, kind)
+            for buffer, kind in zip(self._fast.encode_batch_flat(list(texts)), ("<u4", "<u8"), strict=True)
+        )
         offsets = offsets.astype(np.int64)
         lengths = self._lengths[ids]
         total = np.concatenate(([0], np.cumsum(lengths)))
-        sizes = np.fromiter((len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts))
+        sizes = np.fromiter(
+            (len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts)
+        )
         # Byte lengths add up to the text unless the tokenizer normalises it or an added token swallows white space;
         # such texts, and those with wrapped tokens, take the slow way with the backend's own offsets.
         redo = total[offsets[1:]] - total[offsets[:-1]] != sizes

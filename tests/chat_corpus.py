@@ -67,7 +67,9 @@ def template(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text()
 
 
-def byte_tokenizer(chat_template: str = CHATML, *, special: list[str] | None = None, **names: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    chat_template: str = CHATML, *, special: list[str] | None = None, **names: str
+) -> PreTrainedTokenizerFast:
     """One token per byte, and one per control token of the template: spans can be read off to the letter."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))

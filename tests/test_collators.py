@@ -146,9 +146,12 @@ def test_packed_losses_are_those_of_each_document_alone(attention, rows_per_batc
     model = llama(attention)
     generator = np.random.default_rng(1)
     documents = [generator.integers(0, 256, n).tolist() for n in (9, 14, 3, 20, 1, 7, 11)]
-    alone = torch.cat([
-        token_losses(model(torch.tensor([d + [EOS]]), use_cache=False).logits, torch.tensor([d + [EOS]]))[0] for d in documents
-    ])
+    alone = torch.cat(
+        [
+            token_losses(model(torch.tensor([d + [EOS]]), use_cache=False).logits, torch.tensor([d + [EOS]]))[0]
+            for d in documents
+        ]
+    )
     collate = DataCollatorWithEosPacking(TOKENIZER, max_length=80 // rows_per_batch + 4)
     batch = collate([{"input_ids": document} for document in documents])
     assert batch["input_ids"].shape[0] == rows_per_batch
@@ -168,7 +171,12 @@ def test_pickles_and_works_in_loader_workers():
 
 def test_plain_trainer(tmp_path):
     arguments = TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none", remove_unused_columns=False
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
     )
     for collate in (DataCollatorForAssistantOnlyLM(TOKENIZER), DataCollatorWithEosPacking(TOKENIZER, max_length=128)):
         rows = Dataset.from_list([{"messages": PLAIN}] * 4)

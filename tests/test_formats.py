@@ -84,7 +84,9 @@ def test_sharegpt_tools():
     call = to_example(row).messages[1]["tool_calls"]
     assert call == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
     qwen = byte_tokenizer(template("qwen3"))
-    assert '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>' in trained_text(qwen, encode_row(qwen, row))
+    assert '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>' in trained_text(
+        qwen, encode_row(qwen, row)
+    )
     # A template without tool calls: the author's own text.
     chatml = byte_tokenizer()
     assert '{"name": "f", "arguments": {"x": 1}}<|im_end|>a<|im_end|>' == trained_text(chatml, encode_row(chatml, row))

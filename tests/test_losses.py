@@ -49,7 +49,9 @@ def test_loss_and_gradient_are_cross_entropys(smoothing):
 
 def test_z_loss_by_hand():
     logits, targets = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
-    assert next_token_loss(logits, targets, z_loss=0.5).loss.item() == pytest.approx(math.log(2) + 0.5 * math.log(2) ** 2)
+    assert next_token_loss(logits, targets, z_loss=0.5).loss.item() == pytest.approx(
+        math.log(2) + 0.5 * math.log(2) ** 2
+    )
 
 
 def test_weights_by_hand():

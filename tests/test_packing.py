@@ -105,7 +105,12 @@ documents = st.lists(st.integers(0, 30), min_size=1, max_size=40)
 
 
 @settings(max_examples=300, deadline=None)
-@given(documents, st.integers(2, 20), st.sampled_from(["best_fit", "concat"]), st.sampled_from(["truncate", "split", "drop"]))
+@given(
+    documents,
+    st.integers(2, 20),
+    st.sampled_from(["best_fit", "concat"]),
+    st.sampled_from(["truncate", "split", "drop"]),
+)
 def test_every_token_is_in_a_row_or_dropped_with_its_document(sizes, max_length, strategy, overflow):
     offsets = np.concatenate(([0], np.cumsum(sizes)))
     packed = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)

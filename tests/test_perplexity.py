@@ -16,7 +16,9 @@ def test_by_hand():
 
 
 def test_empty_and_overflowing():
-    assert math.isnan(TokenCount().loss) and math.isnan(TokenCount().perplexity) and math.isnan(TokenCount().bits_per_byte)
+    assert (
+        math.isnan(TokenCount().loss) and math.isnan(TokenCount().perplexity) and math.isnan(TokenCount().bits_per_byte)
+    )
     assert TokenCount(1e6, 1, 1).perplexity == math.inf
 
 

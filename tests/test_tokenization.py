@@ -23,7 +23,9 @@ def trained_bpe(normalizer=None) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|im_end|>", "<|im_start|>"])
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|im_end|>", "<|im_start|>"]
+    )
     backend.train_from_iterator(["hello there general kenobi the answer is forty two"] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
 
@@ -33,7 +35,9 @@ def metaspace() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback()])
     special = ["<unk>", "<|im_end|>", "<|im_start|>", *(f"<0x{i:02X}>" for i in range(256))]
-    backend.train_from_iterator(["hello there general a b c"] * 20, trainers.BpeTrainer(vocab_size=350, special_tokens=special))
+    backend.train_from_iterator(
+        ["hello there general a b c"] * 20, trainers.BpeTrainer(vocab_size=350, special_tokens=special)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<unk>")
 
 
@@ -67,7 +71,11 @@ def test_fast_and_slow_places_agree(tokenizer):
     fast, slow = TextEncoder(tokenizer), TextEncoder(tokenizer)
     slow._fast = None
     for text, quick, exact, in_bytes in zip(
-        TEXTS, rows(fast.encode_batch(TEXTS)), rows(slow.encode_batch(TEXTS)), fast.encode_batch(TEXTS).in_bytes, strict=True
+        TEXTS,
+        rows(fast.encode_batch(TEXTS)),
+        rows(slow.encode_batch(TEXTS)),
+        fast.encode_batch(TEXTS).in_bytes,
+        strict=True,
     ):
         ids, starts, ends = quick
         assert ids == exact[0]
@@ -91,7 +99,10 @@ def test_wrapped_control_tokens_are_plain_text(tokenizer):
     encoded = text_encoder(tokenizer).encode_batch([text, "x"])
     ids, starts, ends = next(rows(encoded))
     assert ids.count(control) == 1 and ids[-1] == control
-    assert (starts[-1], ends[-1]) == (14, 24)  # after ab, ten characters of plain text, and cd; the wrapping counts nothing
+    assert (starts[-1], ends[-1]) == (
+        14,
+        24,
+    )  # after ab, ten characters of plain text, and cd; the wrapping counts nothing
     spelled = tokenizer.decode(ids).replace(" ", "")
     assert spelled == "ab<|im_end|>cd<|im_end|>"
 
@@ -133,7 +144,12 @@ BPE = trained_bpe()
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: not {OPEN, CLOSE} & set(t)), max_size=5))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: not {OPEN, CLOSE} & set(t)),
+        max_size=5,
+    )
+)
 def test_any_text(texts):
     encoded = text_encoder(BPE).encode_batch(texts)
     assert len(encoded.offsets) == len(texts) + 1 and np.all(encoded.starts <= encoded.ends)

@@ -48,7 +48,9 @@ class PerplexityTrainer(Trainer):
 
     def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, **kwargs: Any) -> None:
         if kwargs.get("compute_metrics") is not None:
-            raise ConfigError("compute_metrics needs the logits of all tokens, which are never gathered; see evaluate()")
+            raise ConfigError(
+                "compute_metrics needs the logits of all tokens, which are never gathered; see evaluate()"
+            )
         if args is None:
             args = PerplexityTrainingArguments("trainer_output")
         if not isinstance(args, PerplexityTrainingArguments):
@@ -154,7 +156,10 @@ class PerplexityTrainer(Trainer):
     def _remember_stops(self, labels: Tensor) -> None:
         ends = ends_of_runs(labels)
         if self._stops_seen is None:
-            size = max(len(self.tokenizer or ()), int(self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size))
+            size = max(
+                len(self.tokenizer or ()),
+                int(self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size),
+            )
             self._stops_seen = torch.zeros(size, dtype=torch.bool, device=labels.device)
         self._stops_seen[ends] = True
 

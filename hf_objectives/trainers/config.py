@@ -26,7 +26,9 @@ class PerplexityTrainingArguments(TrainingArguments):
         ConfigError: `z_loss` is negative, or a setting of the parent that would make numbers wrong.
     """
 
-    z_loss: float = field(default=0.0, metadata={"help": "Weight of the squared log-partition (PaLM: 1e-4); 0 for none."})
+    z_loss: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log-partition (PaLM: 1e-4); 0 for none."}
+    )
     check_isolation: bool = field(
         default=True, metadata={"help": "Prove on the live model that packed documents do not see each other."}
     )

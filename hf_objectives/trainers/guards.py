@@ -65,9 +65,7 @@ def stop_if_not_finite(
             default=str,
         )
     )
-    named = "; ".join(
-        f"source {row['source']!r}, row {row['row']}: {row['text'][:200]!r}" for row in rows[:3]
-    )
+    named = "; ".join(f"source {row['source']!r}, row {row['row']}: {row['text'][:200]!r}" for row in rows[:3])
     raise NonFiniteError(
         f"step {step}: loss {', '.join(f'{value:.4g}' for value in values)}, gradient norm {norm}; stopped before the "
         f"weights changed. {'Rows' if bad else 'This rank, whose loss is finite, had rows'} {named}. Report: {report}"

@@ -37,8 +37,16 @@ def chats(n: int = 23) -> list[dict]:
 
 
 def arguments(folder, **options) -> PerplexityTrainingArguments:
-    defaults = {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1}
-    return PerplexityTrainingArguments(str(folder), **{**defaults, "save_strategy": "no", "disable_tqdm": True, **options})
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+    }
+    return PerplexityTrainingArguments(
+        str(folder), **{**defaults, "save_strategy": "no", "disable_tqdm": True, **options}
+    )
 
 
 def trainer(folder, *, model=None, collator=None, rows=None, **options) -> PerplexityTrainer:
@@ -103,7 +111,10 @@ def gradient(tmp_path, batch_size, accumulation, collator=None):
     run = Catch(
         model,
         arguments(
-            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_grad_norm=0.0
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.0,
         ),
         collator,
         train_dataset=chats(8),
@@ -219,7 +230,9 @@ def test_lora_trains_and_saves(tmp_path):
     run.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     saved = json.loads((tmp_path / "adapter" / "generation_config.json").read_text())
-    assert TOKENIZER.eos_token_id in ([saved["eos_token_id"]] if isinstance(saved["eos_token_id"], int) else saved["eos_token_id"])
+    assert TOKENIZER.eos_token_id in (
+        [saved["eos_token_id"]] if isinstance(saved["eos_token_id"], int) else saved["eos_token_id"]
+    )
 
 
 def test_raw_rows_of_a_dataset_are_collated_without_further_settings(tmp_path):
@@ -229,7 +242,11 @@ def test_raw_rows_of_a_dataset_are_collated_without_further_settings(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"z_loss": -1.0}, "z_loss is -1.0"), ({"label_smoothing_factor": 1.5}, "under 1"), ({"average_tokens_across_devices": False}, "leave it on")],
+    [
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
+        ({"label_smoothing_factor": 1.5}, "under 1"),
+        ({"average_tokens_across_devices": False}, "leave it on"),
+    ],
 )
 def test_bad_arguments_are_named(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
@@ -245,7 +262,8 @@ def test_what_cannot_be_exact_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["_get_num_items_in_batch", "_get_grad_norm", "compute_loss", "training_step", "evaluation_loop", "save_model"]
+    "name",
+    ["_get_num_items_in_batch", "_get_grad_norm", "compute_loss", "training_step", "evaluation_loop", "save_model"],
 )
 def test_contact_with_transformers(name):
     """If this fails, transformers' Trainer moved: mend hf_objectives/trainers/causal_lm.py."""

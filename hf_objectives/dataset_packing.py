@@ -65,7 +65,9 @@ def _supervised(table: pa.Table, rows: PackedRows, labels: NDArray[np.int32], ma
     keep = np.diff(trained) > 0
     tokens, lost = int(rows.row_offsets[-1]), int(rows.dropped.sum())
     if not keep.any():
-        raise NothingSupervisedError(f"none of {len(keep)} packed rows trains a token; check labels and max_length={max_length}")
+        raise NothingSupervisedError(
+            f"none of {len(keep)} packed rows trains a token; check labels and max_length={max_length}"
+        )
     logger.info(
         "packed %d documents into %d rows, %.1f%% full; %d tokens dropped; %d rows without a trained token left out",
         *(len(rows.dropped), int(keep.sum()), 100 * tokens / max(1, len(keep) * max_length), lost, int((~keep).sum())),

@@ -1,0 +1,39 @@
+# Everything from a fresh machine that has Python 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install quickstart test lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or later is needed, $(PYTHON) is {sys.version.split()[0]}; run make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fast,trackio,tensorboard,dev]' -c constraints.txt
+	@touch $(STAMP)
+
+install: $(STAMP)  ## make the environment in .venv and install into it
+
+quickstart: $(STAMP)  ## fine-tune a tiny model on the built-in corpus (two CPU cores, under five minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/sft.py --config recipes/configs/quickstart.yaml
+
+test: $(STAMP)  ## run all tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROWS=file of Alpaca rows
+	$(BIN)/python benchmarks/chat_preparation.py --rows $(ROWS) --tokenizer $(MODEL)
+	$(BIN)/python benchmarks/training_step.py --model $(MODEL)
+	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --rows $(ROWS)
+
+clean:  ## remove the environment and runs
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,104 @@
+"""Training curves as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_objectives.errors import FileFormatError
+
+Log = Sequence[Mapping[str, Any]]
+
+
+def plot_training_metrics(log: str | Path | Log, output: str | Path = "training_curves.png") -> Path:
+    """Draw loss, perplexity, learning rate and gradient norm over steps.
+
+    Args:
+        log: a Trainer's `log_history`, a `trainer_state.json`, or the checkpoint or output folder that holds one.
+        output: the picture; its ending names the format (png, svg, pdf).
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        FileFormatError: no log where `log` says, or a log without a single loss.
+    """
+    # A figure of its own, not pyplot's: no global state, no window, safe beside a user's own plots.
+    from matplotlib.figure import Figure
+
+    history = read_log(log)
+    train = _series(history, "loss")
+    evaluation = _series(history, "eval_loss")
+    if not train and not evaluation:
+        raise FileFormatError("the log has neither a 'loss' nor an 'eval_loss'; nothing to draw")
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    (loss, perplexity), (rate, norm) = figure.subplots(2, 2, sharex=True)
+    _draw(loss, train, "training", smooth=True)
+    _draw(loss, evaluation, "evaluation", marker="o")
+    loss.set(title="Loss (nats per token)")
+    _draw(perplexity, _series(history, "perplexity"), "training", smooth=True)
+    _draw(perplexity, _series(history, "eval_perplexity"), "evaluation", marker="o")
+    for source in _sources(history):
+        _draw(perplexity, _series(history, f"eval_{source}_perplexity"), source, marker=".", style="--")
+    perplexity.set(title="Perplexity", yscale="log")
+    _draw(rate, _series(history, "learning_rate"), "learning rate")
+    rate.set(title="Learning rate", xlabel="step")
+    _draw(norm, _series(history, "grad_norm"), "gradient norm", smooth=True)
+    norm.set(title="Gradient norm", xlabel="step")
+    for axes in (loss, perplexity, rate, norm):
+        axes.grid(alpha=0.25)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(frameon=False)
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def read_log(log: str | Path | Log) -> Log:
+    """A Trainer's log history from where it is.
+
+    Raises:
+        FileFormatError: no `trainer_state.json` there, or one that is not JSON.
+    """
+    if not isinstance(log, (str, Path)):
+        return log
+    path = Path(log)
+    if path.is_dir():
+        found = sorted(path.glob("**/trainer_state.json"), key=lambda state: (len(state.parts), state.stat().st_mtime))
+        own = [state for state in found if state.parent == path]
+        if not found:
+            raise FileFormatError(f"no trainer_state.json under {path}")
+        path = own[0] if own else found[-1]
+    try:
+        return json.loads(path.read_text())["log_history"]
+    except FileNotFoundError as error:
+        raise FileFormatError(f"no log at {path}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{path} is not a trainer_state.json with a log_history ({error!r})") from error
+
+
+def _series(history: Log, key: str) -> list[tuple[float, float]]:
+    return [(entry["step"], float(entry[key])) for entry in history if key in entry and "step" in entry]
+
+
+def _sources(history: Log) -> list[str]:
+    keys = {key for entry in history for key in entry}
+    ending = "_perplexity"
+    return sorted(key[len("eval_") : -len(ending)] for key in keys if key.startswith("eval_") and key.endswith(ending) and key != "eval_perplexity")
+
+
+def _draw(axes: Any, points: list[tuple[float, float]], label: str, *, smooth: bool = False, marker: str = "", style: str = "-") -> None:
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    if not smooth or len(points) < 20:
+        axes.plot(steps, values, style, marker=marker, label=label)
+        return
+    (line,) = axes.plot(steps, values, alpha=0.3)
+    # A running mean of the last tenth: enough to see a trend, little enough to leave a spike in place.
+    width = max(2, len(values) // 10)
+    means = [sum(values[max(0, i - width) : i + 1]) / (i + 1 - max(0, i - width)) for i in range(len(values))]
+    axes.plot(steps, means, color=line.get_color(), label=label)

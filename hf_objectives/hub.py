@@ -1,0 +1,87 @@
+"""A model card of measured facts, and a push that cannot lose a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from rich.console import Console
+
+from hf_objectives import __version__
+
+logger = logging.getLogger(__name__)
+
+
+def write_card(folder: Path, *, results: Mapping[str, Any], base_model: str, data: Any, args: Any) -> Path:
+    """Write `README.md`: what was trained on how much of what, and the held-out figures before and after.
+
+    The licence is the base model's own card's, where a folder holds one; it is left out otherwise, not invented.
+    """
+    local = Path(base_model)
+    metadata = ModelCardData(
+        base_model=None if local.exists() or "/" not in base_model else base_model,
+        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
+        pipeline_tag="text-generation",
+        tags=["hf-objectives", "sft"],
+        license=_licence(local),
+    )
+    lines = [f"# {folder.name}", "", f"Fine-tuned from `{local.name if local.exists() else base_model}` with hf_objectives {__version__}.", ""]
+    lines += ["| held out | tokens | before | after |", "|---|---|---|---|"]
+    for key, after in results["after"].items():
+        if key.endswith("_perplexity"):
+            tokens = results["after"].get(key.replace("_perplexity", "_num_tokens"), "")
+            before = results["before"].get(key)
+            lines.append(f"| {key.removeprefix('eval_')} | {tokens} | {_number(before)} | {_number(after)} |")
+    lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
+    for source, account in results["ledger"].items():
+        dropped = sum(account["dropped_tokens"].values())
+        lines.append(f"| {source} | {account['rows_in']} | {account['tokens_in']} | {account['trained']} | {dropped} |")
+    settings = {
+        "max_length": data.max_length,
+        "packing": data.packing,
+        "overlength": data.overlength,
+        "train_on": data.train_on,
+        "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "seed": args.seed,
+    }
+    lines += ["", "Settings:", "", "```json", json.dumps(settings, indent=1), "```", "", "![curves](training_curves.png)", ""]
+    path = folder / "README.md"
+    path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines))
+    return path
+
+
+def push(folder: Path, repo_id: str | None, *, private: bool, console: Console) -> bool:
+    """Upload a finished run; a failure is said with the line to try again, and costs nothing but the upload.
+
+    Returns:
+        Whether the run is on the Hub.
+    """
+    name = repo_id or folder.name
+    retry = f"hf upload {name} {folder} --exclude 'checkpoint-*'"
+    try:
+        api = HfApi()
+        url = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=["checkpoint-*"])
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        console.print(f"The push failed ({error}). The run is whole in {folder}; try again with\n  {retry}", highlight=False)
+        return False
+    console.print(f"Pushed to {url}", highlight=False)
+    return True
+
+
+def _licence(folder: Path) -> str | None:
+    card = folder / "README.md"
+    if not card.exists():
+        return None
+    return ModelCard.load(card).data.to_dict().get("license")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

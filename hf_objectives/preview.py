@@ -1,0 +1,54 @@
+"""A first look at what is trained: examples with the trained tokens marked, and where every token went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from hf_objectives.ledger import Ledger
+
+_CHARACTERS = 700
+
+
+def highlight(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> Text:
+    """The text of a row with its trained tokens in green on a dark ground, the context dim; runs are decoded whole."""
+    text = Text()
+    start = 0
+    for i in range(1, len(input_ids) + 1):
+        if i == len(input_ids) or (labels[i] == -100) != (labels[start] == -100):
+            piece = tokenizer.decode(list(input_ids[start:i]))
+            text.append(piece, style="dim" if labels[start] == -100 else "bold black on green")
+            start = i
+    return text
+
+
+def print_preview(
+    tokenizer: Any, rows: Sequence[Mapping[str, Any]], ledger: Ledger, console: Console, *, examples: int = 3
+) -> None:
+    """Print a few examples and the ledger.
+
+    Args:
+        rows: encoded rows (`input_ids`, `labels`, `source`), before packing.
+        ledger: what became of every token.
+        examples: how many rows to show, one of each source first.
+    """
+    shown: list[Mapping[str, Any]] = []
+    for row in rows:
+        if len(shown) < examples and row.get("source") not in {one.get("source") for one in shown}:
+            shown.append(row)
+    shown += [row for row in list(rows[:examples]) if row not in shown][: examples - len(shown)]
+    console.rule("What is trained (marked)", align="left")
+    for row in shown:
+        text = highlight(tokenizer, row["input_ids"], row["labels"])
+        if len(text) > _CHARACTERS:
+            text = Text.assemble(text[:_CHARACTERS], (f" ... {len(text) - _CHARACTERS} characters more", "italic"))
+        console.print(Text(f"[{row.get('source', 'data')}] ", style="bold"), text, sep="")
+        console.print()
+    total = ledger.total()
+    share = total.trained / max(1, total.trained + total.masked)
+    console.print(f"{share:.1%} of the tokens are trained ({total.trained:,} of {total.trained + total.masked:,})")
+    for line in ledger.lines():
+        console.print(line, highlight=False)

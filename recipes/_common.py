@@ -1,0 +1,211 @@
+"""What the recipes share: arguments, model and tokenizer, data, summary, and the end of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from hf_objectives import demo
+from hf_objectives.data_files import hold_out, load_rows
+from hf_objectives.distributed import rank
+from hf_objectives.errors import ConfigError
+from hf_objectives.ledger import Ledger
+from hf_objectives.prepare import prepare_dataset
+
+logger = logging.getLogger(__name__)
+BUILT_IN = "builtin"
+
+
+@dataclass
+class DataArguments:
+    """Where rows come from and how they become tokens."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, a .json/.jsonl/.parquet/.txt file, or 'builtin'."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    sources: str | None = field(
+        default=None, metadata={"help": "Several named sources, a mapping of name to dataset_name (JSON)."}
+    )
+    eval_share: float = field(default=0.1, metadata={"help": "Share of each source that is held out."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a row."})
+    packing: bool = field(default=True, metadata={"help": "Pack several documents into a row."})
+    strategy: str = field(default="best_fit", metadata={"help": "best_fit or concat."})
+    overlength: str = field(default="drop", metadata={"help": "drop, split_turns or cut."})
+    train_on: str = field(default="assistant", metadata={"help": "assistant, last_assistant or all."})
+    control_tokens: str = field(default="plain", metadata={"help": "plain or allow."})
+    expand_turns: bool = field(default=False, metadata={"help": "One row per user turn."})
+    chat_template: str | None = field(default=None, metadata={"help": "A template, or the path of a .jinja file."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare data."})
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset_name) == bool(self.sources):
+            raise ConfigError("give dataset_name or sources, one of the two")
+        if self.sources:
+            try:
+                named = json.loads(self.sources)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"sources is not a mapping of names to datasets ({error})") from error
+            if not isinstance(named, dict) or not named:
+                raise ConfigError("sources is not a mapping of names to datasets")
+
+    def named_sources(self) -> dict[str, str]:
+        """Source names and where each is."""
+        if self.sources:
+            return json.loads(self.sources)
+        assert self.dataset_name is not None
+        return {Path(self.dataset_name).stem: self.dataset_name}
+
+
+@dataclass
+class RecipeModel(ModelConfig):
+    """TRL's model arguments; `model_name_or_path: builtin` is the tiny model of the built-in corpus."""
+
+
+def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+    """Model (with LoRA, when asked) and tokenizer.
+
+    Raises:
+        ConfigError: no model was named.
+    """
+    if not config.model_name_or_path:
+        raise ConfigError("model_name_or_path is missing; give a Hub id, a folder, or 'builtin'")
+    if config.model_name_or_path == BUILT_IN:
+        tokenizer = demo.build_tokenizer()
+        return demo.build_model(tokenizer), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    quantization = get_quantization_config(config)
+    # transformers loads the dtype of the checkpoint; weights that an optimizer moves want float32 unless asked otherwise.
+    dtype = "float32" if config.dtype in (None, "auto") and not config.use_peft else config.dtype or "auto"
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        dtype=torch.float32 if use_cpu and config.dtype in (None, "auto") else dtype,
+        quantization_config=quantization,
+    )
+    return model, tokenizer
+
+
+def with_lora(model: Any, config: ModelConfig, *, gradient_checkpointing: bool) -> Any:
+    """The model with the adapters that TRL's flags ask for, or as it is."""
+    lora = get_peft_config(config)
+    if lora is None:
+        return model
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if config.load_in_4bit or config.load_in_8bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    elif gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, lora)
+
+
+@dataclass
+class Prepared:
+    """Encoded data: rows to train on and to evaluate on, a few before packing, and the ledgers."""
+
+    train: Any
+    evaluation: Any
+    examples: list[dict[str, Any]]
+    ledger: Ledger
+
+
+def prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
+    """Load, split, encode and pack every source."""
+    template = data.chat_template
+    if template and template.endswith(".jinja"):
+        template = Path(template).read_text(encoding="utf-8")
+    if template:
+        tokenizer.chat_template = template  # saved with the model, so that inference renders what was trained
+    train: list[Mapping[str, Any]] = []
+    held_out: list[Mapping[str, Any]] = []
+    for name, where in data.named_sources().items():
+        if where == BUILT_IN:
+            train += demo.chats(20_000, seed=seed)
+            held_out += demo.chats(400, seed=seed, split="test")
+            continue
+        rows = load_rows(where, split=data.dataset_split)
+        keep, out = hold_out(rows, data.eval_share, seed=seed)
+        train += [{**rows[i], "source": name, "row": i} for i in keep]
+        held_out += [{**rows[i], "source": name, "row": i} for i in out]
+    settings: dict[str, Any] = {
+        "max_length": data.max_length,
+        "overlength": data.overlength,
+        "train_on": data.train_on,
+        "control_tokens": data.control_tokens,
+        "expand_turns": data.expand_turns,
+    }
+    ledger = Ledger()
+    packed = {"packing": data.packing, "strategy": data.strategy, "num_proc": data.num_proc}
+    trained_rows = prepare_dataset(train, tokenizer, **settings, **packed, ledger=ledger)
+    few = prepare_dataset(train[:64] + train[-64:], tokenizer, **settings, packing=False)
+    evaluation = prepare_dataset(held_out, tokenizer, **settings, **packed) if held_out else None
+    return Prepared(trained_rows, evaluation, list(few), ledger)
+
+
+def resume_point(args: Any) -> str | None:
+    """The checkpoint to go on from: the one named, or the newest for `--resume_from_checkpoint true`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    asked = args.resume_from_checkpoint
+    if asked in (None, "", "false", "False", False):
+        return None
+    if asked not in ("true", "True", True):
+        return str(asked)
+    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if found is None:
+        raise ConfigError(f"no checkpoint to resume from in {args.output_dir}")
+    return found
+
+
+def print_summary(before: Mapping[str, float], after: Mapping[str, float], console: Console) -> None:
+    """Held-out figures before and after, in all and per source."""
+    table = Table(title="Held out, before and after", title_justify="left", header_style="bold")
+    for column, justify in (("", "left"), ("tokens", "right"), ("before", "right"), ("after", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    sources = sorted(key[5:-11] for key in after if key.startswith("eval_") and key.endswith("_perplexity"))
+    for name, prefix in [("perplexity", "eval"), *((f"perplexity, {s}", f"eval_{s}") for s in sources if s)]:
+        table.add_row(
+            name,
+            f"{int(after[f'{prefix}_num_tokens']):,}",
+            _figure(before.get(f"{prefix}_perplexity")),
+            _figure(after[f"{prefix}_perplexity"]),
+        )
+    for key, name in (
+        ("eval_bits_per_byte", "bits per byte"),
+        ("eval_stop_probability", "probability of stopping at a turn's end"),
+        ("eval_exact_match", "exact match"),
+    ):
+        if key in after:
+            table.add_row(name, "", _figure(before.get(key)), _figure(after[key]))
+    console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.4g}" if value < 1e6 else f"{value:.2e}"
+
+
+def on_main() -> bool:
+    """Whether this process speaks for all."""
+    return rank() == 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0

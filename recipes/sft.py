@@ -1,0 +1,108 @@
+"""Fine-tune a chat model on what it has to produce, and report exact perplexity before and after.
+
+    accelerate launch recipes/sft.py --config recipes/configs/quickstart.yaml
+    accelerate launch recipes/sft.py --config recipes/configs/smollm2_lora.yaml \\
+        --model_name_or_path path/or/id --dataset_name chats.jsonl --output_dir runs/mine
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _common import BUILT_IN, DataArguments, RecipeModel, load_model, on_main, prepare, print_summary, resume_point, with_lora
+from rich.console import Console
+from transformers import set_seed
+
+from hf_objectives import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking, demo
+from hf_objectives.cli_args import parse_config
+from hf_objectives.demo.accuracy import exact_match
+from hf_objectives.diagnostics.plot import plot_training_metrics
+from hf_objectives.distributed import leave_group
+from hf_objectives.errors import HFObjectivesError
+from hf_objectives.hub import push, write_card
+from hf_objectives.plan import check_launch, print_plan, resolve_plan
+from hf_objectives.preview import print_preview
+from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns the held-out metrics before and after."""
+    (model_config, data, args), origin = parse_config((RecipeModel, DataArguments, PerplexityTrainingArguments), argv)
+    console = Console(stderr=False, soft_wrap=False)
+    check_launch(args)
+    set_seed(args.seed)
+    model, tokenizer = load_model(model_config, use_cpu=args.device.type == "cpu")
+    prepared = prepare(data, tokenizer, seed=args.seed)
+    model = with_lora(model, model_config, gradient_checkpointing=args.gradient_checkpointing)
+    if on_main():
+        print_plan(resolve_plan(args, data, model, len(prepared.train), origin), console)
+        print_preview(tokenizer, prepared.examples, prepared.ledger, console)
+    wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
+    collator: Any = DataCollatorForAssistantOnlyLM(tokenizer)
+    if data.packing:
+        collator = DataCollatorWithEosPacking(tokenizer, max_length=data.max_length)
+    trainer = PerplexityTrainer(
+        model,
+        args,
+        collator,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.evaluation,
+        processing_class=tokenizer,
+    )
+    asked = demo.questions(200, split="test") if BUILT_IN in data.named_sources().values() else []
+    before, _ = _evaluate(trainer, tokenizer, asked)
+    trainer.train(resume_from_checkpoint=resume_point(args))
+    after, answers = _evaluate(trainer, tokenizer, asked)
+    trainer.save_model()
+    trainer.save_state()
+    results = {"before": before, "after": after, "ledger": prepared.ledger.to_dict()}
+    if on_main():
+        _finish(trainer, results, answers, model_config, data, console, wants_push)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def _evaluate(trainer: PerplexityTrainer, tokenizer: Any, asked: list[demo.Question]) -> tuple[dict[str, float], list]:
+    metrics: dict[str, float] = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if not asked:
+        return metrics, []
+    plain = [question for question in asked if not question.expression]
+    share, answers = exact_match(trainer.accelerator.unwrap_model(trainer.model), tokenizer, plain)
+    return {**metrics, "eval_exact_match": share}, answers
+
+
+def _finish(
+    trainer: PerplexityTrainer,
+    results: dict[str, Any],
+    answers: list,
+    model_config: RecipeModel,
+    data: DataArguments,
+    console: Console,
+    wants_push: bool,
+) -> None:
+    """Everything on disk, then the table, then the network."""
+    folder = Path(trainer.args.output_dir)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    curve = plot_training_metrics(trainer.state.log_history, folder / "training_curves.png")
+    write_card(folder, results=results, base_model=model_config.model_name_or_path, data=data, args=trainer.args)
+    if results["after"]:
+        print_summary(results["before"], results["after"], console)
+    for question, said in answers[:6]:
+        verdict = "right" if said == question.answer else f"wrong, it is {question.answer!r}"
+        console.print(f"  {question.question} -> {said!r} ({verdict})", highlight=False, markup=False)
+    console.print(f"Model, {curve.name}, results.json and README.md are in {folder}", highlight=False)
+    if wants_push:
+        push(folder, trainer.args.hub_model_id, private=bool(trainer.args.hub_private_repo), console=console)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HFObjectivesError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    finally:
+        leave_group()
