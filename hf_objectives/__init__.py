@@ -45,11 +45,11 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_objectives.chat import encode_chat, encode_chats
     from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+    from hf_objectives.dataset_packing import pack_dataset
     from hf_objectives.diagnostics.plot import plot_training_metrics
     from hf_objectives.encode import encode_row
     from hf_objectives.evaluation import compute_perplexity
     from hf_objectives.isolation import probe_isolation
-    from hf_objectives.dataset_packing import pack_dataset
     from hf_objectives.packing import pack_lengths
     from hf_objectives.prepare import prepare_dataset
     from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments

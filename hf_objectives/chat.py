@@ -29,7 +29,8 @@ from hf_objectives.formats import drop_nulls
 from hf_objectives.messages import CLOSE, OPEN, RESERVED, ControlTokens, defuse, read_messages
 from hf_objectives.spans import Rendered, SpanFinder
 from hf_objectives.styles import STYLES
-from hf_objectives.templates import Renderer, control_tokens as control_tokens_of, marker_pattern, template_of
+from hf_objectives.templates import Renderer, marker_pattern, template_of
+from hf_objectives.templates import control_tokens as control_tokens_of
 from hf_objectives.tokenization import Encoded, text_encoder
 
 TrainOn = Literal["assistant", "last_assistant", "all"]

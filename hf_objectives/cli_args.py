@@ -33,7 +33,7 @@ def parse_config(classes: Sequence[type], argv: Sequence[str] | None = None) -> 
     """
     given = list(sys.argv[1:] if argv is None else argv)
     config, given = _take_config(given)
-    parser = HfArgumentParser(list(classes))
+    parser = HfArgumentParser(list(classes))  # type: ignore[arg-type]
     known = {action.dest for action in parser._actions} - {"help"}
     values = _read_yaml(config) if config else {}
     for key in values:

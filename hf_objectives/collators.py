@@ -28,9 +28,9 @@ Batch = dict[str, Any]
 class _Encoded:
     """One row: ids, labels, optional weights of its labels, and length, source and row number of its documents."""
 
-    ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    weights: NDArray[np.float32] | None
+    ids: NDArray
+    labels: NDArray
+    weights: NDArray | None
     lengths: list[int]
     sources: list[str] | None
     numbers: list[int] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -321,7 +322,7 @@ def _fitting(messages: Sequence[Mapping[str, Any]], size: Any, limit: int) -> li
     body = messages[len(head) :]
     starts = [i for i, message in enumerate(body) if message.get("role") == "user"]
     bounds = [0, *starts[1:], len(body)] if starts else [0, len(body)]
-    turns = [list(body[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    turns = [list(body[a:b]) for a, b in itertools.pairwise(bounds)]
     runs: list[list[Mapping[str, Any]]] = []
     current: list[Mapping[str, Any]] = []
     for turn in turns:

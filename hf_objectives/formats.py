@@ -144,30 +144,30 @@ def _prompt_completion(row: Row) -> Example:
 
 
 def _preference(row: Row) -> Example:
+    """Both sides as whole conversations; a prompt of its own comes before each."""
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("conversations") is not None:
-        prompt = _system(row) + _sharegpt_messages(row["conversations"])
-        sides = [
-            prompt + _sharegpt_messages([side] if isinstance(side, Mapping) else side) for side in (chosen, rejected)
-        ]
-    elif isinstance(chosen, str) and isinstance(rejected, str):
+        given = _system(row) + _sharegpt_messages(row["conversations"])
+        sides = [given + _sharegpt_messages([side] if isinstance(side, Mapping) else side) for side in (chosen, rejected)]
+    else:
         prompt = row.get("prompt")
-        if prompt is None:
+        if prompt is None and isinstance(chosen, str):
             raise FormatError(
                 "chosen and rejected are plain text without a prompt; expected a prompt column or messages"
             )
-        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(prompt, "prompt")
-        sides = [[*given, {"role": "assistant", "content": side}] for side in (chosen, rejected)]
-    else:
-        prompt = row.get("prompt")
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(prompt or [], "prompt")
-        sides = [
-            [_arrow_clean(message) for message in [*given, *_list(side, name)]]
-            for name, side in (("chosen", chosen), ("rejected", rejected))
-        ]
+        sides = [given + _side(side, name) for name, side in (("chosen", chosen), ("rejected", rejected))]
     return Example(
-        "preference", messages=sides[0], rejected=sides[1], tools=row.get("tools"), template_kwargs=_kwargs(row)
+        "preference",
+        messages=[_arrow_clean(message) for message in sides[0]],
+        rejected=[_arrow_clean(message) for message in sides[1]],
+        tools=row.get("tools"),
+        template_kwargs=_kwargs(row),
     )
+
+
+def _side(side: Any, name: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": side}] if isinstance(side, str) else _list(side, name)
 
 
 #: The formats, by name.

@@ -30,7 +30,12 @@ def write_card(folder: Path, *, results: Mapping[str, Any], base_model: str, dat
         tags=["hf-objectives", "sft"],
         license=_licence(local),
     )
-    lines = [f"# {folder.name}", "", f"Fine-tuned from `{local.name if local.exists() else base_model}` with hf_objectives {__version__}.", ""]
+    lines = [
+        f"# {folder.name}",
+        "",
+        f"Fine-tuned from `{local.name if local.exists() else base_model}` with hf_objectives {__version__}.",
+        "",
+    ]
     lines += ["| held out | tokens | before | after |", "|---|---|---|---|"]
     for key, after in results["after"].items():
         if key.endswith("_perplexity"):
@@ -51,7 +56,17 @@ def write_card(folder: Path, *, results: Mapping[str, Any], base_model: str, dat
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "seed": args.seed,
     }
-    lines += ["", "Settings:", "", "```json", json.dumps(settings, indent=1), "```", "", "![curves](training_curves.png)", ""]
+    lines += [
+        "",
+        "Settings:",
+        "",
+        "```json",
+        json.dumps(settings, indent=1),
+        "```",
+        "",
+        "![curves](training_curves.png)",
+        "",
+    ]
     path = folder / "README.md"
     path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines))
     return path
@@ -70,7 +85,9 @@ def push(folder: Path, repo_id: str | None, *, private: bool, console: Console) 
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=["checkpoint-*"])
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        console.print(f"The push failed ({error}). The run is whole in {folder}; try again with\n  {retry}", highlight=False)
+        console.print(
+            f"The push failed ({error}). The run is whole in {folder}; try again with\n  {retry}", highlight=False
+        )
         return False
     console.print(f"Pushed to {url}", highlight=False)
     return True

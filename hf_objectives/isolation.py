@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,8 @@ def _second_document(model: nn.Module, ids: Tensor, length: int) -> Tensor:
     return logits[0, length:].float()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+def _unwrapped(model: Any) -> Any:
+    while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model
 

@@ -16,12 +16,12 @@ class LossSum(NamedTuple):
     Attributes:
         loss: float32 scalar, the sum over targets of what is minimised, differentiable.
         nll: float32 scalar, the sum of plain negative log-likelihoods in nats, detached.
-        count: float32 scalar, the sum of the targets' weights (their number, without weights).
+        weight: float32 scalar, the sum of the targets' weights (their number, without weights).
     """
 
     loss: Tensor
     nll: Tensor
-    count: Tensor
+    weight: Tensor
 
 
 def next_token_targets(labels: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mappin
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     per_epoch = max(1, -(-num_rows // rows))
     steps = args.max_steps if args.max_steps > 0 else int(per_epoch * args.num_train_epochs)
-    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(model.dtype).removeprefix("torch.")
+    precision = (
+        "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(model.dtype).removeprefix("torch.")
+    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
 
@@ -63,7 +65,8 @@ def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mappin
              f"{args.gradient_accumulation_steps} accumulated x {processes}", batch),
         Line("global batch", f"up to {rows * data.max_length:,} tokens", of("max_length")),
         Line("steps", f"{steps} ({num_rows} rows, {per_epoch} steps an epoch)", of("max_steps", "num_train_epochs")),
-        Line("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type.value}", of("learning_rate", "lr_scheduler_type")),
+        Line("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
+             of("learning_rate", "lr_scheduler_type")),
         Line("seed", str(args.seed), of("seed")),
         Line("output", str(args.output_dir), of("output_dir")),
     ]  # fmt: skip

@@ -13,11 +13,11 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from hf_objectives.chat import Labelled
+from hf_objectives.dataset_packing import pack_dataset
 from hf_objectives.encode import Overlength, RowEncoder, RowSettings
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.formats import Row
 from hf_objectives.ledger import Ledger
-from hf_objectives.dataset_packing import pack_dataset
 from hf_objectives.tokenization import text_encoder
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,18 @@ from hf_objectives.ledger import Ledger
 _CHARACTERS = 700
 
 
-def highlight(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> Text:
-    """The text of a row with its trained tokens in green on a dark ground, the context dim; runs are decoded whole."""
+def highlight(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], *, brackets: bool = False) -> Text:
+    """The text of a row with its trained tokens on green and the context dim; runs are decoded whole.
+
+    `brackets` puts trained runs between ⟦ and ⟧ as well, for logs without colour.
+    """
     text = Text()
     start = 0
     for i in range(1, len(input_ids) + 1):
         if i == len(input_ids) or (labels[i] == -100) != (labels[start] == -100):
             piece = tokenizer.decode(list(input_ids[start:i]))
+            if brackets and labels[start] != -100:
+                piece = f"⟦{piece}⟧"
             text.append(piece, style="dim" if labels[start] == -100 else "bold black on green")
             start = i
     return text
@@ -42,7 +47,7 @@ def print_preview(
     shown += [row for row in list(rows[:examples]) if row not in shown][: examples - len(shown)]
     console.rule("What is trained (marked)", align="left")
     for row in shown:
-        text = highlight(tokenizer, row["input_ids"], row["labels"])
+        text = highlight(tokenizer, row["input_ids"], row["labels"], brackets=not console.is_terminal)
         if len(text) > _CHARACTERS:
             text = Text.assemble(text[:_CHARACTERS], (f" ... {len(text) - _CHARACTERS} characters more", "italic"))
         console.print(Text(f"[{row.get('source', 'data')}] ", style="bold"), text, sep="")

@@ -135,7 +135,7 @@ class SpanFinder:
         on roles alone: it is learnt once, and filled with this conversation's contents.
         """
         if self._blind and k and not self.render.tools:
-            contents = [message["content"] for message in messages[:k] if len(message) == 2]
+            contents = [m["content"] for m in messages[:k] if len(m) == 2 and isinstance(m["content"], str)]
             key = tuple(message["role"] for message in messages[:k])
             if len(contents) == k and not any(c[:1].isspace() or c[-1:].isspace() for c in contents):
                 if key not in self._prompts:

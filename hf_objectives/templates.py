@@ -6,8 +6,8 @@ This is the only file that touches the private parts of transformers' template c
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -60,14 +60,14 @@ def text_steers(template: str) -> bool:
             name
             for node in tree.find_all((nodes.Assign, nodes.AssignBlock))
             if _speaks(node.node if isinstance(node, nodes.Assign) else node, made)
-            for name in _targets(node.target)
+            for name in _targets(node.target)  # type: ignore[attr-defined]
         }
         if grown == made:
             break
         made = grown
     if any(_speaks(node, made) for node in tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock))):
         return True
-    conditions = [node.test for node in tree.find_all((nodes.If, nodes.CondExpr))]
+    conditions: list[nodes.Node] = [node.test for node in tree.find_all((nodes.If, nodes.CondExpr))]  # type: ignore[attr-defined]
     conditions += [node.iter for node in tree.find_all(nodes.For)] + list(
         tree.find_all((nodes.Compare, nodes.And, nodes.Or))
     )

@@ -125,10 +125,10 @@ class TextEncoder:
         ends: list[int] = []
         at = 0
         for piece, plain in _pieces(text):
-            piece_ids, places = self._plain(piece) if plain else self._continued(piece, at > 0)
+            piece_ids, spans = self._plain(piece) if plain else self._continued(piece, at > 0)
             ids += piece_ids
-            starts += [at + start for start, _ in places]
-            ends += [at + end for _, end in places]
+            starts += [at + start for start, _ in spans]
+            ends += [at + end for _, end in spans]
             at += len(piece)
         return np.asarray(ids, np.int32), np.asarray(starts, np.int64), np.asarray(ends, np.int64), False
 

@@ -84,18 +84,15 @@ def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]
     if not config.model_name_or_path:
         raise ConfigError("model_name_or_path is missing; give a Hub id, a folder, or 'builtin'")
     if config.model_name_or_path == BUILT_IN:
-        tokenizer = demo.build_tokenizer()
-        return demo.build_model(tokenizer), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
-    )
+        built = demo.build_tokenizer()
+        return demo.build_model(built), built
+    tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path, revision=config.model_revision)
     quantization = get_quantization_config(config)
-    # transformers loads the dtype of the checkpoint; weights that an optimizer moves want float32 unless asked otherwise.
+    # transformers loads the checkpoint's dtype; weights that an optimizer moves want float32 unless asked otherwise.
     dtype = "float32" if config.dtype in (None, "auto") and not config.use_peft else config.dtype or "auto"
     model = AutoModelForCausalLM.from_pretrained(
         config.model_name_or_path,
         revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         dtype=torch.float32 if use_cpu and config.dtype in (None, "auto") else dtype,
         quantization_config=quantization,
@@ -153,7 +150,7 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
         "expand_turns": data.expand_turns,
     }
     ledger = Ledger()
-    packed = {"packing": data.packing, "strategy": data.strategy, "num_proc": data.num_proc}
+    packed: dict[str, Any] = {"packing": data.packing, "strategy": data.strategy, "num_proc": data.num_proc}
     trained_rows = prepare_dataset(train, tokenizer, **settings, **packed, ledger=ledger)
     few = prepare_dataset(train[:64] + train[-64:], tokenizer, **settings, packing=False)
     evaluation = prepare_dataset(held_out, tokenizer, **settings, **packed) if held_out else None

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import BUILT_IN, DataArguments, RecipeModel, load_model, on_main, prepare, print_summary, resume_point, with_lora
+from _common import (
+    BUILT_IN,
+    DataArguments,
+    RecipeModel,
+    load_model,
+    on_main,
+    prepare,
+    print_summary,
+    resume_point,
+    with_lora,
+)
 from rich.console import Console
 from transformers import set_seed
 
@@ -85,10 +95,10 @@ def _finish(
     wants_push: bool,
 ) -> None:
     """Everything on disk, then the table, then the network."""
-    folder = Path(trainer.args.output_dir)
+    folder = Path(trainer.args.output_dir or ".")
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     curve = plot_training_metrics(trainer.state.log_history, folder / "training_curves.png")
-    write_card(folder, results=results, base_model=model_config.model_name_or_path, data=data, args=trainer.args)
+    write_card(folder, results=results, base_model=str(model_config.model_name_or_path), data=data, args=trainer.args)
     if results["after"]:
         print_summary(results["before"], results["after"], console)
     for question, said in answers[:6]:

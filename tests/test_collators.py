@@ -148,7 +148,7 @@ def test_packed_losses_are_those_of_each_document_alone(attention, rows_per_batc
     documents = [generator.integers(0, 256, n).tolist() for n in (9, 14, 3, 20, 1, 7, 11)]
     alone = torch.cat(
         [
-            token_losses(model(torch.tensor([d + [EOS]]), use_cache=False).logits, torch.tensor([d + [EOS]]))[0]
+            token_losses(model(torch.tensor([[*d, EOS]]), use_cache=False).logits, torch.tensor([[*d, EOS]]))[0]
             for d in documents
         ]
     )

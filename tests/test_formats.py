@@ -89,7 +89,7 @@ def test_sharegpt_tools():
     )
     # A template without tool calls: the author's own text.
     chatml = byte_tokenizer()
-    assert '{"name": "f", "arguments": {"x": 1}}<|im_end|>a<|im_end|>' == trained_text(chatml, encode_row(chatml, row))
+    assert trained_text(chatml, encode_row(chatml, row)) == '{"name": "f", "arguments": {"x": 1}}<|im_end|>a<|im_end|>'
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_loss_and_gradient_are_cross_entropys(smoothing):
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
     plain = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-    assert result.nll.item() == pytest.approx(plain, rel=1e-6) and result.count.item() == 50
+    assert result.nll.item() == pytest.approx(plain, rel=1e-6) and result.weight.item() == 50
     assert not result.nll.requires_grad
 
 
@@ -57,7 +57,7 @@ def test_z_loss_by_hand():
 def test_weights_by_hand():
     logits, targets = torch.zeros(3, 4), torch.tensor([0, 1, 2])
     result = next_token_loss(logits, targets, weights=torch.tensor([1.0, 0.5, 0.0]))
-    assert result.loss.item() == pytest.approx(1.5 * math.log(4)) and result.count.item() == 1.5
+    assert result.loss.item() == pytest.approx(1.5 * math.log(4)) and result.weight.item() == 1.5
     assert result.nll.item() == pytest.approx(3 * math.log(4))
 
 
@@ -70,4 +70,4 @@ def test_half_precision_is_computed_in_float32():
 def test_no_targets():
     result = next_token_loss(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long))
     result.loss.backward()
-    assert result.loss.item() == 0 and result.count.item() == 0
+    assert result.loss.item() == 0 and result.weight.item() == 0

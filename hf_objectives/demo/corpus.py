@@ -80,7 +80,9 @@ def chats(n: int, *, seed: int = 0, split: Split = "train") -> list[dict[str, An
         for question in asked:
             messages += _exchange(question)
         calls = any(question.expression for question in asked)
-        rows.append({"messages": messages, "source": "tool" if calls else "chat", **({"tools": TOOLS} if calls else {})})
+        rows.append(
+            {"messages": messages, "source": "tool" if calls else "chat", **({"tools": TOOLS} if calls else {})}
+        )
     return rows
 
 
@@ -128,9 +130,10 @@ def write(folder: str | Path, *, n: int = 8000, n_test: int = 400, seed: int = 0
     """Write the corpus as JSON lines, `chats`, `texts` and `preferences` of both splits, as a user's own files would be."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, size in (("train", n), ("test", n_test)):
+    sizes: dict[Split, int] = {"train": n, "test": n_test}
+    for split, size in sizes.items():
         for name, build in (("chats", chats), ("texts", texts), ("preferences", preferences)):
-            rows = build(size, seed=seed, split=split)  # type: ignore[operator]
+            rows = build(size, seed=seed, split=split)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{name}_{split}.jsonl").write_text(lines)
     return folder

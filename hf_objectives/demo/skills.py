@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 WORDS = (
-    "apple bread chair dream eagle flame grape house juice knife lemon mango night ocean piano queen river stone table "
-    "water"
+    "apple bread chair dream eagle flame grape house juice knife lemon mango night ocean piano queen river stone table water"
 ).split()
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
@@ -66,7 +65,9 @@ def conversion(rng: random.Random) -> Question:
     """Units of time, length and weight."""
     small, large, factor = rng.choice(UNITS)
     n = rng.randint(1, 10)
-    asked = rng.choice((f"How many {small} are {n} {large}?", f"{n} {large} in {small}?", f"Turn {n} {large} into {small}."))
+    asked = rng.choice(
+        (f"How many {small} are {n} {large}?", f"{n} {large} in {small}?", f"Turn {n} {large} into {small}.")
+    )
     return Question("conversion", asked, str(n * factor), _near(rng, n * factor))
 
 
@@ -78,7 +79,11 @@ def dates(rng: random.Random) -> Question:
     word = "after" if sign > 0 else "before"
     right, wrong = names[(i + sign * n) % len(names)], names[(i + sign * (n + 1)) % len(names)]
     asked = rng.choice(
-        (f"Which {unit} is {n} {word} {names[i]}?", f"{n} {unit}s {word} {names[i]}?", f"Name the {unit} {n} {word} {names[i]}.")
+        (
+            f"Which {unit} is {n} {word} {names[i]}?",
+            f"{n} {unit}s {word} {names[i]}?",
+            f"Name the {unit} {n} {word} {names[i]}.",
+        )
     )
     return Question("dates", asked, right, wrong)
 

@@ -87,10 +87,22 @@ def _series(history: Log, key: str) -> list[tuple[float, float]]:
 def _sources(history: Log) -> list[str]:
     keys = {key for entry in history for key in entry}
     ending = "_perplexity"
-    return sorted(key[len("eval_") : -len(ending)] for key in keys if key.startswith("eval_") and key.endswith(ending) and key != "eval_perplexity")
+    return sorted(
+        key[len("eval_") : -len(ending)]
+        for key in keys
+        if key.startswith("eval_") and key.endswith(ending) and key != "eval_perplexity"
+    )
 
 
-def _draw(axes: Any, points: list[tuple[float, float]], label: str, *, smooth: bool = False, marker: str = "", style: str = "-") -> None:
+def _draw(
+    axes: Any,
+    points: list[tuple[float, float]],
+    label: str,
+    *,
+    smooth: bool = False,
+    marker: str = "",
+    style: str = "-",
+) -> None:
     if not points:
         return
     steps, values = zip(*points, strict=True)

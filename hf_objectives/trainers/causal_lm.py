@@ -46,6 +46,9 @@ class PerplexityTrainer(Trainer):
         ConfigError: `compute_metrics`, which would need all logits, or arguments of another class.
     """
 
+    args: PerplexityTrainingArguments
+    model: Any
+
     def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, **kwargs: Any) -> None:
         if kwargs.get("compute_metrics") is not None:
             raise ConfigError(
@@ -106,7 +109,7 @@ class PerplexityTrainer(Trainer):
         self._tally.add(result.nll, positions, forward)
         self._remember_stops(riders["labels"])
         if num_items_in_batch is None:
-            return result.loss / result.count.clamp(min=1)
+            return result.loss / result.weight.clamp(min=1)
         # Gradients are averaged over ranks; the count is of all ranks, so the average is undone here.
         loss = result.loss / torch.as_tensor(num_items_in_batch, device=result.loss.device).clamp(min=1)
         return loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -141,7 +144,7 @@ class PerplexityTrainer(Trainer):
                 model=self.model,
                 tokenizer=self.tokenizer,
                 step=self.state.global_step + 1,
-                folder=Path(self.args.output_dir),
+                folder=Path(self.args.output_dir or "."),
             )
         return norm
 
@@ -192,9 +195,9 @@ class PerplexityTrainer(Trainer):
         """Every rank's own share of the rows, no row twice; see the parent."""
         if eval_dataset is None and self.eval_dataset is None:
             raise ConfigError("evaluation needs an eval_dataset")
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]
         collate: Any = self.data_collator
         if isinstance(collate, (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking)):
             collate = dataclasses.replace(collate, allow_empty=True)
@@ -250,7 +253,8 @@ class PerplexityTrainer(Trainer):
         if not counts.total.num_tokens:
             raise NothingSupervisedError("no row of the evaluation data has a supervised token")
         total_rows = int(sum_over_ranks([rows])[0])
-        return EvalLoopOutput(None, None, counts.metrics(metric_key_prefix), total_rows)
+        # No predictions are kept; the parent's evaluate reads metrics and the number of rows alone.
+        return EvalLoopOutput(None, None, counts.metrics(metric_key_prefix), total_rows)  # type: ignore[arg-type]
 
     def _in_step(self, dataloader: DataLoader) -> Iterator[Any]:
         """Batches of this rank; under a sharded model, as many forwards on every rank."""

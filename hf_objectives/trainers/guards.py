@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -88,7 +89,7 @@ def _rows(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[di
     described = []
     for i in range(ids.shape[0]):
         bounds = [*starts[i].nonzero().flatten().tolist(), ids.shape[1]]
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in itertools.pairwise(bounds):
             if not bool(positions[i, begin:end].any()):
                 continue
             kept = ids[i, begin:end]

@@ -1,0 +1,130 @@
+"""The fine-tuning recipe, from a user's own files to a saved model, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sft import main
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_objectives import compute_perplexity, demo
+from hf_objectives.errors import ConfigError, FileFormatError, NothingSupervisedError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A user's folder: a small model, conversations of two sources."""
+    folder = tmp_path_factory.mktemp("user")
+    tokenizer = demo.build_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    demo.build_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.chats(80)))
+    alpaca = [{"instruction": q.question, "input": "", "output": q.answer} for q in demo.questions(60)]
+    (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    return folder
+
+
+def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
+    sources = {"chats": str(corpus / "chats.jsonl"), "alpaca": str(corpus / "alpaca.json")}
+    given = {
+        "model_name_or_path": corpus / "model",
+        "sources": json.dumps(sources),
+        "output_dir": out,
+        "max_length": 256,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "use_cpu": "true",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "learning_rate": "1e-2",
+    }
+    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
+
+
+def test_from_files_to_a_model(corpus, tmp_path, capsys):
+    results = main(arguments(corpus, tmp_path / "run"))
+    assert results["after"]["eval_perplexity"] < results["before"]["eval_perplexity"]
+    for source in ("chats", "alpaca"):
+        assert results["after"][f"eval_{source}_num_tokens"] > 0
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "training_curves.png", "results.json", "README.md"} <= written
+    printed = capsys.readouterr().out
+    for words in ("The plan", "global batch", "What is trained", "of the tokens are trained", "Held out", "command line"):
+        assert words in printed
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert compute_perplexity(reloaded, tokenizer, ["What is 2 plus 2? 4"]).num_tokens > 0
+
+
+def test_resume_is_the_uninterrupted_run(corpus, tmp_path):
+    saving = ("--save_strategy", "steps", "--save_steps", "2")
+    main(arguments(corpus, tmp_path / "run", *saving))
+    whole = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoint-4").iterdir():
+        path.unlink()
+    (tmp_path / "run" / "checkpoint-4").rmdir()
+    main(arguments(corpus, tmp_path / "run", *saving, "--resume_from_checkpoint", "true"))
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    assert whole is not None
+
+
+def test_lora(corpus, tmp_path):
+    more = ("--use_peft", "true", "--lora_target_modules", "all-linear", "--packing", "false")
+    main(arguments(corpus, tmp_path / "run", *more))
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "words"),
+    [
+        (("--max_lenght", "8"), ConfigError, "unknown option --max_lenght; did you mean '--max_length'"),
+        (("--max_length", "20"), NothingSupervisedError, "longer than max_length"),
+        (("--resume_from_checkpoint", "true"), ConfigError, "no checkpoint to resume from"),
+        (("--sources", '{"a": "nowhere.json"}'), FileFormatError, "no such file: nowhere.json"),
+        (("--sources", "{"), ConfigError, "sources is not a mapping"),
+        (("--dataset_name", "x.json"), ConfigError, "dataset_name or sources, one of the two"),
+        (("--strategy", "bfd"), ConfigError, "expected one of best_fit, concat"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, words):
+    with pytest.raises(error, match=words):
+        main(arguments(corpus, tmp_path / "run", *more))
+
+
+def test_a_failing_push_costs_nothing(corpus, tmp_path, capsys):
+    main(arguments(corpus, tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "org/name"))
+    assert "The push failed" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.distributed
+def test_two_processes_report_what_one_reports(corpus, tmp_path):
+    one = main(arguments(corpus, tmp_path / "one", "--learning_rate", "0"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = arguments(corpus, tmp_path / "two", "--learning_rate", "0")
+    done = subprocess.run([*command, "recipes/sft.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[:4000]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["after"]["eval_loss"] == pytest.approx(one["before"]["eval_loss"], rel=1e-6)
+    assert "2 (DDP over gloo)" in done.stdout
+
+
+@pytest.mark.real_model
+def test_a_real_model_learns(real_model_path, corpus, tmp_path):
+    """SmolLM2 with LoRA on a few rows of the corpus."""
+    more = ("--model_name_or_path", real_model_path, "--use_peft", "true", "--lora_target_modules", "all-linear")
+    sizes = ("--max_steps", "3", "--max_length", "128", "--per_device_train_batch_size", "1", "--learning_rate", "2e-3")
+    few = json.dumps({"alpaca": str(corpus / "alpaca.json")})
+    results = main(arguments(corpus, tmp_path / "run", *more, *sizes, "--sources", few, "--dtype", "float32"))
+    assert results["after"]["eval_perplexity"] < results["before"]["eval_perplexity"]

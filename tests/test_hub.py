@@ -1,0 +1,44 @@
+"""A card that passes the Hub's own reader, and a push that fails without harm."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from huggingface_hub import ModelCard
+from rich.console import Console
+
+from hf_objectives.hub import push, write_card
+
+RESULTS = {
+    "before": {"eval_perplexity": 10.0, "eval_num_tokens": 7},
+    "after": {"eval_perplexity": 5.0, "eval_num_tokens": 7},
+    "ledger": {"chats": {"rows_in": 3, "tokens_in": 30, "trained": 9, "dropped_tokens": {"too long": 4}}},
+}
+DATA = SimpleNamespace(max_length=128, packing=True, overlength="drop", train_on="assistant")
+ARGS = SimpleNamespace(learning_rate=1e-4, per_device_train_batch_size=2, gradient_accumulation_steps=1, seed=42)
+
+
+def card(folder, base_model):
+    return ModelCard.load(write_card(folder, results=RESULTS, base_model=base_model, data=DATA, args=ARGS))
+
+
+def test_card_holds_measured_facts_only(tmp_path):
+    read = card(tmp_path, "org/base")
+    assert read.data.base_model == "org/base" and read.data.license is None
+    assert "| perplexity | 7 | 10 | 5 |" in read.text and "| chats | 3 | 30 | 9 | 4 |" in read.text
+
+
+def test_licence_is_read_from_the_base_and_a_local_base_is_not_called_a_hub_id(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
+    read = card(tmp_path, str(base))
+    assert read.data.license == "mit" and read.data.base_model is None
+    assert str(tmp_path) not in read.text
+
+
+def test_a_failing_push_leaves_the_run_and_says_how_to_try_again(tmp_path):
+    console = Console(record=True, width=300)
+    assert push(tmp_path, "org/model", private=False, console=console) is False  # tests are offline
+    printed = console.export_text()
+    assert "The push failed" in printed and f"hf upload org/model {tmp_path}" in printed

@@ -1,0 +1,37 @@
+"""The first look marks what is trained."""
+
+from __future__ import annotations
+
+from chat_corpus import PLAIN, byte_tokenizer
+from rich.console import Console
+
+from hf_objectives.encode import RowEncoder, RowSettings
+from hf_objectives.ledger import Ledger
+from hf_objectives.preview import highlight, print_preview
+
+TOKENIZER = byte_tokenizer()
+
+
+def rows():
+    ledger = Ledger()
+    labelled, *_ = RowEncoder(TOKENIZER, RowSettings()).encode([{"messages": PLAIN}], source="chats", ledger=ledger)
+    return [{**labelled.row(0), "source": "chats"}], ledger
+
+
+def test_trained_runs_are_styled_and_bracketed():
+    (row,), _ = rows()
+    text = highlight(TOKENIZER, row["input_ids"], row["labels"])
+    green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
+    assert green == ["It is four.<|im_end|>", "That makes six.<|im_end|>"]
+    assert text.plain == TOKENIZER.decode(row["input_ids"])
+    assert "⟦It is four.<|im_end|>⟧\n" in highlight(TOKENIZER, row["input_ids"], row["labels"], brackets=True).plain
+
+
+def test_preview_prints_rows_share_and_ledger():
+    encoded, ledger = rows()
+    console = Console(record=True, width=200, force_terminal=False)
+    print_preview(TOKENIZER, encoded, ledger, console)
+    printed = console.export_text()
+    trained = sum(label != -100 for label in encoded[0]["labels"])
+    assert f"({trained} of {len(encoded[0]['labels'])})" in printed
+    assert "[chats]" in printed and "⟦That makes six.<|im_end|>⟧" in printed and "chats: 1 rows" in printed

@@ -1,0 +1,48 @@
+"""The public names are a contract: they import from the top, with these arguments."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import hf_objectives
+
+SIGNATURES = {
+    "encode_chat": "tokenizer messages tools chat_template train_on max_length control_tokens template_kwargs",
+    "encode_chats": "tokenizer conversations tools chat_template train_on max_length control_tokens source template_kwargs",
+    "pack_lengths": "lengths capacity strategy",
+    "pack_dataset": "dataset max_length strategy overflow",
+    "compute_perplexity": "model tokenizer texts_or_dataset max_length stride batch_tokens group_by",
+    "plot_training_metrics": "log output",
+}
+CONTAINED = {
+    "DataCollatorForAssistantOnlyLM": "tokenizer max_length train_on pad_to_multiple_of",
+    "DataCollatorWithEosPacking": "tokenizer max_length strategy isolate_documents",
+    "prepare_dataset": "dataset tokenizer max_length packing num_proc engine",
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), SIGNATURES.items())
+def test_signatures(name, arguments):
+    assert list(inspect.signature(getattr(hf_objectives, name)).parameters) == arguments.split()
+
+
+@pytest.mark.parametrize(("name", "arguments"), CONTAINED.items())
+def test_arguments(name, arguments):
+    assert set(arguments.split()) <= set(inspect.signature(getattr(hf_objectives, name)).parameters)
+
+
+def test_every_public_name_imports():
+    for name in hf_objectives.__all__:
+        assert callable(getattr(hf_objectives, name)), name
+    assert set(hf_objectives.__all__) == set(hf_objectives._HOMES) <= set(dir(hf_objectives))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hf_objectives.nothing
+
+
+def test_trainer_is_a_trainer():
+    from transformers import Trainer, TrainingArguments
+
+    assert issubclass(hf_objectives.PerplexityTrainer, Trainer)
+    assert issubclass(hf_objectives.PerplexityTrainingArguments, TrainingArguments)
