@@ -148,7 +148,9 @@ def _preference(row: Row) -> Example:
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("conversations") is not None:
         given = _system(row) + _sharegpt_messages(row["conversations"])
-        sides = [given + _sharegpt_messages([side] if isinstance(side, Mapping) else side) for side in (chosen, rejected)]
+        sides = [
+            given + _sharegpt_messages([side] if isinstance(side, Mapping) else side) for side in (chosen, rejected)
+        ]
     else:
         prompt = row.get("prompt")
         if prompt is None and isinstance(chosen, str):

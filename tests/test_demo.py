@@ -100,7 +100,9 @@ def test_tokenizer_and_model():
         encoded = encode_row(tokenizer, row)
         trained = tokenizer.decode([label for label in encoded["labels"] if label != -100])
         expected = "".join(
-            "<tool_call>calculator " + json.dumps(m["tool_calls"][0]["function"]["arguments"]) + "</tool_call><|im_end|>"
+            "<tool_call>calculator "
+            + json.dumps(m["tool_calls"][0]["function"]["arguments"])
+            + "</tool_call><|im_end|>"
             if m.get("tool_calls")
             else m["content"] + "<|im_end|>"
             for m in row["messages"]

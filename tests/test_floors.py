@@ -100,6 +100,11 @@ def test_paths_in_documents_exist():
 
 
 def test_no_machine_path_in_the_tree():
-    for path in [*FILES, *(ROOT / "recipes").rglob("*"), *(ROOT / "benchmarks").rglob("*"), *(ROOT / "docs").rglob("*")]:
+    for path in [
+        *FILES,
+        *(ROOT / "recipes").rglob("*"),
+        *(ROOT / "benchmarks").rglob("*"),
+        *(ROOT / "docs").rglob("*"),
+    ]:
         if path.is_file() and path.suffix in (".py", ".md", ".yaml"):
             assert not re.search(r"/(?:home|root|work|Users)/", path.read_text()), path

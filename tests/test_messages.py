@@ -61,7 +61,9 @@ def test_wrapping_by_hand():
     assert not TOKENS.touches("a < b") and TOKENS.touches("a <|") and TOKENS.touches("<s>")
 
 
-@given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<s>", "<", "|>", "<|im_", "s>", "a", " "]), max_size=12))
+@given(
+    st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<s>", "<", "|>", "<|im_", "s>", "a", " "]), max_size=12)
+)
 def test_no_text_keeps_a_control_token(pieces):
     text = "".join(pieces)
     wrapped = TOKENS.wrap_all(text)

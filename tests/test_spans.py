@@ -37,7 +37,10 @@ def test_text_after_the_last_turn_only():
 
 def test_no_generation_prompt_and_no_stop_marker():
     template = FOR + "{{ 'User' if m.role == 'user' else 'Bot' }}: {{ m.content }}\n" + ENDFOR
-    assert runs(template) == ["Bot: It is four.", "Bot: That makes six."]  # nothing supplies the header: it is generated
+    assert runs(template) == [
+        "Bot: It is four.",
+        "Bot: That makes six.",
+    ]  # nothing supplies the header: it is generated
 
 
 def test_plain_words_as_headers():
@@ -47,13 +50,17 @@ def test_plain_words_as_headers():
 
 
 def test_bos_between_turns_is_not_the_stop():
-    template = FOR + "{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a>{{ m.content }}</s><s>{% endif %}" + ENDFOR
+    template = (
+        FOR + "{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a>{{ m.content }}</s><s>{% endif %}" + ENDFOR
+    )
     template += "{% if add_generation_prompt %}<a>{% endif %}"
     assert runs(template) == ["It is four.</s>", "That makes six.</s>"]
 
 
 def test_a_turn_that_is_printed_around_another_is_an_error():
-    template = FOR + "{% if loop.last %}<a>{{ m.content }}<u>{{ messages[0].content }}{{ m.content }}</s>{% endif %}" + ENDFOR
+    template = (
+        FOR + "{% if loop.last %}<a>{{ m.content }}<u>{{ messages[0].content }}{{ m.content }}</s>{% endif %}" + ENDFOR
+    )
     with pytest.raises(TemplateError, match="prints message 0 inside this turn"):
         runs(template, PLAIN[:2])
 
@@ -79,14 +86,18 @@ def test_common_prefix(a, b):
 
 
 TOKENIZER = byte_tokenizer()
-said = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cn"]), min_size=1, max_size=20).filter(str.strip)
+said = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cn"]), min_size=1, max_size=20).filter(
+    str.strip
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(said, min_size=2, max_size=6), said)
 def test_whatever_is_said_chatml_trains_the_answers(texts, system):
     messages = [{"role": "system", "content": system}]
-    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts[: len(texts) // 2 * 2])]
+    messages += [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts[: len(texts) // 2 * 2])
+    ]
     row = encode_chat(TOKENIZER, messages)
     expected = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
     assert trained_runs(TOKENIZER, row) == expected

@@ -9,8 +9,13 @@ import pytest
 from hf_objectives.diagnostics.plot import plot_training_metrics, read_log
 from hf_objectives.errors import FileFormatError
 
-LOG = [{"step": i, "loss": 3 - i / 30, "perplexity": 9.0, "learning_rate": 1e-3, "grad_norm": 1.0} for i in range(1, 41)]
-EVALUATED = [*LOG, {"step": 40, "eval_loss": 2.0, "eval_perplexity": 7.4, "eval_a_perplexity": 8.0, "eval_b_perplexity": 7.0}]
+LOG = [
+    {"step": i, "loss": 3 - i / 30, "perplexity": 9.0, "learning_rate": 1e-3, "grad_norm": 1.0} for i in range(1, 41)
+]
+EVALUATED = [
+    *LOG,
+    {"step": 40, "eval_loss": 2.0, "eval_perplexity": 7.4, "eval_a_perplexity": 8.0, "eval_b_perplexity": 7.0},
+]
 
 
 @pytest.mark.parametrize("log", [LOG, EVALUATED, LOG[:1], [{"step": 1, "eval_loss": 2.0}]])

@@ -57,7 +57,14 @@ def test_from_files_to_a_model(corpus, tmp_path, capsys):
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "training_curves.png", "results.json", "README.md"} <= written
     printed = capsys.readouterr().out
-    for words in ("The plan", "global batch", "What is trained", "of the tokens are trained", "Held out", "command line"):
+    for words in (
+        "The plan",
+        "global batch",
+        "What is trained",
+        "of the tokens are trained",
+        "Held out",
+        "command line",
+    ):
         assert words in printed
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")

@@ -1,0 +1,99 @@
+"""Perplexity of the same texts: compute_perplexity against evaluate's metric, interleaved.
+
+    python benchmarks/evaluation.py --model FOLDER_OR_ID [--rows alpaca.json] [--texts 24] [--rounds 5]
+        [--metric perplexity.py]
+
+evaluate loads its metric from the Hub. `--metric` names a copy of it (metrics/perplexity/perplexity.py of
+huggingface/evaluate), which is then run as it is; without one the metric is loaded by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import evaluate
+import torch
+from _machine import describe, table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_objectives import compute_perplexity, demo
+
+
+def one_by_one(model, tokenizer, texts: list[str]) -> float:
+    """The definition: each document alone, total nats over total tokens, in float64."""
+    nats = tokens = 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, :-1].double()
+        nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    return nats / tokens
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows")
+    parser.add_argument("--texts", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--metric", default="perplexity")
+    options = parser.parse_args()
+    if options.rows:
+        texts = [row["output"] for row in json.loads(Path(options.rows).read_text())[: options.texts]]
+    else:
+        texts = [row["text"] for row in demo.texts(options.texts)]
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    # The metric loads the checkpoint's own dtype; a float32 copy puts both on the same arithmetic.
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    metric = evaluate.load(options.metric, module_type="metric")
+    tokens = sum(len(ids) - 1 for ids in tokenizer(texts)["input_ids"])
+
+    def theirs() -> float:
+        # The metric loads the model itself; that part is its own, and left out of its time by timing it alone below.
+        return metric.compute(predictions=texts, model_id=folder, add_start_token=False, device="cpu")[
+            "mean_perplexity"
+        ]
+
+    def loading() -> None:
+        AutoModelForCausalLM.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+
+    times: dict[str, list[float]] = {"evaluate": [], "hf_objectives": [], "one document at a time": []}
+    values: dict[str, float] = {}
+    for _ in range(options.rounds):
+        begin = time.perf_counter()
+        loading()
+        load = time.perf_counter() - begin
+        for name, run in (
+            ("evaluate", theirs),
+            ("hf_objectives", lambda: compute_perplexity(model, tokenizer, texts).perplexity),
+            ("one document at a time", lambda: float(torch.tensor(one_by_one(model, tokenizer, texts)).double().exp())),
+        ):
+            begin = time.perf_counter()
+            values[name] = run()
+            times[name].append(time.perf_counter() - begin - (load if name == "evaluate" else 0))
+    rate = {name: [tokens / seconds for seconds in all_times] for name, all_times in times.items()}
+    against = [ours / other for ours, other in zip(rate["hf_objectives"], rate["evaluate"], strict=True)]
+    print(describe(), "\n")
+    print(f"{len(texts)} texts, {tokens:,} predicted tokens, {options.rounds} rounds, medians\n")
+    lines = [
+        [name, f"{statistics.median(r):.0f}", f"{min(r):.0f} to {max(r):.0f}", f"{values[name]:.4f}"]
+        for name, r in rate.items()
+    ]
+    print(table(["", "tokens/s", "range", "perplexity"], lines))
+    print(f"\nhf_objectives / evaluate, round by round: median {statistics.median(against):.2f} "
+          f"({min(against):.2f} to {max(against):.2f})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
