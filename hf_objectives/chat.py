@@ -113,14 +113,16 @@ class ChatEncoder:
         self._style = 0
         template_of(tokenizer, chat_template, None)
 
-    def render(self, messages: Any, tools: Any = None) -> Rendered:
+    def render(self, messages: Any, tools: Any = None, *, require_trained: bool = True) -> Rendered:
         """The text of a conversation and the character spans in it that are trained.
+
+        Without `require_trained`, a conversation in which nothing is trained has no spans and is no error.
 
         Raises:
             ConversationError, VisionContentError, TemplateError: see `encode_chat`.
         """
         turns = read_messages(messages, train_on=self.train_on)
-        if not turns.trained:
+        if not turns.trained and require_trained:
             raise NothingSupervisedError("no assistant message to train; nothing would be supervised")
         tools = read_tools(tools)
         template = template_of(self.tokenizer, self._template, tools)

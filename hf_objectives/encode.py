@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_objectives.chat import IGNORE, ChatEncoder, Labelled, chat_encoder, cut, label_spans
-from hf_objectives.errors import ConfigError, DataError, FormatError, NothingSupervisedError, TokenizerError, nearest
+from hf_objectives.errors import ConfigError, DataError, FormatError, TokenizerError, nearest
 from hf_objectives.formats import Example, Row, detect_format, to_example
 from hf_objectives.ledger import Ledger
 from hf_objectives.messages import ControlTokens
@@ -85,7 +85,9 @@ class RowEncoder:
         """
         units: list[_Unit] = []
         ready: list[_Unit] = []
-        for n, row in enumerate(rows, first_row):
+        for position, row in enumerate(rows, first_row):
+            own = row.get("row") if isinstance(row, Mapping) else None
+            n = own if isinstance(own, int) else position
             name = str(row.get("source") or source) if isinstance(row, Mapping) else source
             ledger[name].rows_in += 1
             try:
@@ -113,11 +115,14 @@ class RowEncoder:
             yield _Unit(n, source, Rendered("", []), example=example)
         elif example.kind in ("text", "prompt_completion"):
             completion = example if example.kind == "prompt_completion" else None
-            yield _Unit(n, source, self._document(example), document=True, example=completion)
+            said = example.text[example.prompt_chars :].strip() != ""
+            rendered = self._document(example) if said else Rendered(example.text, [])
+            yield _Unit(n, source, rendered, document=said, example=completion)
         else:
             chat = self._chat(example)
             for messages in expand(example.messages) if self.settings.expand_turns else (example.messages,):
-                yield _Unit(n, source, chat.render(messages, example.tools), example=example)
+                rendered = chat.render(messages, example.tools, require_trained=False)
+                yield _Unit(n, source, rendered, example=example)
 
     def _chat(self, example: Example) -> ChatEncoder:
         if self._plain_chat is None:
@@ -135,8 +140,6 @@ class RowEncoder:
 
     def _document(self, example: Example) -> Rendered:
         text, at = example.text, example.prompt_chars
-        if not text[at:].strip():
-            raise NothingSupervisedError("an empty document; expected text")
         if self.settings.control_tokens == "plain":
             if self._documents is None:
                 self._documents = ControlTokens(control_tokens(self.tokenizer, ""))
@@ -208,13 +211,14 @@ class RowEncoder:
             for messages in _fitting(
                 unit.example.messages, lambda m, c=chat, u=unit: self._size(c, m, u.example), limit
             ):
-                piece = _Unit(unit.row, unit.source, chat.render(messages, unit.example.tools), example=unit.example)
+                rendered = chat.render(messages, unit.example.tools, require_trained=False)
+                piece = _Unit(unit.row, unit.source, rendered, example=unit.example)
                 kept.append(piece)
                 parts.append(self._label([piece]))
         return kept, _concatenate(parts)
 
     def _size(self, chat: ChatEncoder, messages: list[dict], example: Example) -> int:
-        return int(chat.encode([chat.render(messages, example.tools)]).offsets[-1])
+        return int(chat.encode([chat.render(messages, example.tools, require_trained=False)]).offsets[-1])
 
     def _keep(self, units: list[_Unit], labelled: Labelled, ledger: Ledger) -> tuple[Labelled, list[str], list[int]]:
         """Apply what is left of the policy, book every token and leave out rows that teach nothing."""

@@ -81,7 +81,7 @@ def detect_format(row: Row) -> str:
         if names <= present:
             return name
     raise FormatError(
-        f"unknown row format with columns {', '.join(sorted(present)) or '(none)'}; expected one of "
+        f"unknown row format with columns {', '.join(sorted(present - {'source', 'row'})) or '(none)'}; expected one of "
         + "; ".join(" + ".join(sorted(names)) for names, _ in _KEYS)
     )
 

@@ -128,6 +128,8 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     """Load, split, encode and pack every source."""
     template = data.chat_template
     if template and template.endswith(".jinja"):
+        if not Path(template).exists():
+            raise ConfigError(f"chat_template names a file that does not exist: {template}")
         template = Path(template).read_text(encoding="utf-8")
     if template:
         tokenizer.chat_template = template  # saved with the model, so that inference renders what was trained

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_objectives.encode import CUT, TOO_LONG, UNSUPERVISED, RowEncoder, RowSettings, encode_row, expand
-from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
+from hf_objectives.errors import ConfigError, ConversationError, FormatError
 from hf_objectives.ledger import Ledger
 
 TOKENIZER = byte_tokenizer()
@@ -142,9 +142,26 @@ def test_bad_settings_are_named(options, words):
         RowSettings(**options)
 
 
-def test_empty_documents_are_named():
-    with pytest.raises(NothingSupervisedError, match="source 's', row 0: an empty document"):
-        encode([{"text": "  "}])
+@pytest.mark.parametrize("row", [{"text": "  "}, {"prompt": "q", "completion": ""}])
+def test_empty_documents_are_dropped_and_booked(row):
+    other = {"text": "ab"} if "text" in row else {"prompt": "q", "completion": "a"}
+    kept, _, origins, ledger = encode([row, other])
+    assert len(kept) == 1 and origins == [1]
+    assert ledger["s"].dropped_rows == {UNSUPERVISED: 1} and ledger["s"].balance() == 0
+
+
+def test_conversations_that_train_nothing_are_dropped_and_booked():
+    silent = [PLAIN[0], {**PLAIN[1], "train": False}]
+    kept, _, origins, ledger = encode([{"messages": silent}, {"messages": PLAIN[:1]}, {"messages": PLAIN}])
+    assert len(kept) == 1 and origins == [2]
+    assert ledger["s"].dropped_examples == {UNSUPERVISED: [0, 1]} and ledger["s"].balance() == 0
+
+
+def test_rows_keep_the_number_that_they_carry():
+    rows = [{"messages": PLAIN, "row": 17}, {"messages": [], "row": 40}]
+    with pytest.raises(ConversationError, match="source 's', row 40: no messages"):
+        encode(rows)
+    assert encode(rows[:1])[2] == [17]
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cn"]), min_size=1, max_size=30)
