@@ -331,17 +331,16 @@ def encode_chat(
         >>> len(row["input_ids"]) == len(row["labels"])
         True
     """
-    table = encode_chats(
+    _check_max_length(max_length)
+    encoder = chat_encoder(
         tokenizer,
-        [messages],
-        tools=[tools],
         chat_template=chat_template,
         train_on=train_on,
-        max_length=max_length,
         control_tokens=control_tokens,
-        **template_kwargs,
+        template_kwargs=template_kwargs,
     )
-    (row,) = table.to_pylist()
+    labelled = encoder.encode([encoder.render(messages, tools)])
+    row = (labelled if max_length is None else cut(labelled, max_length)).row(0)
     if all(label == IGNORE for label in row["labels"]):
         raise NothingSupervisedError(
             f"no trained token is left within max_length={max_length}; the turns that the cut goes through are not trained"
@@ -374,8 +373,7 @@ def encode_chats(
     Raises:
         DataError: as `encode_chat`, naming the row too; a row that the cut leaves without trained tokens stays.
     """
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")
+    _check_max_length(max_length)
     encoder = chat_encoder(
         tokenizer,
         chat_template=chat_template,
@@ -388,11 +386,16 @@ def encode_chats(
         try:
             rendered.append(encoder.render(messages, tools[row] if tools is not None else None))
         except DataError as error:
-            raise error.at(source=source, row=row if len(rendered) or source else None) from None
+            raise error.at(source=source, row=row) from None
     labelled = encoder.encode(rendered)
     if max_length is not None:
         labelled = cut(labelled, max_length)
     return labelled.to_table()
+
+
+def _check_max_length(max_length: int | None) -> None:
+    if max_length is not None and max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")
 
 
 def cut(rows: Labelled, max_length: int) -> Labelled:

@@ -355,6 +355,8 @@ def test_template_faults_are_named():
 
 
 def test_row_and_source_are_named_in_a_batch():
+    with pytest.raises(ConversationError, match=r"^row 0: no messages"):
+        encode_chats(byte_tokenizer(), [[], PLAIN])
     with pytest.raises(ConversationError, match="source 'chats', row 1, turn 1: empty content"):
         encode_chats(byte_tokenizer(), [PLAIN, [PLAIN[0], {"role": "assistant", "content": " "}]], source="chats")
 
