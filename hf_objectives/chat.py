@@ -8,7 +8,6 @@ file turns them into labels.
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -269,23 +268,29 @@ def _place(text: str, at: int, in_bytes: bool) -> int:
     return at - head.count(OPEN) - head.count(CLOSE)
 
 
-_encoders: weakref.WeakKeyDictionary[Any, dict[tuple, ChatEncoder]] = weakref.WeakKeyDictionary()
+# The encoders used last, newest at the end. An encoder holds its tokenizer, so that a weak dictionary would never let go.
+_recent: list[tuple[Any, tuple, ChatEncoder]] = []
+_RECENT_KEPT = 8
 
 
 def chat_encoder(tokenizer: Any, **settings: Any) -> ChatEncoder:
-    """The ChatEncoder of a tokenizer and settings, made once; see `ChatEncoder`."""
+    """A ChatEncoder for a tokenizer and settings, with what it has learnt of the template; see `ChatEncoder`."""
     key = (
-        settings.get("chat_template") or getattr(tokenizer, "chat_template", None).__repr__(),
+        settings.get("chat_template") or repr(getattr(tokenizer, "chat_template", None)),
         settings.get("train_on"),
         settings.get("control_tokens"),
         json.dumps(settings.get("template_kwargs") or {}, sort_keys=True, default=repr),
         len(tokenizer),
         tokenizer.eos_token,
     )
-    known = _encoders.setdefault(tokenizer, {})
-    if key not in known:
-        known[key] = ChatEncoder(tokenizer, **settings)
-    return known[key]
+    for i, (owner, known, encoder) in enumerate(_recent):
+        if owner is tokenizer and known == key:
+            _recent.append(_recent.pop(i))
+            return encoder
+    encoder = ChatEncoder(tokenizer, **settings)
+    _recent.append((tokenizer, key, encoder))
+    del _recent[:-_RECENT_KEPT]
+    return encoder
 
 
 def encode_chat(
