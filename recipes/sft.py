@@ -97,7 +97,9 @@ def _finish(
     """Everything on disk, then the table, then the network."""
     folder = Path(trainer.args.output_dir or ".")
     (folder / "results.json").write_text(json.dumps(results, indent=1))
-    curve = plot_training_metrics(trainer.state.log_history, folder / "training_curves.png")
+    # The Trainer starts a new history when it trains; the first point of the curve is the model as it came.
+    history = [{"step": 0, **results["before"]}, *trainer.state.log_history]
+    curve = plot_training_metrics(history, folder / "training_curves.png")
     write_card(folder, results=results, base_model=str(model_config.model_name_or_path), data=data, args=trainer.args)
     if results["after"]:
         print_summary(results["before"], results["after"], console)

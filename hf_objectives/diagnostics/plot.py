@@ -27,6 +27,7 @@ def plot_training_metrics(log: str | Path | Log, output: str | Path = "training_
     """
     # A figure of its own, not pyplot's: no global state, no window, safe beside a user's own plots.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     history = read_log(log)
     train = _series(history, "loss")
@@ -42,7 +43,9 @@ def plot_training_metrics(log: str | Path | Log, output: str | Path = "training_
     _draw(perplexity, _series(history, "eval_perplexity"), "evaluation", marker="o")
     for source in _sources(history):
         _draw(perplexity, _series(history, f"eval_{source}_perplexity"), source, marker=".", style="--")
-    perplexity.set(title="Perplexity", yscale="log")
+    perplexity.set(title="Perplexity (log scale)", yscale="log")
+    for ticks in (perplexity.yaxis.set_major_formatter, perplexity.yaxis.set_minor_formatter):
+        ticks(StrMethodFormatter("{x:.3g}"))
     _draw(rate, _series(history, "learning_rate"), "learning rate")
     rate.set(title="Learning rate", xlabel="step")
     _draw(norm, _series(history, "grad_norm"), "gradient norm", smooth=True)
