@@ -40,7 +40,11 @@ def pack_dataset(
     """
     if "input_ids" not in dataset.column_names:
         raise FormatError(f"columns {', '.join(dataset.column_names)}; expected input_ids, encode the dataset first")
-    table = dataset.with_format("arrow")[:]
+    return Dataset(pack_table(dataset.with_format("arrow")[:], max_length, strategy=strategy, overflow=overflow))
+
+
+def pack_table(table: pa.Table, max_length: int, *, strategy: str = "best_fit", overflow: str = "truncate") -> pa.Table:
+    """`pack_dataset` on an Arrow table."""
     ids, offsets = flat_column(table, "input_ids")
     labels, label_offsets = flat_column(table, "labels") if "labels" in table.column_names else (ids, offsets)
     if not np.array_equal(offsets, label_offsets):
@@ -56,7 +60,7 @@ def pack_dataset(
         if name in table.column_names:
             of_pieces = table[name].combine_chunks().take(pa.array(rows.documents))
             columns[f"{name}s"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), of_pieces)
-    return Dataset(_supervised(pa.table(columns), rows, labels, max_length))
+    return _supervised(pa.table(columns), rows, labels, max_length)
 
 
 def _supervised(table: pa.Table, rows: PackedRows, labels: NDArray[np.int32], max_length: int) -> pa.Table:

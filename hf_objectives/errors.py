@@ -95,6 +95,10 @@ class TokenizerError(HFObjectivesError, ValueError):
     """A tokenizer that lacks what the objective needs (an EOS token, say)."""
 
 
+class WorkerError(HFObjectivesError, RuntimeError):
+    """A worker process that died while it prepared data, most often killed for want of memory."""
+
+
 class PackingLeakError(HFObjectivesError, RuntimeError):
     """The model lets one packed document see another on the attention backend in use."""
 

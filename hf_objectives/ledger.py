@@ -65,7 +65,10 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
 
     def __getitem__(self, source: str) -> Account:
-        return self.accounts.setdefault(source, Account())
+        account = self.accounts.get(source)
+        if account is None:
+            account = self.accounts[source] = Account()
+        return account
 
     def total(self) -> Account:
         """All sources in one account, without the example rows."""

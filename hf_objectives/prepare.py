@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import logging
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
-from hf_objectives.chat import Labelled
-from hf_objectives.dataset_packing import pack_dataset
+from hf_objectives.dataset_packing import pack_table
 from hf_objectives.encode import Overlength, RowEncoder, RowSettings
-from hf_objectives.errors import ConfigError, NothingSupervisedError
+from hf_objectives.errors import ConfigError, NothingSupervisedError, WorkerError
 from hf_objectives.formats import Row
 from hf_objectives.ledger import Ledger
 from hf_objectives.tokenization import text_encoder
@@ -23,6 +28,8 @@ from hf_objectives.tokenization import text_encoder
 logger = logging.getLogger(__name__)
 
 _BATCH = 2_000  # rows a step: enough to keep the tokenizer's threads busy, small enough that memory stays flat
+# Number of the first row, and the rows, None where a worker can look them up itself.
+Batch = tuple[int, list[Row] | None]
 
 
 def prepare_dataset(
@@ -70,6 +77,7 @@ def prepare_dataset(
         DataError: a row that cannot be used; names source, row and turn.
         NothingSupervisedError: no row is left.
         ConfigError: an unknown setting.
+        WorkerError: a worker process died.
     """
     if engine != "local":
         raise ConfigError(f"engine is {engine!r}; expected 'local'")
@@ -88,91 +96,91 @@ def prepare_dataset(
         raise NothingSupervisedError(
             f"no token of {total.rows_in} rows would be trained; {'; '.join(ledger.lines()) or 'the dataset is empty'}"
         )
-    encoded = concatenate_datasets([Dataset(table) for table in tables if table.num_rows])
     logger.info("encoded with %s: %s", text_encoder(tokenizer).backend, "; ".join(ledger.lines()))
+    encoded = pa.concat_tables([table for table in tables if table.num_rows])
     if not packing:
-        return encoded
+        return Dataset(encoded)
     assert max_length is not None
-    return pack_dataset(encoded, max_length, strategy=strategy)
+    return Dataset(pack_table(encoded, max_length, strategy=strategy))
 
 
 def _encoded(
     dataset: Dataset | Iterable[Row], tokenizer: Any, settings: RowSettings, source: str, num_proc: int | None
 ) -> Iterator[tuple[pa.Table, Ledger]]:
     """Tables of encoded rows with their ledgers, in the order of the dataset."""
-    encoder = RowEncoder(tokenizer, settings)
-    batches = _batches(dataset)
+    rows = dataset.with_format("arrow") if isinstance(dataset, Dataset) else dataset
+    work = _Work(RowEncoder(tokenizer, settings), source, rows)
     size = len(dataset) if isinstance(dataset, (Dataset, Sequence)) else 0
     workers = num_proc or (min(os.cpu_count() or 1, size // (4 * _BATCH)) if size else 1)
     if workers <= 1 or not hasattr(os, "fork"):
-        for first, rows in batches:
-            yield _encode(encoder, rows, first, source)
+        yield from map(work, work.batches())
         return
     # Forked workers inherit rows and tokenizer; the tokenizer's threads start in each worker, not here, because a
     # thread pool does not survive a fork.
-    with _Workers(encoder, source, workers) as pool:
-        yield from pool.run(batches)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _adopt, (work,)) as pool:
+        try:
+            yield from _in_order(pool, work.batches(), in_flight=2 * workers)
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                f"one of {workers} worker processes died while encoding; if memory ran out, use fewer (num_proc)"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-class _Workers:
-    """A pool of forked processes that encode batches in order."""
-
-    def __init__(self, encoder: RowEncoder, source: str, workers: int) -> None:
-        self._pool = multiprocessing.get_context("fork").Pool(workers, _adopt, (encoder, source))
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.terminate()
-
-    def run(self, batches: Iterator[tuple[int, list[Row]]]) -> Iterator[tuple[pa.Table, Ledger]]:
-        """Results in the order of the batches."""
-        yield from self._pool.imap(_encode_adopted, batches)
+def _in_order(pool: ProcessPoolExecutor, batches: Iterator[Batch], in_flight: int) -> Iterator[tuple[pa.Table, Ledger]]:
+    """Results in the order of the batches; no more in flight than keeps the workers busy, so that memory stays flat."""
+    pending: deque[Future[tuple[pa.Table, Ledger]]] = deque()
+    for batch in batches:
+        pending.append(pool.submit(_encode_adopted, batch))
+        if len(pending) > in_flight:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
-_adopted: tuple[RowEncoder, str] | None = None
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What turns batches into tables of encoded rows; forked workers inherit it, dataset and tokenizer with it."""
 
+    encoder: RowEncoder
+    source: str
+    dataset: Dataset | Iterable[Row]
 
-def _adopt(encoder: RowEncoder, source: str) -> None:
-    global _adopted
-    _adopted = encoder, source
-
-
-def _encode_adopted(batch: tuple[int, list[Row]]) -> tuple[pa.Table, Ledger]:
-    assert _adopted is not None  # set by _adopt in every worker
-    encoder, source = _adopted
-    return _encode(encoder, batch[1], batch[0], source)
-
-
-def _encode(encoder: RowEncoder, rows: Sequence[Row], first: int, source: str) -> tuple[pa.Table, Ledger]:
-    ledger = Ledger()
-    labelled, sources, numbers = encoder.encode(rows, source=source, first_row=first, ledger=ledger)
-    return _table(labelled, sources, numbers), ledger
-
-
-def _table(labelled: Labelled, sources: Sequence[str], numbers: Sequence[int]) -> pa.Table:
-    table = labelled.to_table().append_column("source", pa.array(sources, pa.string()))
-    return table.append_column("row", pa.array(numbers, pa.int64()))
-
-
-def _batches(dataset: Dataset | Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
-    """(number of the first row, rows), batch by batch."""
-    if isinstance(dataset, Dataset):
-        arrow = dataset.with_format("arrow")
-        for first in range(0, len(dataset), _BATCH):
-            yield first, arrow[first : first + _BATCH].to_pylist()
-        return
-    batch: list[Row] = []
-    first = 0
-    for row in dataset:
-        batch.append(row)
-        if len(batch) == _BATCH:
+    def batches(self) -> Iterator[Batch]:
+        if isinstance(self.dataset, (Dataset, Sequence)):
+            yield from ((first, None) for first in range(0, len(self.dataset), _BATCH))
+            return
+        rows, first = iter(self.dataset), 0
+        while batch := list(itertools.islice(rows, _BATCH)):
             yield first, batch
             first += len(batch)
-            batch = []
-    if batch:
-        yield first, batch
+
+    def __call__(self, batch: Batch) -> tuple[pa.Table, Ledger]:
+        first, rows = batch
+        if rows is None:
+            assert isinstance(self.dataset, (Dataset, Sequence))
+            looked_up = self.dataset[first : first + _BATCH]
+            rows = looked_up.to_pylist() if isinstance(looked_up, pa.Table) else list(looked_up)
+        ledger = Ledger()
+        labelled, sources, numbers = self.encoder.encode(rows, source=self.source, first_row=first, ledger=ledger)
+        table = labelled.to_table().append_column("source", pa.array(sources, pa.string()))
+        return table.append_column("row", pa.array(numbers, pa.int64())), ledger
+
+
+_adopted: _Work | None = None
+
+
+def _adopt(work: _Work) -> None:
+    global _adopted
+    _adopted = work
+    # What was inherited is never garbage here: the collector need not walk it, which would also copy its pages.
+    gc.freeze()
+
+
+def _encode_adopted(batch: Batch) -> tuple[pa.Table, Ledger]:
+    assert _adopted is not None  # set by _adopt in every worker
+    return _adopted(batch)
 
 
 def token_count(dataset: Dataset) -> tuple[int, int]:

@@ -65,7 +65,10 @@ def text_steers(template: str) -> bool:
         if grown == made:
             break
         made = grown
-    if any(_speaks(node, made) for node in tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock))):
+    if any(
+        _speaks(node, made) and not _is_generation(node)
+        for node in tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock))
+    ):
         return True
     conditions: list[nodes.Node] = [node.test for node in tree.find_all((nodes.If, nodes.CondExpr))]  # type: ignore[attr-defined]
     conditions += [node.iter for node in tree.find_all(nodes.For)] + list(
@@ -87,6 +90,15 @@ def text_steers(template: str) -> bool:
         if not harmless and _speaks(node, made):
             return True
     return False
+
+
+def _is_generation(node: nodes.Node) -> bool:
+    """Whether a block is `{% generation %}`, which transformers parses into a call that prints its body as it is."""
+    return (
+        isinstance(node, nodes.CallBlock)
+        and isinstance(node.call.node, nodes.ExtensionAttribute)
+        and node.call.node.name == "_generation_support"
+    )
 
 
 def _speaks(node: nodes.Node, made: set[str], harmless: frozenset[str] = frozenset()) -> bool:

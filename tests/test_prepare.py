@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+
 import pytest
 from chat_corpus import PLAIN, byte_tokenizer
 from datasets import Dataset
 from test_causal_lm import chats
 
 from hf_objectives.encode import encode_row
-from hf_objectives.errors import ConfigError, ConversationError, NothingSupervisedError
+from hf_objectives.errors import ConfigError, ConversationError, NothingSupervisedError, WorkerError
 from hf_objectives.ledger import Ledger
 from hf_objectives.prepare import prepare_dataset, token_count
 
@@ -44,6 +48,24 @@ def test_several_processes_give_the_same():
     alone = prepare_dataset(rows, TOKENIZER, max_length=256, num_proc=1, ledger=one)
     several = prepare_dataset(rows, TOKENIZER, max_length=256, num_proc=2, ledger=two)
     assert alone.data.table.equals(several.data.table) and one.to_dict() == two.to_dict()
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, iter])
+def test_several_processes_take_any_rows(kind):
+    alone = prepare_dataset(chats(5000), TOKENIZER, max_length=256, num_proc=1)
+    several = prepare_dataset(kind(chats(5000)), TOKENIZER, max_length=256, num_proc=2)
+    assert alone.data.table.equals(several.data.table)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang():
+    def rows():
+        for i, row in enumerate(chats(20_000)):
+            if i == 4_000:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            yield row
+
+    with pytest.raises(WorkerError, match="one of 2 worker processes died"):
+        prepare_dataset(rows(), TOKENIZER, max_length=256, num_proc=2)
 
 
 def test_a_bad_row_is_named_whatever_the_processes():
