@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from hf_objectives.errors import FileFormatError
@@ -27,7 +28,7 @@ def plot_training_metrics(log: str | Path | Log, output: str | Path = "training_
     """
     # A figure of its own, not pyplot's: no global state, no window, safe beside a user's own plots.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import LogFormatter
 
     history = read_log(log)
     train = _series(history, "loss")
@@ -36,19 +37,20 @@ def plot_training_metrics(log: str | Path | Log, output: str | Path = "training_
         raise FileFormatError("the log has neither a 'loss' nor an 'eval_loss'; nothing to draw")
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     (loss, perplexity), (rate, norm) = figure.subplots(2, 2, sharex=True)
-    _draw(loss, train, "training", smooth=True)
+    _draw(loss, train, "training", mean=fmean)
     _draw(loss, evaluation, "evaluation", marker="o")
     loss.set(title="Loss (nats per token)")
-    _draw(perplexity, _series(history, "perplexity"), "training", smooth=True)
+    _draw(perplexity, _series(history, "perplexity"), "training", mean=geometric_mean)
     _draw(perplexity, _series(history, "eval_perplexity"), "evaluation", marker="o")
     for source in _sources(history):
         _draw(perplexity, _series(history, f"eval_{source}_perplexity"), source, marker=".", style="--")
     perplexity.set(title="Perplexity (log scale)", yscale="log")
-    for ticks in (perplexity.yaxis.set_major_formatter, perplexity.yaxis.set_minor_formatter):
-        ticks(StrMethodFormatter("{x:.3g}"))
+    # Plain numbers instead of powers of ten, and between the decades only where the range is short.
+    perplexity.yaxis.set_major_formatter(LogFormatter())
+    perplexity.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.5)))
     _draw(rate, _series(history, "learning_rate"), "learning rate")
     rate.set(title="Learning rate", xlabel="step")
-    _draw(norm, _series(history, "grad_norm"), "gradient norm", smooth=True)
+    _draw(norm, _series(history, "grad_norm"), "gradient norm", mean=fmean)
     norm.set(title="Gradient norm", xlabel="step")
     for axes in (loss, perplexity, rate, norm):
         axes.grid(alpha=0.25)
@@ -102,18 +104,18 @@ def _draw(
     points: list[tuple[float, float]],
     label: str,
     *,
-    smooth: bool = False,
+    mean: Callable[[Sequence[float]], float] | None = None,
     marker: str = "",
     style: str = "-",
 ) -> None:
     if not points:
         return
     steps, values = zip(*points, strict=True)
-    if not smooth or len(points) < 20:
+    if mean is None or len(points) < 20:
         axes.plot(steps, values, style, marker=marker, label=label)
         return
     (line,) = axes.plot(steps, values, alpha=0.3)
-    # A running mean of the last tenth: enough to see a trend, little enough to leave a spike in place.
-    width = max(2, len(values) // 10)
-    means = [sum(values[max(0, i - width) : i + 1]) / (i + 1 - max(0, i - width)) for i in range(len(values))]
+    # A tenth of the curve, centred: enough to see a trend, without the lag that a trailing mean has where it is steep.
+    half = max(1, len(values) // 20)
+    means = [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
     axes.plot(steps, means, color=line.get_color(), label=label)
