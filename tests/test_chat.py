@@ -17,6 +17,7 @@ from chat_corpus import (
     trained_runs,
     trained_text,
 )
+from jinja2 import UndefinedError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hf_objectives.chat import encode_chat, encode_chats
@@ -95,8 +96,9 @@ def test_ids_are_the_templates_own_and_spans_start_where_the_prompt_ends(name, k
     assert all(row["labels"][i] == row["input_ids"][i] for i in trained)
     try:
         rendered = tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
-    except Exception:
-        return  # a template that needs another form of the content, or of the arguments (tests/test_styles.py)
+    except (TypeError, UndefinedError):  # needs blocks as content, or text as arguments (tests/test_styles.py)
+        assert name in ("llava_next", "deepseekv3")
+        return
     if any(m["content"] and tokenizer.encode(m["content"])[0] not in rendered for m in messages):
         return
     if tokenizer.decode(row["input_ids"]) != tokenizer.decode(rendered):
