@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, parse_flag_from_env
 from rich.console import Console
 from rich.table import Table
 
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
+
+ACCELERATE = "accelerate's config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +46,26 @@ def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mappin
     processes = world_size()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     per_epoch = max(1, -(-num_rows // rows))
-    steps = args.max_steps if args.max_steps > 0 else int(per_epoch * args.num_train_epochs)
-    precision = (
-        "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(model.dtype).removeprefix("torch.")
-    )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
 
     def of(*names: str) -> str:
         return ", ".join(dict.fromkeys(origin.get(name, "this launch") for name in names))
+
+    weights = str(model.dtype).removeprefix("torch.")
+    # Not args.bf16: accelerate's config sets it as well.
+    precision = weights if args.mixed_precision == "no" else f"{args.mixed_precision} autocast of {weights}"
+    if args.bf16 or args.fp16:
+        precision_from = of("bf16" if args.bf16 else "fp16")
+    else:
+        precision_from = of("dtype") if args.mixed_precision == "no" else ACCELERATE
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
 
     batch = of("per_device_train_batch_size", "gradient_accumulation_steps")
     return [
         Line("processes", f"{processes} ({_backend(args)})", "this launch"),
         Line("device", str(args.device), "this machine"),
-        Line("precision", precision, of("bf16", "fp16", "dtype")),
+        Line("precision", precision, precision_from),
         Line("attention", str(getattr(model.config, "_attn_implementation", "unknown")), of("attn_implementation")),
         Line("parameters", f"{trained:,} trained of {total:,}", of("use_peft")),
         Line("row", f"{data.max_length} tokens, {_packing(data)}", of("max_length", "packing", "strategy")),
@@ -84,6 +94,32 @@ def check_launch(args: Any) -> None:
         raise ConfigError("fp16 on a CPU; use bf16, or leave both off")
     if args.load_best_model_at_end and str(args.eval_strategy.value) == "no":
         raise ConfigError("load_best_model_at_end needs eval_strategy steps or epoch")
+    sharding, where = _sharding(args)
+    launched = args.distributed_state.distributed_type
+    if sharding and launched in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ConfigError(
+            f"{where} asks for {sharding}, and this launch ({world_size()} process(es) on {args.device.type}) would go on "
+            "without a word and without it; launch it on accelerators with accelerate launch or torchrun, or drop it"
+        )
+    accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    if accumulation not in (1, args.gradient_accumulation_steps):
+        raise ConfigError(
+            f"{ACCELERATE} says {accumulation} gradient accumulation steps, the training arguments "
+            f"{args.gradient_accumulation_steps}, and only the latter count; set gradient_accumulation_steps there"
+        )
+
+
+def _sharding(args: Any) -> tuple[str, str]:
+    """What shards the model, and where it was asked for; empty where nothing does."""
+    for name, asked, variable in (
+        ("DeepSpeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
+        ("FSDP", args.fsdp, "ACCELERATE_USE_FSDP"),
+    ):
+        if asked:
+            return name, f"--{name.lower()}"
+        if parse_flag_from_env(variable):
+            return name, ACCELERATE
+    return "", ""
 
 
 def print_plan(lines: list[Line], console: Console) -> None:
@@ -97,13 +133,10 @@ def print_plan(lines: list[Line], console: Console) -> None:
 
 
 def _backend(args: Any) -> str:
-    if args.fsdp:
-        return "FSDP"
-    if args.deepspeed:
-        return "DeepSpeed"
-    if world_size() > 1:
-        return f"DDP over {torch.distributed.get_backend()}"
-    return "no process group"
+    sharding, _ = _sharding(args)
+    if world_size() == 1:
+        return sharding or "no process group"
+    return f"{sharding or 'DDP'} over {torch.distributed.get_backend()}"
 
 
 def _packing(data: Any) -> str:

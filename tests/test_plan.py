@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from accelerate.state import DistributedType, PartialState
 from rich.console import Console
 from test_causal_lm import arguments
 from test_collators import llama
@@ -31,6 +32,37 @@ def test_plan_by_hand(tmp_path):
     console = Console(record=True, width=120)
     print_plan(lines, console)
     assert "up to 1,536 tokens" in console.export_text()
+
+
+def plan_of(args) -> dict[str, tuple[str, str]]:
+    return {line.name: (line.value, line.origin) for line in resolve_plan(args, DATA, llama(), 100, {})}
+
+
+def test_what_accelerate_adds_is_in_the_plan(tmp_path, monkeypatch):
+    assert plan_of(arguments(tmp_path))["precision"] == ("float32", "this launch")
+    assert plan_of(arguments(tmp_path, bf16=True))["precision"] == ("bf16 autocast of float32", "this launch")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert plan_of(arguments(tmp_path))["precision"] == ("bf16 autocast of float32", "accelerate's config")
+    args = arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_GPU)
+    assert plan_of(args)["processes"][0] == "1 (FSDP)"
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError, match="says 4 gradient accumulation steps, the training arguments 1"):
+        plan_of(args)
+
+
+def test_an_epoch_and_a_half_is_rounded_up_as_the_trainer_does(tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=20, max_steps=-1, num_train_epochs=1.5)
+    assert plan_of(args)["steps"][0] == "8 (100 rows, 5 steps an epoch)"
+
+
+@pytest.mark.parametrize(("by", "message"), [("args", "--fsdp asks for FSDP"), ("env", "config asks for FSDP")])
+def test_sharding_that_accelerate_would_leave_out_is_refused(tmp_path, monkeypatch, by, message):
+    if by == "env":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=message):
+        check_launch(arguments(tmp_path, fsdp=by == "args"))
 
 
 def test_launches_that_would_not_do_what_they_say(tmp_path, monkeypatch):

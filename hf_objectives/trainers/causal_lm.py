@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from hf_objectives.byte_lengths import token_byte_lengths
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
@@ -74,7 +74,7 @@ class PerplexityTrainer(Trainer):
         self._stops_seen: Tensor | None = None
         self._isolation_proved = False
         self._tally = _Tally()
-        self.add_callback(_BeforeFirstStep(self))
+        self.add_callback(_Companion(self))
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class PerplexityTrainer(Trainer):
                 [loss for _, loss in window],
                 None if scaled else norm,
                 [self._prepare_inputs(dict(batch)) for batch, _ in window],
-                model=self.model,
+                model=self.model_wrapped if self._sharded else self.model,
                 tokenizer=self.tokenizer,
                 step=self.state.global_step + 1,
                 folder=Path(self.args.output_dir or "."),
@@ -256,10 +256,13 @@ class PerplexityTrainer(Trainer):
         # No predictions are kept; the parent's evaluate reads metrics and the number of rows alone.
         return EvalLoopOutput(None, None, counts.metrics(metric_key_prefix), total_rows)  # type: ignore[arg-type]
 
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _in_step(self, dataloader: DataLoader) -> Iterator[Any]:
         """Batches of this rank; under a sharded model, as many forwards on every rank."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded or world_size() == 1:
+        if not self._sharded or world_size() == 1:
             yield from dataloader
             return
         batches, last = iter(dataloader), None
@@ -279,7 +282,7 @@ class PerplexityTrainer(Trainer):
     def _evaluation_model(self) -> nn.Module:
         """The model in evaluation mode. Data-parallel wrappers are left aside: their forward synchronises buffers, which
         ranks with different numbers of batches would wait for in vain."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._sharded:
             if len(self.accelerator._models) == 0:
                 self.model_wrapped = self.accelerator.prepare(self.model)
                 if self.is_fsdp_enabled:
@@ -314,26 +317,35 @@ class PerplexityTrainer(Trainer):
         return stops
 
 
-class _BeforeFirstStep(TrainerCallback):
-    """Runs the isolation probe once the model is placed and wrapped."""
+class _Companion(TrainerCallback):
+    """What has to happen at the parent's moments: the isolation probe once the model is placed and wrapped, and a token
+    count that a resumed run goes on with."""
 
     def __init__(self, trainer: PerplexityTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._tally.start()
+        counted = [log["num_supervised_tokens"] for log in state.log_history if "num_supervised_tokens" in log]
+        self._trainer._tally.start(total_supervised=counted[-1] if counted else 0)
         if not self._trainer._isolation_proved:
             self._trainer.prove_isolation(self._trainer.model_wrapped)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The count is kept in the log, so a checkpoint needs a line of its own step.
+        if control.should_save and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+
+    on_epoch_end = on_step_end
 
 
 class _Tally:
     """What training logs report of the steps since the last log."""
 
     def __init__(self) -> None:
-        self.total_supervised = 0
-        self.start()
+        self.start(total_supervised=0)
 
-    def start(self) -> None:
+    def start(self, *, total_supervised: int) -> None:
+        self.total_supervised = total_supervised
         self._sums: Tensor | None = None
         self._since = time.perf_counter()
 
@@ -350,8 +362,7 @@ class _Tally:
         own = [0.0] * 4 if self._sums is None else self._sums.tolist()
         nats, supervised, real, places = sum_over_ranks(own)
         seconds = time.perf_counter() - self._since
-        self.total_supervised += int(supervised)
-        self.start()
+        self.start(total_supervised=self.total_supervised + int(supervised))
         if not supervised:
             return {}
         return {

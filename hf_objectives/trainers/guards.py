@@ -39,7 +39,7 @@ def stop_if_not_finite(
         losses: the loss of each micro-batch of the step on this rank.
         grad_norm: the norm of the step's gradient, None where an fp16 scaler handles overflow.
         batches: the micro-batches, for the report.
-        model: for finding the rows at fault.
+        model: for finding the rows at fault; where it is sharded, the wrapped one.
         tokenizer: decodes their text; None leaves it out.
         step: number of the step that is not taken.
         folder: where this rank's report `non_finite_step_<step>_rank_<rank>.json` goes.
@@ -54,8 +54,10 @@ def stop_if_not_finite(
     # Gradients are averaged over ranks, so that a bad one is everybody's; a bad loss is its own rank's until told.
     if not any_rank(bool(bad) or norm_is_bad):
         return
-    rows = [row for i in (bad or range(len(batches))) for row in _rows(model, batches[i], tokenizer)]
-    rows = [row for row in rows if row["nats"] is None or not math.isfinite(row["nats"])] or rows
+    # A sharded model runs on all ranks or on none: each looks at all its batches, whose number is the same everywhere.
+    described = [_rows(model, batch, tokenizer) for batch in batches]
+    rows = [row for i in (bad or range(len(batches))) for row in described[i]]
+    rows = [row for row in rows if not math.isfinite(row["nats"])] or rows
     report = folder / f"non_finite_step_{step}_rank_{rank()}.json"
     folder.mkdir(parents=True, exist_ok=True)
     report.write_text(
@@ -80,11 +82,8 @@ def _rows(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[di
     labels, ids = riders["labels"], inputs["input_ids"]
     targets = next_token_targets(labels)
     positions = targets != IGNORE
-    # A collective inside the forward (FSDP) would hang here, since only the ranks at fault come this far.
-    nll = torch.full(ids.shape, math.nan, device=ids.device)
-    nll[~positions] = 0
-    if not hasattr(model, "_fsdp_wrapped_module"):
-        nll[positions] = token_nll(selected_logits(model, inputs, positions), targets[positions])
+    nll = torch.zeros(ids.shape, device=ids.device)
+    nll[positions] = token_nll(selected_logits(model, inputs, positions), targets[positions])
     starts = inputs["position_ids"].eq(0) if "position_ids" in inputs else _first_column(ids)
     described = []
     for i in range(ids.shape[0]):

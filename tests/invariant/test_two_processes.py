@@ -11,6 +11,7 @@ import pytest
 import torch
 from chat_corpus import byte_tokenizer
 from test_causal_lm import by_autograd, chats, trainer
+from transformers import AutoModelForCausalLM
 
 TOKENIZER = byte_tokenizer()
 
@@ -48,8 +49,25 @@ def test_gradient(tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_bad_row_on_one_rank_stops_both(tmp_path):
-    outcomes = run_on_two("not_finite", tmp_path)
+def test_fsdp2_trains_saves_and_resumes_like_ddp(tmp_path):
+    outcome = run_on_two("sharded", tmp_path)[0]
+    for tied in ("untied", "tied"):
+        whole, resumed = outcome[f"arguments {tied}"]["losses"]
+        evaluated = outcome[f"arguments {tied}"]["evaluations"][0]
+        assert whole == resumed and len(whole) == 4 and whole[3] < whole[0]
+        found = outcome[f"on_shards {tied}"]
+        for losses in found["losses"]:
+            assert losses == pytest.approx(whole, rel=1e-5)
+        assert found["evaluations"] == pytest.approx([evaluated] * 2, rel=1e-6)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"on_shards {tied}" / "final")
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (tied == "tied")
+        assert trainer(tmp_path, model=model).evaluate()["eval_loss"] == pytest.approx(evaluated, rel=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("act", ["not_finite", "not_finite_sharded"])
+def test_a_bad_row_on_one_rank_stops_both(tmp_path, act):
+    outcomes = run_on_two(act, tmp_path)
     assert all("stopped before the weights changed" in outcome["stopped"] for outcome in outcomes)
     assert outcomes[0]["step"] == outcomes[1]["step"] and all(outcome["same"] for outcome in outcomes)
     assert sum("row 5" in outcome["stopped"] and "Zap" in outcome["stopped"] for outcome in outcomes) == 1

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import DistributedType, PartialState
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "trainers")]
 
@@ -18,7 +23,7 @@ from test_guards import poisoned, rows_with_a_bad_one
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import leave_group, rank
 from hf_objectives.errors import NonFiniteError
-from hf_objectives.trainers import PerplexityTrainer
+from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
 TOKENIZER = byte_tokenizer()
 
@@ -57,28 +62,86 @@ def gradient(folder: Path) -> dict:
     return {}
 
 
-def not_finite(folder: Path) -> dict:
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def not_finite(folder: Path, make_arguments: Callable = arguments) -> dict:
     """The bad row is on one rank; both must stop, with the weights they had."""
     model, before = poisoned(), {}
-    options = arguments(folder, per_device_train_batch_size=1, max_steps=4, check_isolation=False)
+    options = make_arguments(folder, per_device_train_batch_size=1, max_steps=4, check_isolation=False)
 
     class Remember(PerplexityTrainer):
         def _get_grad_norm(self, model, grad_norm=None):
-            before.update({name: p.detach().clone() for name, p in self.model.named_parameters()})
+            before.update({name: local(p).clone() for name, p in self.model.named_parameters()})
             return super()._get_grad_norm(model, grad_norm)
 
     run = Remember(model, options, None, train_dataset=rows_with_a_bad_one(), processing_class=TOKENIZER)
     try:
         run.train()
     except NonFiniteError as error:
-        same = all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+        for module in run.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the report's forward leaves norm and head whole
+        same = all(torch.equal(local(p), before[name]) for name, p in run.model.named_parameters())
         return {"stopped": str(error), "step": run.state.global_step + 1, "same": same}
     return {"stopped": ""}
 
 
+def on_shards(folder: Path, **options) -> PerplexityTrainingArguments:
+    """Arguments of an FSDP2 run. Accelerate shards on accelerators alone, torch on a CPU as well: so the group is called
+    one of GPUs, after the device was chosen."""
+    fsdp = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    args = arguments(folder, fsdp=True, fsdp_config=fsdp, **options)
+    assert args.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return args
+
+
+def sharded(folder: Path) -> dict:
+    """Train, save half-way, evaluate, save; resume from half-way; the same unsharded."""
+    outcome = {}
+    for tied in (False, True):
+        for options in (arguments, on_shards):
+            name = f"{options.__name__} {'tied' if tied else 'untied'}"
+
+            def make(name: str = name, tied: bool = tied, options: Callable = options) -> PerplexityTrainer:
+                config = LlamaConfig(**{**llama().config.to_dict(), "tie_word_embeddings": tied})
+                torch.manual_seed(0)
+                steps = {"max_steps": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+                args = options(folder / name, save_strategy="steps", save_steps=2, **steps)
+                collator = DataCollatorWithEosPacking(TOKENIZER, max_length=200)
+                return PerplexityTrainer(
+                    LlamaForCausalLM(config), args, collator,
+                    train_dataset=chats(), eval_dataset=chats(), processing_class=TOKENIZER,
+                )  # fmt: skip
+
+            run = make()
+            run.train()
+            assert run.is_fsdp_enabled == (options is on_shards)
+            run.save_model(str(folder / name / "final"))
+            resumed = make()
+            resumed.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+            losses = [[log["loss"] for log in one.state.log_history if "loss" in log] for one in (run, resumed)]
+            outcome[name] = {"losses": losses, "evaluations": [one.evaluate()["eval_loss"] for one in (run, resumed)]}
+    return outcome
+
+
+def not_finite_sharded(folder: Path) -> dict:
+    return not_finite(folder, on_shards)
+
+
+ACTS = {act.__name__: act for act in (evaluate, gradient, not_finite, sharded, not_finite_sharded)}
+
+
 def main() -> None:
     act, folder = sys.argv[1], Path(sys.argv[2])
-    outcome = {"evaluate": evaluate, "gradient": gradient, "not_finite": not_finite}[act](folder)
+    outcome = ACTS[act](folder)
     (folder / f"outcome_{rank()}.json").write_text(json.dumps(outcome))
     leave_group()
 

@@ -217,6 +217,19 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_supervised_tokens_are_counted_over_a_resume(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "seed": 5}
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    counts = [
+        {log["step"]: log["num_supervised_tokens"] for log in run.state.log_history if "loss" in log}
+        for run in (whole, resumed)
+    ]
+    assert counts[0] == counts[1] and sorted(counts[0]) == [2, 3, 4, 6]
+
+
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
 def test_other_settings_train(tmp_path, options):
     run = trainer(tmp_path, **options)
