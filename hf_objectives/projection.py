@@ -25,11 +25,13 @@ def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
         full: let the head see every position (`torch.compile`, to which a hook is a break) and select afterwards.
 
     Returns:
-        Logits [positions, vocabulary] in the model's dtype, row by row. Falls back to full logits, and says so once,
-        where the head cannot be reached.
+        Logits [positions, vocabulary] in the model's dtype, row by row. Full logits, which is said once, where the head
+        cannot be reached.
     """
     inputs = {**inputs, "use_cache": False}  # with a cache, transformers takes packed rows for one document
     head = None if full else _head(model)
+    if full:
+        _tell("torch.compile is on; computing full logits")
     if head is None:
         return model(**inputs).logits[positions]
     selected = False

@@ -76,10 +76,10 @@ class RecipeModel(ModelConfig):
 
 
 def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
-    """Model (with LoRA, when asked) and tokenizer.
+    """Model and tokenizer.
 
     Raises:
-        ConfigError: no model was named.
+        ConfigError: no model was named, or a 4-bit one for a CPU.
     """
     if not config.model_name_or_path:
         raise ConfigError("model_name_or_path is missing; give a Hub id, a folder, or 'builtin'")
@@ -87,6 +87,11 @@ def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]
         built = demo.build_tokenizer()
         return demo.build_model(built), built
     tokenizer: Any = AutoTokenizer.from_pretrained(config.model_name_or_path, revision=config.model_revision)
+    if config.load_in_4bit and use_cpu:
+        raise ConfigError(
+            "load_in_4bit on a CPU: bitsandbytes packs weights for evaluation there, and writing a checkpoint after it "
+            "leaves them wrong without an error (seen with 0.50.2); use a GPU, or leave it off"
+        )
     quantization = get_quantization_config(config)
     # transformers loads the checkpoint's dtype; weights that an optimizer moves want float32 unless asked otherwise.
     dtype = "float32" if config.dtype in (None, "auto") and not config.use_peft else config.dtype or "auto"
@@ -137,7 +142,7 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     held_out: list[Mapping[str, Any]] = []
     for name, where in data.named_sources().items():
         if where == BUILT_IN:
-            train += demo.chats(20_000, seed=seed)
+            train += demo.chats(14_000, seed=seed)
             held_out += demo.chats(400, seed=seed, split="test")
             continue
         rows = load_rows(where, split=data.dataset_split)

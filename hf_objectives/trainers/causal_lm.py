@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer, TrainerCallback
@@ -95,7 +96,7 @@ class PerplexityTrainer(Trainer):
         forward, riders = split_riders(inputs)
         targets = next_token_targets(riders["labels"])
         positions = targets != IGNORE
-        logits = selected_logits(model, forward, positions, full=self.args.torch_compile)
+        logits = selected_logits(model, forward, positions, full=self._compiled)
         weights = riders.get("loss_weights")
         if weights is not None:
             weights = torch.nn.functional.pad(weights[:, 1:], (0, 1))[positions]
@@ -244,7 +245,7 @@ class PerplexityTrainer(Trainer):
                         prepared,
                         byte_lengths=self._byte_lengths,
                         stop_ids=stop_ids,
-                        full_logits=self.args.torch_compile,
+                        full_logits=self._compiled,
                     )
                 )
             rows += len(batch["input_ids"])
@@ -255,6 +256,11 @@ class PerplexityTrainer(Trainer):
         total_rows = int(sum_over_ranks([rows])[0])
         # No predictions are kept; the parent's evaluate reads metrics and the number of rows alone.
         return EvalLoopOutput(None, None, counts.metrics(metric_key_prefix), total_rows)  # type: ignore[arg-type]
+
+    @property
+    def _compiled(self) -> bool:
+        # Not args.torch_compile: accelerate's config asks for it as well.
+        return self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
     @property
     def _sharded(self) -> bool:

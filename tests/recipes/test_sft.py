@@ -101,6 +101,7 @@ def test_lora(corpus, tmp_path):
         (("--sources", '{"a": "nowhere.json"}'), FileFormatError, "no such file: nowhere.json"),
         (("--sources", "{"), ConfigError, "sources is not a mapping"),
         (("--dataset_name", "x.json"), ConfigError, "dataset_name or sources, one of the two"),
+        (("--load_in_4bit", "true"), ConfigError, "load_in_4bit on a CPU"),
         (("--strategy", "bfd"), ConfigError, "expected one of best_fit, concat"),
     ],
 )

@@ -236,6 +236,18 @@ def test_other_settings_train(tmp_path, options):
     assert math.isfinite(run.train().training_loss)
 
 
+@pytest.mark.parametrize("asked_by", ["arguments", "accelerate"])
+def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch, caplog, asked_by):
+    monkeypatch.setattr("hf_objectives.projection._told", set())
+    eager = trainer(tmp_path)
+    expected = [eager.train().training_loss, eager.evaluate()["eval_loss"]]
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")  # torch_compile sets it too, and monkeypatch undoes it
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if asked_by == "arguments" else {}
+    compiled = trainer(tmp_path, **options)
+    assert [compiled.train().training_loss, compiled.evaluate()["eval_loss"]] == pytest.approx(expected, rel=1e-6)
+    assert "torch.compile is on; computing full logits" in caplog.text
+
+
 def test_lora_trains_and_saves(tmp_path):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     run = trainer(tmp_path, model=model)
