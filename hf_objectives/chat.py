@@ -188,8 +188,11 @@ class ChatEncoder:
             finder = SpanFinder(
                 Renderer(self.tokenizer, template, None, self._kwargs), marker_pattern(self.tokenizer), None
             )
-            framing = finder.framing() + "".join(map(str, (self.tokenizer.bos_token, self.tokenizer.eos_token)))
-            structural = [token for token in every if token in special and token in framing]
+            outside, before_reply = finder.framing()
+            outside += "".join(map(str, (self.tokenizer.bos_token, self.tokenizer.eos_token)))
+            # A pair of brackets that stands before replies alone, `<think>` and `</think>`, is the assistant's own markup.
+            opens = [t for t in every if _partner(t) not in every or t in outside or _partner(t) in outside]
+            structural = [t for t in opens if t in special and (t in outside or t in before_reply)]
             self._guards[template] = ControlTokens(every), ControlTokens(structural)
         return self._guards[template]
 
@@ -202,6 +205,11 @@ class ChatEncoder:
                 raise ConversationError(
                     f"private-use character U+{ord(found.group()):X}, which this library uses as a mark", turn=turn
                 )
+
+
+def _partner(token: str) -> str:
+    """`</think>` of `<think>`, and the other way round."""
+    return token[0] + token[2:] if token[1:2] == "/" else f"{token[0]}/{token[1:]}"
 
 
 def read_tools(tools: Any) -> list | None:

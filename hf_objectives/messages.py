@@ -20,9 +20,6 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # token so that the template carries it through and the tokenizer can be told to read it as plain text; a lone one
 # splits a text at a place where two pieces would join into a control token.
 OPEN, CLOSE = "\U0010fff0", "\U0010fff1"
-#: First of the code points that mark the end of a text in message i (`END + i`), and the name of its tool call j
-#: (`CALL + i`, then `NTH + j`).
-END, CALL, NTH = 0x100000, 0x108000, 0x10E000
 RESERVED = re.compile("[\U00100000-\U0010fff1]")
 
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "input_audio", "audio_url")
@@ -238,54 +235,3 @@ def defuse(messages: list[dict], untrusted: ControlTokens, structural: ControlTo
             message = wrapped
         defused.append(message)
     return defused if touched else None
-
-
-def mark(messages: list[dict], only: int | None = None) -> list[dict]:
-    """Messages with the end of each text marked by a private code point, `END + i` in message i.
-
-    The mark stands before trailing white space, which templates strip or keep as they like. Names of tool calls are
-    marked with `CALL + i` and `NTH + j` as well, so that a call that a template leaves out is seen.
-    """
-    return [_marked(message, i) if only in (None, i) else message for i, message in enumerate(messages)]
-
-
-def _marked(message: dict, i: int) -> dict:
-    marked = dict(message)
-    content = message.get("content")
-    if isinstance(content, str):
-        marked["content"] = _mark_text(content, i)
-    elif content:
-        marked["content"] = [{**block, "text": _mark_text(block["text"], i)} for block in content]
-    for field in REASONING_FIELDS:
-        if message.get(field):
-            marked[field] = _mark_text(message[field], i)
-    if message.get("tool_calls"):
-        marked["tool_calls"] = [_mark_call(call, i, j) for j, call in enumerate(message["tool_calls"])]
-    return marked
-
-
-def _mark_text(text: str, i: int) -> str:
-    core = text.rstrip()
-    return core + chr(END + i) + text[len(core) :] if core else text
-
-
-def _mark_call(call: Mapping, i: int, j: int) -> dict:
-    if "function" in call:
-        return {**call, "function": _mark_call(call["function"], i, j)}
-    marked = {**call, "name": call["name"] + chr(CALL + i) + chr(NTH + j)}
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        marked["arguments"] = _mark_text(arguments, i)
-    elif arguments is not None:
-        marked["arguments"] = _mark_leaves(arguments, i)
-    return marked
-
-
-def _mark_leaves(value: Any, i: int) -> Any:
-    if isinstance(value, str):
-        return _mark_text(value, i)
-    if isinstance(value, Mapping):
-        return {key: _mark_leaves(item, i) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_mark_leaves(item, i) for item in value]
-    return value

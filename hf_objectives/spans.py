@@ -12,9 +12,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from hf_objectives.agreement import agreement, common_prefix, whole
 from hf_objectives.errors import TemplateError
-from hf_objectives.messages import CALL, CLOSE, END, NTH, OPEN, RESERVED, mark
+from hf_objectives.marks import Marks, mark, read_marks
+from hf_objectives.messages import REASONING_FIELDS
 from hf_objectives.templates import Renderer, text_steers
+from hf_objectives.turn_ends import TurnEnds
 
 Span = tuple[int, int]
 
@@ -35,31 +38,6 @@ class Closing:
     tail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """Where the marks of each message were found: positions in the clean text, and tool calls seen."""
-
-    text: str
-    positions: dict[int, list[int]]
-    calls: dict[int, set[int]]
-
-    def end(self, i: int) -> int | None:
-        """Position just after the last marked text of message i, None where the template dropped it."""
-        return self.positions[i][-1] if i in self.positions else None
-
-
-def common_prefix(a: str, b: str) -> int:
-    """Length of the longest common prefix of two strings."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 class SpanFinder:
     """Finds the trained spans of conversations under one template; remembers how it frames each shape of turn.
 
@@ -70,9 +48,9 @@ class SpanFinder:
     """
 
     def __init__(self, render: Renderer, markers: re.Pattern[str], eos_token: str | None) -> None:
-        self.render, self.markers, self.eos_token = render, markers, eos_token
+        self.render, self.markers = render, markers
+        self.ends = TurnEnds(render, markers, eos_token)
         self._closings: dict[tuple, Closing] = {}
-        self._closes_itself: bool | None = None
         self._opening: str | None = None
         self._blind = not text_steers(render.source)
         self._prompts: dict[tuple[str, ...], list[str] | None] = {}
@@ -101,16 +79,22 @@ class SpanFinder:
             spans.append(span)
         return Rendered(text, spans)
 
-    def framing(self) -> str:
-        """What the template prints around a short exchange: the source of the tokens that open and close turns."""
-        for content in ("Hello", [{"type": "text", "text": "Hello"}]):
+    def framing(self) -> tuple[str, str]:
+        """What the template prints around a short exchange, the source of the tokens that open and close turns: around the
+        user's text and after a reply, and before a reply."""
+        hello = "Hello, hello"
+        for content in (hello, [{"type": "text", "text": hello}]):
             user, reply = ({"role": role, "content": content} for role in ("user", "assistant"))
             for exchange in ([user, reply, user], [user, reply], [user]):
                 try:
-                    return self.render(exchange) + self.render(exchange[:1], generation_prompt=True)
+                    around = self.render(exchange).split(hello)
+                    prompt = self.render(exchange[:1], generation_prompt=True).split(hello)
                 except TemplateError:
                     continue
-        return ""
+                if len(around) != len(exchange) + 1 or len(prompt) != 2 or len(exchange) == 1:
+                    return "".join(around + prompt), ""
+                return "".join([around[0], *around[2:], prompt[0]]), around[1] + prompt[1]
+        return "", ""
 
     # -- renders -------------------------------------------------------------------------------------------------
 
@@ -217,17 +201,16 @@ class SpanFinder:
         """
         if prompt is None or not text.startswith(prompt):
             return None
-        header = self._header()
+        header = self._header() if self.markers.search(self._header()) else ""
         return len(prompt) + (len(header) if header and text.startswith(header, len(prompt)) else 0)
 
     def _header(self) -> str:
-        """The generation prompt after a plain question, where it holds a control token."""
+        """The generation prompt after a plain question."""
         if self._opening is None:
             try:
-                opening = self._generation_prompt([], 0, None)
+                self._opening = self._generation_prompt([], 0, None)
             except TemplateError:
-                opening = ""
-            self._opening = opening if self.markers.search(opening) else ""
+                self._opening = ""
         return self._opening
 
     def _located(
@@ -240,7 +223,7 @@ class SpanFinder:
             start = self._start(messages, k, text, prompt, marks)
         if not start < end:
             raise TemplateError("the template's generation prompt overlaps the text of this turn", turn=k)
-        tail = self._tail(messages, k, text[end:], marks)
+        tail = self.ends.tail(messages, k, text, start, end, self._header())
         content = messages[k].get("content")
         if (
             isinstance(content, str)
@@ -257,26 +240,49 @@ class SpanFinder:
         """Where turn k starts in a render that does not begin with its prompt.
 
         The longest beginning of the generation prompt that stands between the previous message and the turn's own
-        text is what the render holds of the prompt.
+        text is what the render holds of the prompt. Where nothing of it does (Mistral has none, Gemma goes on in the
+        same turn after a tool result), what the prompt prints after the previous message is compared in its place.
         """
-        generation = self._generation_prompt(messages, k, prompt)
+        generation = self._generation_prompt(messages, k, prompt).lstrip()
         before = max((marks.positions[i][-1] for i in range(k) if i in marks.positions), default=0)
         first = marks.positions[k][0]
         window = text[before:first] if before <= first else ""
         for length in range(len(generation), 0, -1):
             at = window.find(generation[:length])
             if at >= 0:
-                start = self._whole(text, before + at + length)
+                start = whole(self.markers, text, before + at + length)
                 # Also whole in the prompt's own text: `<th` of a `<think>` that the turn does not have is no part of it.
-                start = min(start, before + at + self._whole(generation, length))
+                start = min(start, before + at + whole(self.markers, generation, length))
                 if start > before + at:
                     return start
                 break
+        own = max((t for t in _texts(messages[k]) if window.endswith(t)), key=len, default="")
+        frame = window.removesuffix(own)
+        held = self._held_of_prompt(messages[:k], prompt, frame, prompted=bool(generation))
+        if held is not None:
+            return before + held
         raise TemplateError(
             "cannot tell where this turn starts: the render of the conversation does not hold the generation prompt "
             f"{generation[-60:]!r} before it",
             turn=k,
         )
+
+    def _held_of_prompt(self, messages: list[dict], prompt: str | None, frame: str, *, prompted: bool) -> int | None:
+        """How much of `frame`, the text from the last message before a turn to the turn's own, the prompt prints after
+        that message; None where that is nothing or leaves open whether more of the prompt stands further on."""
+        if prompt is None:
+            return None
+        marks = read_marks(self.render(mark(messages), generation_prompt=True))
+        if marks.text != prompt or not marks.positions:
+            return None
+        after = prompt[max(positions[-1] for positions in marks.positions.values()) :]
+        in_prompt, in_frame = agreement(after, frame)
+        in_prompt, in_frame = whole(self.markers, after, in_prompt), whole(self.markers, frame, in_frame)
+        more, between = after[in_prompt:].strip(), frame[in_frame:].strip()
+        expected = self.markers.search(more)
+        if (expected and expected.group() in between) or not frame[:in_frame].strip():
+            return None
+        return in_frame if not prompted or not more or between in more else None
 
     def _generation_prompt(self, messages: list[dict], k: int, prompt: str | None) -> str:
         if prompt is None:  # the conversation starts with the assistant: any other conversation has the same prompt
@@ -284,56 +290,7 @@ class SpanFinder:
             prompt, bare = self.render(probe, generation_prompt=True), self.render(probe)
         else:
             bare = self.render(messages[:k])
-        return prompt[self._whole(prompt, common_prefix(prompt, bare)) :]
-
-    def _tail(self, messages: list[dict], k: int, rest: str, marks: Marks) -> str:
-        """The beginning of `rest`, the text after turn k's own, up to and with the stop marker."""
-        own = self._own_tail(messages, k, rest)
-        stops = list(self.markers.finditer(own))
-        if self._template_closes_turns() and stops:
-            eos = next((m for m in stops if m.group() == self.eos_token), None)
-            return own[: (eos or stops[-1]).end()]
-        # The turn is closed by what comes next: GLM stops at the next role's marker, gpt-oss prints another stop once
-        # the conversation goes on.
-        body = len(own.rstrip())
-        following = self.markers.match(rest, body + len(rest[body:]) - len(rest[body:].lstrip()))
-        return rest[: following.end()] if following else own[:body]
-
-    def _own_tail(self, messages: list[dict], k: int, rest: str) -> str:
-        """What the template prints after turn k whatever follows it."""
-        last = k == len(messages) - 1
-        try:
-            other = read_marks(self.render(mark(messages[: k + 1]), generation_prompt=last))
-        except TemplateError:
-            return rest if last else ""
-        end = other.end(k)
-        if end is None:
-            return rest if last else ""
-        return rest[: self._whole(rest, common_prefix(rest, other.text[end:]))]
-
-    def _template_closes_turns(self) -> bool:
-        """Whether a turn ends with a marker of its own (ChatML) or only when the next role is named (GLM)."""
-        if self._closes_itself is None:
-            self._closes_itself = True
-            for content in ("Hello", [{"type": "text", "text": "Hello"}]):
-                user = {"role": "user", "content": content}
-                try:
-                    probe = read_marks(self.render(mark([user, {"role": "assistant", "content": content}])))
-                except TemplateError:
-                    continue
-                end = probe.end(1)
-                if end is not None:
-                    self._closes_itself = probe.text[end:].strip() != ""
-                    break
-        return self._closes_itself
-
-    def _whole(self, text: str, cut: int) -> int:
-        """`cut`, moved back to the start of the control token that it would split."""
-        begin = max(0, cut - 100)
-        for found in self.markers.finditer(text, begin, min(len(text), cut + 100)):
-            if found.start() < cut < found.end():
-                return found.start()
-        return cut
+        return prompt[whole(self.markers, prompt, common_prefix(prompt, bare)) :]
 
     def _check_rendered(self, messages: list[dict], trained: list[int], marks: Marks, text: str) -> None:
         """Raise TemplateError for a trained turn that the template drops, wholly or in its tool calls, or scatters."""
@@ -356,31 +313,13 @@ class SpanFinder:
                     raise TemplateError(f"the chat template prints message {other} inside this turn", turn=k)
 
 
-def read_marks(marked: str) -> Marks:
-    """Take the marks out of a render: the clean text, and where each message's marks stood in it."""
-    parts: list[str] = []
-    positions: dict[int, list[int]] = {}
-    calls: dict[int, set[int]] = {}
-    at = length = 0
-    called = -1
-    for found in RESERVED.finditer(marked):
-        if found.group() in (OPEN, CLOSE):
-            continue
-        parts.append(marked[at : found.start()])
-        length += found.start() - at
-        at = found.end()
-        code = ord(found.group())
-        if code >= NTH:
-            # Templates name the tool again where they print its result: only the first time is the call itself.
-            if code - NTH not in calls.setdefault(called, set()):
-                calls[called].add(code - NTH)
-                positions.setdefault(called, []).append(length)
-        elif code >= CALL:
-            called = code - CALL
-        else:
-            positions.setdefault(code - END, []).append(length)
-    parts.append(marked[at:])
-    return Marks("".join(parts), positions, calls)
+def _texts(message: dict) -> list[str]:
+    """What a message says, piece by piece: content, reasoning, names of tools."""
+    content = message.get("content") or []
+    pieces = [content] if isinstance(content, str) else [block["text"] for block in content]
+    pieces += [message[field] for field in REASONING_FIELDS if message.get(field)]
+    pieces += [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    return [piece.strip() for piece in pieces]
 
 
 def _shape(messages: list[dict], k: int) -> tuple:

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "hf_objectives"
 FLOORS = {
     0: {"errors", "losses", "perplexity", "packing"},
     1: {
-        *("messages", "templates", "styles", "spans", "chat", "formats", "encode", "ledger", "tokenization"),
-        *("byte_lengths", "collators", "dataset_packing", "prepare", "data_files", "demo"),
+        *("messages", "marks", "agreement", "templates", "styles", "turn_ends", "spans", "chat", "formats", "encode"),
+        *("ledger", "tokenization", "byte_lengths", "collators", "dataset_packing", "prepare", "data_files", "demo"),
     },
     2: {"distributed", "projection", "isolation", "evaluation", "trainers", "diagnostics"},
     3: {"cli_args", "plan", "preview", "hub"},

@@ -1,4 +1,4 @@
-"""Messages: cleaned for a template, safe against forged control tokens, and marked."""
+"""Messages: cleaned for a template, and safe against forged control tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_objectives.errors import ConversationError
-from hf_objectives.messages import CLOSE, OPEN, ControlTokens, defuse, mark, read_messages
-from hf_objectives.spans import read_marks
+from hf_objectives.messages import CLOSE, OPEN, ControlTokens, defuse, read_messages
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "x", "n": 1}}}
 
@@ -81,14 +80,3 @@ def test_assistants_keep_their_markup():
     assert defused[0]["content"] == f"{OPEN}<think>{CLOSE}"
     assert defused[1]["content"] == f"<think>x</think>{OPEN}<|im_end|>{CLOSE}"
     assert defuse(messages[:0], TOKENS, TOKENS) is None
-
-
-def test_marks_are_found_where_texts_end():
-    messages = [{"role": "user", "content": "ab "}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    user, assistant = mark(messages)
-    call = assistant["tool_calls"][0]["function"]
-    marks = read_marks(f"<{user['content']}|{call['name']} {call['arguments']['a']}>{call['name']}")
-    assert marks.text == "<ab |f x>f"
-    assert marks.positions == {0: [3], 1: [6, 8]}  # the second mention of the tool is not the call
-    assert marks.calls == {1: {0}}
-    assert mark(messages, only=0)[1] == messages[1]

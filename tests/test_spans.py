@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hf_objectives.chat import encode_chat
 from hf_objectives.errors import TemplateError
-from hf_objectives.spans import common_prefix
 
 FOR, ENDFOR = "{% for m in messages %}", "{% endfor %}"
 
@@ -77,12 +76,6 @@ def test_a_header_that_cannot_be_found_is_an_error_and_no_guess():
     with pytest.raises(TemplateError, match="cannot tell where this turn starts") as caught:
         runs(template)
     assert caught.value.turn == 1
-
-
-@given(st.text("ab", max_size=8), st.text("ab", max_size=8))
-def test_common_prefix(a, b):
-    n = common_prefix(a, b)
-    assert a[:n] == b[:n] and (n == min(len(a), len(b)) or a[n] != b[n])
 
 
 TOKENIZER = byte_tokenizer()
