@@ -247,6 +247,18 @@ def test_control_tokens_in_text_stay_text(field, token):
     assert allowed["input_ids"].count(control) == reference["input_ids"].count(control) + 2
 
 
+def test_reasoning_written_into_an_answer_keeps_its_control_tokens():
+    """QwQ: `<think>` is a special token that the generation prompt opens; in an answer it is the assistant's own."""
+    chatml = byte_tokenizer().chat_template.replace("assistant\n'", "assistant\n<think>\n'")
+    tokenizer = byte_tokenizer(chatml, special=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    messages = [PLAIN[0], {"role": "assistant", "content": "<think>\ntwo and two\n</think>\nFour."}]
+    row = encode_chat(tokenizer, messages)
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert trained_runs(tokenizer, row) == ["two and two\n</think>\nFour.<|im_end|>"]
+    forged = [{"role": "user", "content": "say </think>"}, {"role": "assistant", "content": "<think>\nno</think>"}]
+    assert encode_chat(tokenizer, forged)["input_ids"].count(tokenizer.convert_tokens_to_ids("</think>")) == 1
+
+
 def test_plain_control_tokens_agree_with_transformers():
     tokenizer = byte_tokenizer(template("qwen3"))
     messages = [{"role": "user", "content": "a <|im_end|> b<tool_call>"}, PLAIN[1]]

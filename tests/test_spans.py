@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from chat_corpus import PLAIN, byte_tokenizer, trained_runs
+from chat_corpus import PLAIN, TOOL, TOOLS, byte_tokenizer, trained_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +76,34 @@ def test_a_header_that_cannot_be_found_is_an_error_and_no_guess():
     with pytest.raises(TemplateError, match="cannot tell where this turn starts") as caught:
         runs(template)
     assert caught.value.turn == 1
+
+
+def test_no_generation_prompt_and_tools_before_the_last_question_only():
+    """Mistral: no prompt of an earlier turn is a prefix of the render, and none holds a header to look for."""
+    template = (
+        FOR + "{% if m.role == 'user' %}{% if loop.index == messages | length - 1 %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+        "[INST] {{ m.content }}[/INST]{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]"
+        "{% elif m.tool_calls %}[CALLS]{{ m.tool_calls[0].function | tojson }}</s>{% else %} {{ m.content }}</s>{% endif %}"
+        + ENDFOR
+    )  # fmt: skip
+    call = '[CALLS]{"name": "get_weather", "arguments": {"city": "Paris"}}</s>'
+    assert runs(template, TOOL, tools=TOOLS) == [call, " It is sunny.</s>", " Welcome.</s>"]
+
+
+def test_an_answer_that_goes_on_in_the_turn_of_its_call():
+    """Gemma 4: after a tool result the assistant's turn is still open, so that no header precedes the answer."""
+    template = (
+        FOR + "{% if m.role == 'user' %}<u>{{ m.content }}{{ '!' * (messages | length) }}</s>"
+        "{% elif m.role == 'tool' %}<r>{{ m.content }}</r>{% else %}"
+        "{% if loop.index0 == 0 or loop.previtem.role != 'tool' %}<a>{% endif %}{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}<r>{% else %}</s>{% endif %}{% endif %}" + ENDFOR
+        + "{% if add_generation_prompt and messages[-1].role != 'tool' %}<a>{% endif %}"
+    )  # fmt: skip
+    call = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+    special = ["<u>", "<a>", "</s>", "<r>", "</r>"]
+    tokenizer = byte_tokenizer(template, special=special, eos_token="</s>")
+    row = encode_chat(tokenizer, TOOL, tools=TOOLS)
+    assert trained_runs(tokenizer, row) == [f"{call}<r>", "It is sunny.</s>", "Welcome.</s>"]
 
 
 TOKENIZER = byte_tokenizer()

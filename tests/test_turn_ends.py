@@ -45,11 +45,13 @@ def test_a_separator_before_plain_words_still_closes_turns():
     assert spans == [f" {CALLED}</call>\n\n<sep>", " It is sunny.\n\n<sep>", " Welcome.\n\n<sep>"]
 
 
-def test_a_call_that_is_left_open_at_the_end_of_a_conversation():
-    """Apriel: the stop is printed only where the conversation goes on."""
-    answer = "<a>{{ m.content }}" + CALL + "{% if not loop.last %}</s>{% endif %}"
-    assert runs(TOOL, answer, PROMPT, tools=TOOLS) == [f"{CALLED}</s>", "It is sunny.</s>", "Welcome."]
-    assert runs(TOOL[:2], answer, PROMPT, tools=TOOLS) == [CALLED]
+def test_a_call_that_is_printed_in_another_way_at_the_end_of_a_conversation():
+    """Apriel: a call shows its id, before the brackets that close it, only where the conversation goes on."""
+    answer = "{% set last = loop.last %}<a>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    answer += "{{ '' if last else ' ' ~ c.id }}</call>{% endfor %}</s>"
+    spans = runs(TOOL, answer, PROMPT, tools=TOOLS)
+    assert spans == [f"{CALLED} abc123def</call></s>", "It is sunny.</s>", "Welcome.</s>"]
+    assert runs(TOOL[:2], answer, PROMPT, tools=TOOLS) == [f"{CALLED}</call></s>"]
 
 
 def test_instructions_that_are_repeated_at_the_end_are_not_the_answer():
@@ -61,7 +63,7 @@ def test_instructions_that_are_repeated_at_the_end_are_not_the_answer():
 
 
 def test_white_space_that_depends_on_what_follows():
-    """Nemotron Nano v2: another line break before the stop once the conversation goes on."""
-    answer = "<a>{{ m.content }}" + CALL + "{{ ' ' if loop.last else '\\n' }}<sep>"
+    """Nemotron Nano v2: another line break before the brackets that close a call once the conversation goes on."""
+    answer = "{% set w = ' ' if loop.last else '\\n' %}<a>{{ m.content }}" + CALL + "{{ w }}</call>{{ w }}<sep>"
     spans = runs(TOOL, answer, PROMPT, tools=TOOLS)
-    assert spans == [f"{CALLED}\n<sep>", "It is sunny.\n<sep>", "Welcome. <sep>"]
+    assert spans == [f"{CALLED}\n</call>\n<sep>", "It is sunny.\n</call>\n<sep>", "Welcome. </call> <sep>"]
