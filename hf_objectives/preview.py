@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hf_objectives.ledger import Ledger
+from hf_objectives.losses import IGNORE
 
 _CHARACTERS = 700
 
@@ -55,5 +57,26 @@ def print_preview(
     total = ledger.total()
     share = total.trained / max(1, total.trained + total.masked)
     console.print(f"{share:.1%} of the tokens are trained ({total.trained:,} of {total.trained + total.masked:,})")
+    print_stops(tokenizer, rows, console)
     for line in ledger.lines():
         console.print(line, highlight=False)
+
+
+def print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print what share of the trained turns of encoded `rows` end with a control token, and with which."""
+    control = set(tokenizer.added_tokens_decoder)
+    ends: Counter[int] = Counter()
+    for row in rows:
+        labels = row["labels"]
+        following = [*labels[1:], IGNORE]
+        ends.update(now for now, then in zip(labels, following, strict=True) if now != IGNORE and then == IGNORE)
+    stops = {token: count for token, count in ends.most_common() if token in control}
+    names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(stops))))
+    line = (
+        f"{sum(stops.values())} of {ends.total()} trained turns in a sample end with a control token {names}".rstrip()
+    )
+    if 2 * sum(stops.values()) < ends.total():
+        line += ": the model is hardly taught to stop; the chat template prints no stop there"
+        console.print(Text(line, style="bold red"))
+    else:
+        console.print(line, highlight=False, markup=False)

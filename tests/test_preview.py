@@ -35,3 +35,15 @@ def test_preview_prints_rows_share_and_ledger():
     trained = sum(label != -100 for label in encoded[0]["labels"])
     assert f"({trained} of {len(encoded[0]['labels'])})" in printed
     assert "[chats]" in printed and "⟦That makes six.<|im_end|>⟧" in printed and "chats: 1 rows" in printed
+
+
+def test_preview_says_whether_turns_are_taught_to_stop():
+    encoded, ledger = rows()
+    console = Console(record=True, width=200, force_terminal=False)
+    print_preview(TOKENIZER, encoded, ledger, console)
+    # The first turn's stop alone: GLM prints none after the last turn.
+    unstopped = {**encoded[0], "input_ids": encoded[0]["input_ids"][:-2], "labels": encoded[0]["labels"][:-2]}
+    print_preview(TOKENIZER, [unstopped, unstopped, {"input_ids": [5] * 4, "labels": [-100, 5, 5, 5]}], ledger, console)
+    printed = console.export_text()
+    assert "2 of 2 trained turns in a sample end with a control token <|im_end|>\n" in printed
+    assert "2 of 5 trained turns in a sample end with a control token <|im_end|>: the model is hardly taught" in printed

@@ -81,7 +81,8 @@ def test_a_header_that_cannot_be_found_is_an_error_and_no_guess():
 def test_no_generation_prompt_and_tools_before_the_last_question_only():
     """Mistral: no prompt of an earlier turn is a prefix of the render, and none holds a header to look for."""
     template = (
-        FOR + "{% if m.role == 'user' %}{% if loop.index == messages | length - 1 %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+        FOR + "{% if m.role == 'user' %}"
+        "{% if loop.index == messages | length - 1 %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
         "[INST] {{ m.content }}[/INST]{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]"
         "{% elif m.tool_calls %}[CALLS]{{ m.tool_calls[0].function | tojson }}</s>{% else %} {{ m.content }}</s>{% endif %}"
         + ENDFOR

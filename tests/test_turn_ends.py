@@ -7,7 +7,7 @@ from chat_corpus import PLAIN, TOOL, TOOLS, byte_tokenizer, trained_runs
 
 from hf_objectives.chat import encode_chat
 
-# User and tool speak between <u>, <t> and </s>; `{answer}` says how the assistant does, `{last}` what a conversation ends with.
+# User and tool speak between <u>, <t> and </s>; `{answer}` is how the assistant does, `{last}` what is printed at the end.
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</s>"
     "{% elif m.role == 'tool' %}<t>{{ m.content }}</s>{% else %}{answer}{% endif %}{% endfor %}{last}"
