@@ -49,5 +49,5 @@ def gather_objects(value: object) -> list:
 def leave_group() -> None:
     """End the process group, for the end of a program: gloo's threads abort the process if it is still there at exit."""
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a wrapped model in a cycle (trainer and callbacks) would keep the group beyond its end
+        gc.collect()  # a wrapped model in a cycle would keep the group, and its threads, to the very end
         dist.destroy_process_group()

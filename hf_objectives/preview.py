@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from hf_objectives.ledger import Ledger
-from hf_objectives.losses import IGNORE
+from hf_objectives.trainers.guards import ends_of_runs
 
 _CHARACTERS = 700
 
@@ -57,25 +58,21 @@ def print_preview(
     total = ledger.total()
     share = total.trained / max(1, total.trained + total.masked)
     console.print(f"{share:.1%} of the tokens are trained ({total.trained:,} of {total.trained + total.masked:,})")
-    print_stops(tokenizer, rows, console)
+    _print_stops(tokenizer, rows, console)
     for line in ledger.lines():
         console.print(line, highlight=False)
 
 
-def print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print what share of the trained turns of encoded `rows` end with a control token, and with which."""
     control = set(tokenizer.added_tokens_decoder)
     ends: Counter[int] = Counter()
     for row in rows:
-        labels = row["labels"]
-        following = [*labels[1:], IGNORE]
-        ends.update(now for now, then in zip(labels, following, strict=True) if now != IGNORE and then == IGNORE)
+        ends.update(ends_of_runs(torch.tensor([row["labels"]])).tolist())
     stops = {token: count for token, count in ends.most_common() if token in control}
-    names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(stops))))
-    line = (
-        f"{sum(stops.values())} of {ends.total()} trained turns in a sample end with a control token {names}".rstrip()
-    )
-    if 2 * sum(stops.values()) < ends.total():
+    stopped, names = sum(stops.values()), ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(stops))))
+    line = f"{stopped} of {ends.total()} trained turns in a sample end with a control token {names}".rstrip()
+    if 2 * stopped < ends.total():
         line += ": the model is hardly taught to stop; the chat template prints no stop there"
         console.print(Text(line, style="bold red"))
     else:

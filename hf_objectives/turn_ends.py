@@ -35,15 +35,15 @@ class TurnEnds:
         rest, following = text[end:], messages[k + 1 : k + 2]
         own = self._own_tail(messages[: k + 1], rest, last=not following)
         closed = self._template_closes_turns()
-        closes = self._next_marker(rest, own)
-        if (not following and self._speaks(own)) or (following and following[0]["role"] != "user" and not closes):
+        next_marker = self._next_marker(rest, own)
+        if (not following and self._speaks(own)) or (following and following[0]["role"] != "user" and not next_marker):
             # Some templates print the end of a conversation in another way: Apriel leaves a call open there, Command R+
             # repeats its instructions. What they print where the user goes on decides.
             asked = self._own_tail([*messages[: k + 1], {"role": "user", "content": "Hi"}], rest, last=False, turn=k)
             if len(asked) > len(own):
                 own, closed = asked, True
             elif self._speaks(own[len(asked) :]):
-                own, closes = asked, self._next_marker(rest, asked)
+                own, next_marker = asked, self._next_marker(rest, asked)
         stops = list(self.markers.finditer(own)) if closed else []
         openers = self._openers(text, start, header) if closed else set()
         closing = list(itertools.takewhile(lambda stop: stop.group() not in openers, stops))
@@ -54,8 +54,8 @@ class TurnEnds:
             return own[: (eos or closing[-1]).end()]
         # What comes next closes the turn: GLM stops at the next role's marker, gpt-oss prints another stop once the
         # conversation goes on. Where turns have stops of their own, the start of another turn is none.
-        if not stops and closes and closes.group() not in openers:
-            return rest[: closes.end()]
+        if not stops and next_marker and next_marker.group() not in openers:
+            return rest[: next_marker.end()]
         return own[: stops[0].start() if stops else None].rstrip()
 
     def _next_marker(self, rest: str, own: str) -> re.Match[str] | None:
