@@ -19,6 +19,9 @@ _HOMES = {
     "pack_lengths": "packing",
     "pack_dataset": "dataset_packing",
     "prepare_dataset": "prepare",
+    "CorpusSettings": "corpus.config",
+    "prepare_corpus": "corpus.build",
+    "load_prepared": "corpus.build",
     "compute_perplexity": "evaluation",
     "probe_isolation": "isolation",
     "PerplexityTrainer": "trainers",
@@ -27,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CorpusSettings",
     "DataCollatorForAssistantOnlyLM",
     "DataCollatorWithEosPacking",
     "PerplexityTrainer",
@@ -35,9 +39,11 @@ __all__ = [
     "encode_chat",
     "encode_chats",
     "encode_row",
+    "load_prepared",
     "pack_dataset",
     "pack_lengths",
     "plot_training_metrics",
+    "prepare_corpus",
     "prepare_dataset",
     "probe_isolation",
 ]
@@ -45,6 +51,8 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_objectives.chat import encode_chat, encode_chats
     from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+    from hf_objectives.corpus.build import load_prepared, prepare_corpus
+    from hf_objectives.corpus.config import CorpusSettings
     from hf_objectives.dataset_packing import pack_dataset
     from hf_objectives.diagnostics.plot import plot_training_metrics
     from hf_objectives.encode import encode_row

@@ -411,8 +411,8 @@ def _check_max_length(max_length: int | None) -> None:
         raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")
 
 
-def cut(rows: Labelled, max_length: int) -> Labelled:
-    """Rows cut to `max_length` tokens; a trained run that the cut goes through is not trained at all."""
+def cut(rows: Labelled, max_length: int | NDArray[np.int64]) -> Labelled:
+    """Rows cut to `max_length` tokens, all or each; a trained run that the cut goes through is not trained at all."""
     sizes = np.diff(rows.offsets)
     if not (sizes > max_length).any():
         return rows

@@ -43,32 +43,36 @@ def pack_dataset(
     return Dataset(pack_table(dataset.with_format("arrow")[:], max_length, strategy=strategy, overflow=overflow))
 
 
-def pack_table(table: pa.Table, max_length: int, *, strategy: str = "best_fit", overflow: str = "truncate") -> pa.Table:
-    """`pack_dataset` on an Arrow table."""
+def pack_table(
+    table: pa.Table,
+    max_length: int,
+    *,
+    strategy: str = "best_fit",
+    overflow: str = "truncate",
+    labels: bool = True,
+    allow_empty: bool = False,
+) -> pa.Table:
+    """`pack_dataset` on an Arrow table; without `labels`, where all tokens but the first of a document are trained, that
+    column is left out, and with `allow_empty` a table without a row is no error."""
     ids, offsets = flat_column(table, "input_ids")
-    labels, label_offsets = flat_column(table, "labels") if "labels" in table.column_names else (ids, offsets)
+    targets, label_offsets = flat_column(table, "labels") if "labels" in table.column_names else (ids, offsets)
     if not np.array_equal(offsets, label_offsets):
         row = int(np.flatnonzero(offsets != label_offsets)[0]) - 1
         raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
     rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
     columns: dict[str, Any] = {
         "input_ids": _lists(ids[rows.index], rows.row_offsets),
-        "labels": _lists(rows.labels(labels), rows.row_offsets),
+        **({"labels": _lists(rows.labels(targets), rows.row_offsets)} if labels else {}),
         "seq_lengths": _lists(rows.lengths.astype(np.int32), rows.piece_offsets),
     }
     for name in ("source", "row"):
         if name in table.column_names:
             of_pieces = table[name].combine_chunks().take(pa.array(rows.documents))
             columns[f"{name}s"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), of_pieces)
-    return _supervised(pa.table(columns), rows, labels, max_length)
-
-
-def _supervised(table: pa.Table, rows: PackedRows, labels: NDArray[np.int32], max_length: int) -> pa.Table:
-    """The rows that train a token."""
-    trained = np.concatenate(([0], np.cumsum(rows.labels(labels) != IGNORE)))[rows.row_offsets]
-    keep = np.diff(trained) > 0
+    packed = pa.table(columns)
+    keep = _supervised(packed, rows)
     tokens, lost = int(rows.row_offsets[-1]), int(rows.dropped.sum())
-    if not keep.any():
+    if not keep.any() and not allow_empty:
         raise NothingSupervisedError(
             f"none of {len(keep)} packed rows trains a token; check labels and max_length={max_length}"
         )
@@ -76,7 +80,15 @@ def _supervised(table: pa.Table, rows: PackedRows, labels: NDArray[np.int32], ma
         "packed %d documents into %d rows, %.1f%% full; %d tokens dropped; %d rows without a trained token left out",
         *(len(rows.dropped), int(keep.sum()), 100 * tokens / max(1, len(keep) * max_length), lost, int((~keep).sum())),
     )
-    return table if keep.all() else table.filter(pa.array(keep))
+    return packed if keep.all() else packed.filter(pa.array(keep))
+
+
+def _supervised(packed: pa.Table, rows: PackedRows) -> NDArray[np.bool_]:
+    """Which rows train a token: without labels, those in which a piece goes on after its first."""
+    if "labels" not in packed.column_names:
+        return np.diff(np.concatenate(([0], np.cumsum(rows.lengths > 1)))[rows.piece_offsets]) > 0
+    labels = packed["labels"].combine_chunks().values.to_numpy()
+    return np.diff(np.concatenate(([0], np.cumsum(labels != IGNORE)))[rows.row_offsets]) > 0
 
 
 def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -35,6 +35,7 @@ class RowSettings:
     expand_turns: bool = False
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    splits_documents: bool = False  # texts stay whole whatever their length: packing cuts them
 
     def __post_init__(self) -> None:
         if self.overlength not in OVERLENGTH:
@@ -73,9 +74,22 @@ class RowEncoder:
         self._frame: tuple[list[int], list[int]] | None = None
 
     def encode(
-        self, rows: Sequence[Row], *, source: str, first_row: int = 0, ledger: Ledger
+        self,
+        rows: Sequence[Row],
+        *,
+        source: str,
+        numbers: Sequence[int] | None = None,
+        ledger: Ledger,
+        skip: bool = False,
     ) -> tuple[Labelled, list[str], list[int]]:
         """Encode rows, book them, and leave out what the policies leave out.
+
+        Args:
+            rows: the rows.
+            source: source of rows that name none.
+            numbers: number of each row that carries none of its own in `row`; from 0 when None.
+            ledger: is given what became of every token.
+            skip: leave out and book a row that cannot be used, instead of the error.
 
         Returns:
             The kept rows, the source of each, and the number of the row that each came from.
@@ -85,16 +99,20 @@ class RowEncoder:
         """
         units: list[_Unit] = []
         ready: list[_Unit] = []
-        for position, row in enumerate(rows, first_row):
+        for position, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
             own = row.get("row") if isinstance(row, Mapping) else None
             n = own if isinstance(own, int) else position
             name = str(row.get("source") or source) if isinstance(row, Mapping) else source
             ledger[name].rows_in += 1
             try:
-                for unit in self._units(row, n, name):
-                    (ready if unit.example is not None and unit.example.kind == "tokens" else units).append(unit)
+                made = [_checked(unit) for unit in self._units(row, n, name)]
             except DataError as error:
-                raise error.at(source=name, row=n) from None
+                if not skip:
+                    raise error.at(source=name, row=n) from None
+                ledger[name].drop(f"{type(error).__name__}, skipped", tokens=0, row=n)
+                continue
+            for unit in made:
+                (ready if unit.example is not None and unit.example.kind == "tokens" else units).append(unit)
         labelled = self._label(units)
         limit = self.settings.max_length
         if limit is not None and self.settings.overlength == "split_turns":
@@ -163,17 +181,7 @@ class RowEncoder:
 
         The run of a completion grows by its EOS; a text is no run, it may be cut anywhere.
         """
-        if self._frame is None:
-            eos = self.tokenizer.eos_token_id
-            if eos is None:
-                raise TokenizerError(
-                    "the tokenizer has no EOS token; set tokenizer.eos_token, documents must end with one"
-                )
-            framed = self.tokenizer("a")["input_ids"]
-            bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-            before = framed[: next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)]
-            self._frame = list(before), [eos]
-        before, after = self._frame
+        before, after = self.frame
         ends = labelled.offsets[1:][documents]
         # A document whose text ends with EOS already (control_tokens="allow") gets no second one.
         open_ended = np.array([end == 0 or labelled.ids[end - 1] != after[0] for end in ends], dtype=bool)
@@ -193,6 +201,25 @@ class RowEncoder:
             runs[~texts[rows]],
             rows[~texts[rows]],
         )
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The ids that come before a document (BOS, where the tokenizer adds one) and after it (EOS).
+
+        Raises:
+            TokenizerError: the tokenizer has no EOS token.
+        """
+        if self._frame is None:
+            eos = self.tokenizer.eos_token_id
+            if eos is None:
+                raise TokenizerError(
+                    "the tokenizer has no EOS token; set tokenizer.eos_token, documents must end with one"
+                )
+            framed = self.tokenizer("a")["input_ids"]
+            bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+            before = framed[: next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)]
+            self._frame = list(before), [eos]
+        return self._frame
 
     # -- over-length ---------------------------------------------------------------------------------------------
 
@@ -225,8 +252,10 @@ class RowEncoder:
         limit = self.settings.max_length
         sizes = np.diff(labelled.offsets)
         too_long = sizes > limit if limit is not None else np.zeros(len(units), bool)
-        if self.settings.overlength == "cut" and limit is not None:
-            labelled = cut(labelled, limit)
+        if self.settings.splits_documents:
+            too_long &= [not (unit.document and unit.example is None) for unit in units]
+        if self.settings.overlength == "cut" and limit is not None and too_long.any():
+            labelled = cut(labelled, np.where(too_long, limit, sizes))
         kept_sizes = np.diff(labelled.offsets)
         trained = (
             np.add.reduceat(np.append(labelled.labels != IGNORE, False).astype(np.int64), labelled.offsets[:-1])
@@ -258,6 +287,15 @@ class RowEncoder:
             none = np.empty((0, 2), np.int64)
             labelled = Labelled(labelled.ids[mask], labelled.labels[mask], offsets, none, np.empty(0, np.int64))
         return labelled, [unit.source for unit in kept], [unit.row for unit in kept]
+
+
+def _checked(unit: _Unit) -> _Unit:
+    try:
+        unit.rendered.text.encode()
+    except UnicodeEncodeError as error:
+        found = unit.rendered.text[error.start]
+        raise FormatError(f"half of a surrogate pair, {found!r}, is no character; expected valid Unicode") from None
+    return unit
 
 
 def encode_row(

@@ -99,6 +99,14 @@ class WorkerError(HFObjectivesError, RuntimeError):
     """A worker process that died while it prepared data, most often killed for want of memory."""
 
 
+class DiskFullError(HFObjectivesError, OSError):
+    """No space is left to write a shard; what was finished stays, and a second run goes on from there."""
+
+
+class PreparedDataError(HFObjectivesError, ValueError):
+    """A prepared folder that is not what the run asks for: made under other settings, unfinished, or damaged."""
+
+
 class PackingLeakError(HFObjectivesError, RuntimeError):
     """The model lets one packed document see another on the attention backend in use."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 _EXAMPLES_KEPT = 5
+_SUMS = ("rows_in", "rows_out", "tokens_in", "trained", "masked", "num_bytes")
 
 
 @dataclass(slots=True)
@@ -18,6 +19,7 @@ class Account:
         rows_out: rows kept; more than read where conversations were expanded or split.
         tokens_in: tokens encoded.
         trained, masked: tokens kept that are trained and that are context only.
+        num_bytes: bytes of UTF-8 that the tokens kept stand for, where they were counted.
         dropped_tokens, dropped_rows: what was left out, by reason.
         dropped_examples: the first few row numbers by reason.
     """
@@ -27,6 +29,7 @@ class Account:
     tokens_in: int = 0
     trained: int = 0
     masked: int = 0
+    num_bytes: int = 0
     dropped_tokens: Counter[str] = field(default_factory=Counter)
     dropped_rows: Counter[str] = field(default_factory=Counter)
     dropped_examples: dict[str, list[int]] = field(default_factory=dict)
@@ -74,7 +77,7 @@ class Ledger:
         """All sources in one account, without the example rows."""
         total = Account()
         for account in self.accounts.values():
-            for name in ("rows_in", "rows_out", "tokens_in", "trained", "masked"):
+            for name in _SUMS:
                 setattr(total, name, getattr(total, name) + getattr(account, name))
             total.dropped_tokens.update(account.dropped_tokens)
             total.dropped_rows.update(account.dropped_rows)
@@ -84,7 +87,7 @@ class Ledger:
         """Add another ledger's accounts to this one's."""
         for source, theirs in other.accounts.items():
             mine = self[source]
-            for name in ("rows_in", "rows_out", "tokens_in", "trained", "masked"):
+            for name in _SUMS:
                 setattr(mine, name, getattr(mine, name) + getattr(theirs, name))
             mine.dropped_tokens.update(theirs.dropped_tokens)
             mine.dropped_rows.update(theirs.dropped_rows)

@@ -1,4 +1,4 @@
-"""A dataset in any accepted format to encoded, labelled and packed rows."""
+"""A dataset in any accepted format to encoded, labelled and packed rows: in memory, or through the corpus engine to disk."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from hf_objectives.batches import BatchEncoder
+from hf_objectives.corpus.build import load_prepared, prepare_corpus
+from hf_objectives.corpus.config import CorpusSettings
+from hf_objectives.corpus.engines import ENGINES
+from hf_objectives.corpus.work import concatenated
+from hf_objectives.data_files import load_rows
 from hf_objectives.dataset_packing import pack_table
-from hf_objectives.encode import Overlength, RowEncoder, RowSettings
-from hf_objectives.errors import ConfigError, NothingSupervisedError, WorkerError
+from hf_objectives.encode import Overlength, RowSettings
+from hf_objectives.errors import ConfigError, NothingSupervisedError, WorkerError, nearest
 from hf_objectives.formats import Row
 from hf_objectives.ledger import Ledger
+from hf_objectives.packing import check_packing
 from hf_objectives.tokenization import text_encoder
 
 logger = logging.getLogger(__name__)
@@ -33,14 +41,16 @@ Batch = tuple[int, list[Row] | None]
 
 
 def prepare_dataset(
-    dataset: Dataset | Iterable[Row],
+    dataset: Dataset | Iterable[Row] | str | Mapping[str, Any],
     tokenizer: Any,
     *,
     max_length: int | None,
     packing: bool = True,
     strategy: str = "best_fit",
+    overflow: str = "split",
     num_proc: int | None = None,
-    engine: Literal["local"] = "local",
+    engine: Literal["local", "ray"] = "local",
+    output_dir: str | Path | None = None,
     overlength: Overlength = "drop",
     train_on: str = "assistant",
     control_tokens: str = "plain",
@@ -53,16 +63,20 @@ def prepare_dataset(
     """Encode, label and pack a dataset.
 
     Args:
-        dataset: a `datasets.Dataset` or rows, all of one format a source; a row's `source` column names its source.
+        dataset: a `datasets.Dataset` or rows, all of one format a source; a row's `source` column names its source. A path,
+            a glob or a Hub id, or a mapping of source names to these, is read from there.
         tokenizer: a fast transformers tokenizer.
         max_length: most tokens a row may have; None only without packing.
         packing: pack several documents into a row of `max_length` tokens.
         strategy: "best_fit" (whole documents) or "concat" (a continuous stream).
+        overflow: under packing, what becomes of texts longer than a row: "split", "truncate" or "drop".
         num_proc: worker processes; None for one per core on large inputs.
-        engine: "local".
+        engine: "local", or "ray" for a Ray cluster, which needs `output_dir`.
+        output_dir: prepare to shards in this folder, in constant memory, and map them (see `prepare_corpus`, which has
+            more settings); None to work in memory. A folder that is finished already is used as it is.
         overlength: what becomes of a row longer than `max_length`: "drop" leaves it out; "split_turns" makes rows of
             whole user turns of it, each with the system message; "cut" cuts it off, and a turn that the cut goes through
-            is not trained at all. Documents (`text`) are split into pieces under packing whatever the policy.
+            is not trained at all. Under packing `overflow` decides for texts.
         train_on, control_tokens, chat_template, template_kwargs: see `encode_chat`.
         expand_turns: one row per user turn, each with exactly the prompt of inference; for templates that drop the
             reasoning of earlier turns.
@@ -79,12 +93,29 @@ def prepare_dataset(
         ConfigError: an unknown setting.
         WorkerError: a worker process died.
     """
-    if engine != "local":
-        raise ConfigError(f"engine is {engine!r}; expected 'local'")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
+    if engine != "local" and output_dir is None:
+        raise ConfigError(f"engine={engine!r} writes shards; give it an output_dir that all machines see")
     if packing and max_length is None:
         raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
+    if packing and max_length is not None:
+        check_packing(max_length, strategy, overflow)
+    if output_dir is not None:
+        if not packing or max_length is None or template_kwargs or ledger is not None:
+            raise ConfigError("output_dir holds packed rows and a manifest; it takes no packing=False, template_kwargs or ledger")
+        corpus = CorpusSettings(
+            max_length, strategy, overflow, overlength, train_on, control_tokens, expand_turns, chat_template,
+            num_proc=num_proc, engine=engine,
+        )  # fmt: skip
+        prepare_corpus(_named(dataset, source), tokenizer, output_dir, corpus)
+        return load_prepared(output_dir)  # type: ignore[return-value]
+    if isinstance(dataset, str):
+        dataset = load_rows(dataset)
+    elif isinstance(dataset, Mapping):
+        dataset = [{**row, "source": name} for name, path in dataset.items() for row in load_rows(path)]
     settings = RowSettings(
-        max_length, train_on, control_tokens, overlength, expand_turns, chat_template, dict(template_kwargs or {})
+        max_length, train_on, control_tokens, overlength, expand_turns, chat_template, dict(template_kwargs or {}), packing
     )
     ledger = Ledger() if ledger is None else ledger
     tables = []
@@ -97,11 +128,19 @@ def prepare_dataset(
             f"no token of {total.rows_in} rows would be trained; {'; '.join(ledger.lines()) or 'the dataset is empty'}"
         )
     logger.info("encoded with %s: %s", text_encoder(tokenizer).backend, "; ".join(ledger.lines()))
-    encoded = pa.concat_tables([table for table in tables if table.num_rows])
+    encoded = concatenated([table for table in tables if table.num_rows])
     if not packing:
         return Dataset(encoded)
     assert max_length is not None
-    return Dataset(pack_table(encoded, max_length, strategy=strategy))
+    return Dataset(pack_table(encoded, max_length, strategy=strategy, overflow=overflow))
+
+
+def _named(dataset: Any, source: str) -> Mapping[str, Any]:
+    if isinstance(dataset, Mapping):
+        return dataset
+    if isinstance(dataset, (str, Dataset)):
+        return {source: dataset}
+    raise ConfigError(f"output_dir needs files or a datasets.Dataset to go back to, found {type(dataset).__name__}")
 
 
 def _encoded(
@@ -109,7 +148,7 @@ def _encoded(
 ) -> Iterator[tuple[pa.Table, Ledger]]:
     """Tables of encoded rows with their ledgers, in the order of the dataset."""
     rows = dataset.with_format("arrow") if isinstance(dataset, Dataset) else dataset
-    work = _Work(RowEncoder(tokenizer, settings), source, rows)
+    work = _Work(BatchEncoder(tokenizer, settings), source, rows)
     size = len(dataset) if isinstance(dataset, (Dataset, Sequence)) else 0
     workers = num_proc or (min(os.cpu_count() or 1, size // (4 * _BATCH)) if size else 1)
     if workers <= 1 or not hasattr(os, "fork"):
@@ -143,7 +182,7 @@ def _in_order(pool: ProcessPoolExecutor, batches: Iterator[Batch], in_flight: in
 class _Work:
     """What turns batches into tables of encoded rows; forked workers inherit it, dataset and tokenizer with it."""
 
-    encoder: RowEncoder
+    encoder: BatchEncoder
     source: str
     dataset: Dataset | Iterable[Row]
 
@@ -162,10 +201,7 @@ class _Work:
             assert isinstance(self.dataset, (Dataset, Sequence))
             looked_up = self.dataset[first : first + _BATCH]
             rows = looked_up.to_pylist() if isinstance(looked_up, pa.Table) else list(looked_up)
-        ledger = Ledger()
-        labelled, sources, numbers = self.encoder.encode(rows, source=self.source, first_row=first, ledger=ledger)
-        table = labelled.to_table().append_column("source", pa.array(sources, pa.string()))
-        return table.append_column("row", pa.array(numbers, pa.int64())), ledger
+        return self.encoder.encode(rows, source=self.source, numbers=range(first, first + len(rows)))
 
 
 _adopted: _Work | None = None

@@ -1,0 +1,117 @@
+"""`hf-objectives`: the command line.
+
+    hf-objectives prepare --config corpus.yaml [--option value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hf_objectives.cli_args import parse_config
+from hf_objectives.corpus.build import prepare_corpus
+from hf_objectives.corpus.config import CorpusSettings
+from hf_objectives.errors import ConfigError, FileFormatError, HFObjectivesError, nearest
+
+
+@dataclass
+class PrepareArguments(CorpusSettings):
+    """What `hf-objectives prepare` takes: the settings of a corpus, its sources, its tokenizer and its folder."""
+
+    sources: str | None = field(default=None, metadata={"help": "A mapping of names to paths or mappings (JSON)."})
+    dataset_name: str | None = field(default=None, metadata={"help": "One source: a path, a glob or a Hub id."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder of the tokenizer."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the shards."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a folder made under other settings."})
+
+    def __post_init__(self) -> None:
+        for name in ("tokenizer", "output_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is missing")
+        self.chat_template = read_template(self.chat_template)
+        super().__post_init__()
+
+    def named_sources(self) -> Mapping[str, Any]:
+        """The sources by name.
+
+        Raises:
+            ConfigError: none, or both ways of naming them, or not a mapping.
+        """
+        return named_sources(self.sources, self.dataset_name)
+
+
+def named_sources(sources: str | None, dataset_name: str | None) -> Mapping[str, Any]:
+    """Sources by name from `sources` (JSON) or the one `dataset_name`.
+
+    Raises:
+        ConfigError: none or both were given, or `sources` is not a mapping.
+    """
+    if bool(sources) == bool(dataset_name):
+        raise ConfigError("give dataset_name or sources, one of the two")
+    if not sources:
+        assert dataset_name is not None
+        return {Path(dataset_name).name.split(".")[0].strip("*-_") or "data": dataset_name}
+    try:
+        named = json.loads(sources)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"sources is not a mapping of names to paths ({error})") from error
+    if not isinstance(named, dict) or not named:
+        raise ConfigError("sources is not a mapping of names to paths")
+    return named
+
+
+def read_template(template: str | None) -> str | None:
+    """A chat template, read where a .jinja file is named.
+
+    Raises:
+        FileFormatError: there is no such file.
+    """
+    if not template or not template.endswith(".jinja"):
+        return template
+    if not Path(template).exists():
+        raise FileFormatError(f"chat_template names a file that does not exist: {template}")
+    return Path(template).read_text(encoding="utf-8")
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Prepare packed rows in a folder and say what became of every token."""
+    (given,), _ = parse_config((PrepareArguments,), argv)
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    settings = CorpusSettings(**{f.name: getattr(given, f.name) for f in fields(CorpusSettings)})
+    manifest = prepare_corpus(
+        given.named_sources(), tokenizer, given.output_dir, settings, overwrite=given.overwrite
+    )
+    print("\n".join(manifest.lines()))
+    print(f"load_prepared({given.output_dir!r}) or load_dataset({settings.file_format!r}, data_dir={given.output_dir!r})")
+
+
+#: The commands, by name.
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; an error of ours is a line on stderr and exit code 1."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: hf-objectives {{{','.join(COMMANDS)}}} ...\n\n{(__doc__ or '').strip()}")
+        return
+    try:
+        if words[0] not in COMMANDS:
+            raise ConfigError(
+                f"unknown command {words[0]!r}; expected one of {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}"
+            )
+        COMMANDS[words[0]](words[1:])
+    except HFObjectivesError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Shards on disk: written beside and moved into place, with a checksum, so that a shard is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_objectives.errors import DiskFullError
+
+PROGRESS = ".progress"  # in the folder: what is being written, and the accounts of finished segments
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A finished shard.
+
+    Attributes:
+        path: its file, relative to the folder.
+        split: "train" or "validation".
+        source, file: the source and the file that its documents come from.
+        rows, tokens, supervised: packed rows, their tokens, and the tokens that are trained.
+        num_bytes: size of the file.
+        sha256: its checksum, as `sha256sum` prints it.
+    """
+
+    path: str
+    split: str
+    source: str
+    file: str
+    rows: int
+    tokens: int
+    supervised: int
+    num_bytes: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shard as JSON values."""
+        return asdict(self)
+
+    def intact(self, folder: Path, *, checksum: bool = True) -> bool:
+        """Whether the file is there, and is what was written."""
+        file = folder / self.path
+        if not file.is_file() or file.stat().st_size != self.num_bytes:
+            return False
+        return not checksum or sha256(file) == self.sha256
+
+
+class ShardWriter:
+    """Writes packed rows to one file; as a context it moves the file into place, or removes it after an error.
+
+    Args:
+        folder: the prepared folder.
+        path: the shard's place in it.
+        file_format: a key of FORMATS.
+        id_type: numpy type of the token ids.
+
+    Raises:
+        DiskFullError: no space is left.
+    """
+
+    def __init__(self, folder: Path, path: str, file_format: str, id_type: type[np.unsignedinteger]) -> None:
+        self.final = folder / path
+        self.draft = folder / PROGRESS / path.replace("/", "-")
+        self._open, self._id_type = FORMATS[file_format], pa.from_numpy_dtype(id_type)
+        self._writer: Any = None
+        self.rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Add packed rows, as one row group or record batch."""
+        ids = table["input_ids"].combine_chunks()
+        narrow = type(ids).from_arrays(ids.offsets, ids.values.cast(self._id_type, safe=False))
+        table = table.set_column(table.column_names.index("input_ids"), "input_ids", narrow)
+        try:
+            if self._writer is None:
+                self._writer = self._open(str(self.draft), table.schema)
+            self._writer.write_table(table)
+        except OSError as error:
+            raise _space(error, self.final) from error
+        self.rows += table.num_rows
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as failed:
+            kind = kind or type(failed)
+            raise _space(failed, self.final) from failed
+        finally:
+            if kind is not None:
+                self.draft.unlink(missing_ok=True)
+
+    def finish(self, **about: Any) -> Shard | None:
+        """Move the closed file into place; None, and no file, where no row was written."""
+        if self._writer is None:
+            return None
+        digest, size = sha256(self.draft), self.draft.stat().st_size
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        self.draft.replace(self.final)
+        return Shard(rows=self.rows, num_bytes=size, sha256=digest, **about)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def id_type(vocabulary: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds the ids of a vocabulary; unsigned, so that 65,536 ids fit in two bytes."""
+    return next(kind for kind in (np.uint8, np.uint16, np.uint32) if vocabulary - 1 <= np.iinfo(kind).max)
+
+
+def _parquet(path: str, schema: pa.Schema) -> pq.ParquetWriter:
+    # Ids apart by byte and then compressed: as small as zstd gets them, in less time than a dictionary takes.
+    bytes_apart = {
+        f"{field.name}.list.element": "BYTE_STREAM_SPLIT"
+        for field in schema
+        if pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type)
+    }
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=["sources.list.element"],
+        column_encoding=bytes_apart,
+        write_statistics=False,
+    )
+
+
+def _arrow(path: str, schema: pa.Schema) -> pa.RecordBatchStreamWriter:
+    return pa.ipc.new_stream(path, schema)  # the form that datasets maps into memory
+
+
+#: How shards are written, by name.
+FORMATS: dict[str, Callable[[str, pa.Schema], Any]] = {"parquet": _parquet, "arrow": _arrow}
+
+
+def _space(error: OSError, path: Path) -> Exception:
+    # pyarrow's errors carry the number in words alone.
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+        return DiskFullError(f"no space left to write {path.name} in {path.parent} ({error})")
+    return error

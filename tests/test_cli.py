@@ -1,0 +1,60 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import load_dataset
+
+from hf_objectives import demo
+from hf_objectives.cli import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    demo.build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(50)))
+    (tmp_path / "b.txt").write_text("one line\nanother line\n")
+    (tmp_path / "corpus.yaml").write_text(
+        f"tokenizer: {tmp_path}/tokenizer\nmax_length: 128\noutput_dir: {tmp_path}/out\n"
+        f"sources:\n  a: {tmp_path}/*.jsonl\n  b: {{path: {tmp_path}/b.txt, documents: line, weight: 2}}\n"
+    )
+    return tmp_path
+
+
+def test_prepare(files, capsys):
+    main(["prepare", "--config", str(files / "corpus.yaml"), "--eval_share", "0.2"])
+    said = capsys.readouterr().out
+    assert "a: 50 documents" in said and "b: 2 documents" in said and "rows of 128 tokens" in said
+    assert set(load_dataset("parquet", data_dir=str(files / "out"))) == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prepair"], "ConfigError: unknown command 'prepair'; expected one of prepare; did you mean 'prepare'?"),
+        (["prepare"], "ConfigError: tokenizer is missing"),
+        (["prepare", "--tokenizer", "x"], "ConfigError: output_dir is missing"),
+        (["prepare", "--max_lenght", "3"], "did you mean '--max_length'?"),
+        (["prepare", "--config", "none.yaml"], "cannot read the config none.yaml"),
+    ],
+)
+def test_errors_are_one_line(words, message):
+    with pytest.raises(SystemExit, match=message.replace("?", r"\?")):
+        main(words)
+
+
+def test_sources_are_checked(files):
+    config = ["prepare", "--config", str(files / "corpus.yaml")]
+    with pytest.raises(SystemExit, match="give dataset_name or sources, one of the two"):
+        main([*config, "--dataset_name", "x.jsonl"])
+    with pytest.raises(SystemExit, match="sources is not a mapping"):
+        main([*config, "--sources", "[1]"])
+    with pytest.raises(SystemExit, match="chat_template names a file that does not exist"):
+        main([*config, "--chat_template", "none.jinja"])
+
+
+def test_help(capsys):
+    main([])
+    assert "hf-objectives prepare --config" in capsys.readouterr().out
