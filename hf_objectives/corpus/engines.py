@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_objectives.errors import ConfigError, WorkerError
+from hf_objectives.errors import ConfigError, HFObjectivesError, WorkerError
 
 Function = Callable[[Any], Any]
 
@@ -78,12 +78,23 @@ def run_ray(function: Function, items: Sequence[Any], num_proc: int | None) -> I
 
     def run_batch(batch: pa.Table) -> pa.Table:
         work = _unpickled(ray.get(shared))
-        results = [pickle.dumps(work(pickle.loads(item))) for item in batch["item"].to_pylist()]
+        results = [pickle.dumps(_outcome(work, pickle.loads(item))) for item in batch["item"].to_pylist()]
         return pa.table({"result": pa.array(results, pa.binary())})
 
     dataset = ray.data.from_arrow([table.slice(i, 1) for i in range(len(table))])
     for row in dataset.map_batches(run_batch, batch_format="pyarrow", batch_size=1).iter_rows():
-        yield pickle.loads(row["result"])
+        outcome = pickle.loads(row["result"])
+        if isinstance(outcome, HFObjectivesError):
+            raise outcome
+        yield outcome
+
+
+def _outcome(function: Function, item: Any) -> Any:
+    """A result, or an error of ours as one: Ray would wrap it in errors of its own."""
+    try:
+        return function(item)
+    except HFObjectivesError as error:
+        return error
 
 
 _last: tuple[bytes, Function] | None = None

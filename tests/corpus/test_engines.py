@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from chat_corpus import byte_tokenizer
+from datasets import Dataset, disable_progress_bars
 
 from hf_objectives import demo
 from hf_objectives.corpus.build import load_prepared, prepare_corpus
@@ -17,6 +18,7 @@ from hf_objectives.corpus.work import Work
 from hf_objectives.errors import ConfigError, FormatError, WorkerError
 from hf_objectives.prepare import prepare_dataset
 
+disable_progress_bars()
 TOKENIZER = byte_tokenizer()
 SMALL = {"max_length": 64, "shard_bytes": 2_000}
 
@@ -49,7 +51,8 @@ def test_a_killed_local_worker_is_an_error_and_a_second_run_goes_on(tmp_path, mo
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A local Ray cluster of two workers, which import this file's classes."""
+    """A local Ray cluster of two workers, which import this file's classes. While it is up nothing here forks: a process
+    that Ray's threads run in does not survive that."""
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'hf-objectives[ray]'")
     here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     ray.init(
@@ -64,7 +67,7 @@ def cluster():
 
 def test_ray_makes_the_same_shards(tmp_path, cluster):
     sources = corpus(tmp_path)
-    local = prepare_corpus(sources, TOKENIZER, tmp_path / "local", CorpusSettings(**SMALL))
+    local = prepare_corpus(sources, TOKENIZER, tmp_path / "local", CorpusSettings(num_proc=1, **SMALL))
     made = prepare_corpus(sources, TOKENIZER, tmp_path / "ray", CorpusSettings(engine="ray", **SMALL))
     assert len(made.shards) > 5 and made.shards == local.shards and made.sources == local.sources
     assert list(load_prepared(tmp_path / "ray")) == list(load_prepared(tmp_path / "local"))
@@ -72,7 +75,7 @@ def test_ray_makes_the_same_shards(tmp_path, cluster):
 
 def test_a_killed_ray_worker_loses_nothing(tmp_path, cluster, monkeypatch):
     sources = corpus(tmp_path)
-    local = prepare_corpus(sources, TOKENIZER, tmp_path / "local", CorpusSettings(**SMALL))
+    local = prepare_corpus(sources, TOKENIZER, tmp_path / "local", CorpusSettings(num_proc=1, **SMALL))
     monkeypatch.setattr("hf_objectives.corpus.build.Work", _Dying)
     made = prepare_corpus(sources, TOKENIZER, tmp_path / "ray", CorpusSettings(engine="ray", **SMALL))
     assert int((tmp_path / "ray" / "died").read_text()) != os.getpid()
@@ -90,11 +93,9 @@ def test_errors_come_back_from_ray_as_they_are(tmp_path, cluster):
 
 
 def test_a_dataset_through_ray(tmp_path, cluster):
-    from datasets import Dataset
-
     rows = Dataset.from_list(demo.texts(5_000))
     packed = prepare_dataset(rows, TOKENIZER, max_length=512, engine="ray", output_dir=tmp_path / "out")
-    local = prepare_dataset(rows, TOKENIZER, max_length=512, output_dir=tmp_path / "local")
+    local = prepare_dataset(rows, TOKENIZER, max_length=512, num_proc=1, output_dir=tmp_path / "local")
     assert packed.to_list() == local.to_list()
 
 
