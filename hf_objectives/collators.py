@@ -289,12 +289,12 @@ class DataCollatorWithEosPacking(_Collator):
         assert self.max_length is not None
         offsets = np.concatenate(([0], np.cumsum([len(row.ids) for row in rows])))
         packed = pack_rows(offsets, self.max_length, strategy=self.strategy, overflow=self.overflow)
-        ids = np.concatenate([row.ids for row in rows])[packed.index]
+        ids = packed.gather(np.concatenate([row.ids for row in rows]))
         labels = packed.labels(np.concatenate([row.labels for row in rows]))
         weights = None
         if any(row.weights is not None for row in rows):
             ones = [np.ones(len(row.ids), np.float32) if row.weights is None else row.weights for row in rows]
-            weights = np.concatenate(ones)[packed.index]
+            weights = packed.gather(np.concatenate(ones))
         made = []
         for i in range(len(packed.row_offsets) - 1):
             tokens = slice(*packed.row_offsets[i : i + 2])

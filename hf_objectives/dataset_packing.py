@@ -24,8 +24,8 @@ def pack_dataset(
     Args:
         dataset: columns `input_ids` and, unless every token is trained, `labels`; `source` and `row` columns are kept.
         max_length: most tokens a row may hold.
-        strategy: "best_fit" (whole documents) or "concat" (a continuous stream).
-        overflow: for best_fit, what becomes of longer documents: "truncate", "split" or "drop".
+        strategy: "best_fit" or "first_fit" (whole documents), or "concat" (a continuous stream).
+        overflow: but for concat, what becomes of longer documents: "truncate", "split" or "drop".
 
     Returns:
         A dataset with `input_ids` and `labels` (list of int32; the first label of each document is -100), `seq_lengths`
@@ -61,7 +61,7 @@ def pack_table(
         raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
     rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
     columns: dict[str, Any] = {
-        "input_ids": _lists(ids[rows.index], rows.row_offsets),
+        "input_ids": _lists(rows.gather(ids), rows.row_offsets),
         **({"labels": _lists(rows.labels(targets), rows.row_offsets)} if labels else {}),
         "seq_lengths": _lists(rows.lengths.astype(np.int32), rows.piece_offsets),
     }

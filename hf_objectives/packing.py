@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +15,7 @@ from hf_objectives.errors import ConfigError, nearest
 
 IGNORE = -100
 OVERFLOW = ("truncate", "split", "drop")
+_GATHERED = 1 << 15  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +91,56 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np
     return num_bins, bin_of
 
 
+def first_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np.int64]]:
+    """First fit: each document, in order, goes to the first bin with room for it; for documents that come as a stream.
+
+    A tree over the bins holds the largest room below each node, so that a document takes log2(bins) steps (Johnson,
+    "Fast algorithms for bin packing", 1974, section 5). Arguments and results are those of `best_fit`.
+    """
+    leaves = 1 << max(1, len(lengths)).bit_length()
+    largest = [capacity] * (2 * leaves)
+    bin_of = np.empty(len(lengths), np.int64)
+    num_bins = 0
+    for i, length in enumerate(lengths.tolist()):
+        node = 1
+        while node < leaves:
+            node *= 2
+            if largest[node] < length:
+                node += 1
+        bin_of[i] = node - leaves
+        num_bins = max(num_bins, node - leaves + 1)
+        largest[node] -= length
+        while node > 1:
+            node //= 2
+            room = max(largest[2 * node], largest[2 * node + 1])
+            if largest[node] == room:
+                break
+            largest[node] = room
+    return num_bins, bin_of
+
+
+def concat(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np.int64]]:
+    """One stream, cut every `capacity` tokens: a document counts to the bin that it begins in and may go on in the next,
+    so that it may be longer than a bin. Arguments and results are those of `best_fit`."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    num_bins = -(-total // capacity)
+    return num_bins, np.minimum((ends - lengths) // capacity, max(0, num_bins - 1))
+
+
 #: How documents are put in bins, by name.
-STRATEGIES: dict[str, Callable[[NDArray[np.int64], int], tuple[int, NDArray[np.int64]]]] = {"best_fit": best_fit}
+STRATEGIES: dict[str, Callable[[NDArray[np.int64], int], tuple[int, NDArray[np.int64]]]] = {
+    "best_fit": best_fit,
+    "first_fit": first_fit,
+    "concat": concat,
+}
 
 
 def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "best_fit") -> Packing:
     """Put documents in as few bins as the strategy manages; a pure function of its arguments.
 
     Args:
-        lengths: tokens per document, [documents], none longer than `capacity`.
+        lengths: tokens per document, [documents], none longer than `capacity` but under "concat".
         capacity: tokens that a bin holds.
         strategy: a key of STRATEGIES.
 
@@ -116,7 +160,7 @@ def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "best_fit
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and sizes.min() < 0:
         raise ConfigError(f"document {int(sizes.argmin())} has length {int(sizes.min())}; expected 0 or more")
-    if len(sizes) and sizes.max() > capacity:
+    if len(sizes) and sizes.max() > capacity and strategy != "concat":
         raise ConfigError(
             f"document {int(sizes.argmax())} has {int(sizes.max())} tokens, a bin holds {capacity}; "
             "truncate, split or drop it first"
@@ -130,29 +174,43 @@ class PackedRows:
     """Rows of packed documents, or pieces of documents.
 
     Attributes:
-        index: int64 [tokens], where each token of the rows stood in the flat input.
-        row_offsets: int64 [rows + 1], row i is `index[row_offsets[i]:row_offsets[i + 1]]`.
-        lengths: int64 [pieces], tokens of each piece, in the order of the rows.
+        starts: int64 [pieces], where each piece began in the flat input, in the order of the rows.
+        lengths: int64 [pieces], tokens of each piece.
+        row_offsets: int64 [rows + 1], the tokens of row i are those from `row_offsets[i]` to `row_offsets[i + 1]`.
         piece_offsets: int64 [rows + 1], row i holds pieces `piece_offsets[i]:piece_offsets[i + 1]`.
         documents: int64 [pieces], the document that each piece is of.
         dropped: int64 [documents], tokens of each document that no row holds.
     """
 
-    index: NDArray[np.int64]
-    row_offsets: NDArray[np.int64]
+    starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    row_offsets: NDArray[np.int64]
     piece_offsets: NDArray[np.int64]
     documents: NDArray[np.int64]
     dropped: NDArray[np.int64]
 
+    def gather(self, flat: NDArray) -> NDArray:
+        """The tokens of all rows end to end, [tokens] of the dtype of `flat`, the documents' tokens end to end."""
+        ends = np.cumsum(self.lengths)
+        rows = np.empty(int(ends[-1]) if len(ends) else 0, flat.dtype)
+        begins = ends - self.lengths
+        # Some thousand tokens at a time: what is in the cache is copied several times as fast.
+        cuts = np.unique(np.append(np.searchsorted(begins, np.arange(0, len(rows), _GATHERED)), len(begins)))
+        for a, b in itertools.pairwise(cuts.tolist()):
+            first, last = int(begins[a]), int(ends[b - 1])
+            index = np.repeat(self.starts[a:b] - begins[a:b], self.lengths[a:b])
+            index += np.arange(first, last)
+            np.take(flat, index, out=rows[first:last], mode="clip")
+        return rows
+
     def labels(self, flat: NDArray[np.int32]) -> NDArray[np.int32]:
         """The rows' labels: those of the documents, but for the first token of each piece, which nothing predicts."""
-        labels = flat[self.index]
+        labels = self.gather(flat)
         labels[(np.cumsum(self.lengths) - self.lengths)[self.lengths > 0]] = IGNORE
         return labels
 
 
-def pack_best_fit(offsets: NDArray[np.int64], max_length: int, overflow: str) -> PackedRows:
+def pack_whole(offsets: NDArray[np.int64], max_length: int, overflow: str, strategy: str) -> PackedRows:
     """Whole documents, several to a row; what becomes of longer ones is `overflow`."""
     sizes = np.diff(offsets)
     documents = np.arange(len(sizes))
@@ -167,7 +225,7 @@ def pack_best_fit(offsets: NDArray[np.int64], max_length: int, overflow: str) ->
             documents = documents[sizes <= max_length]
         lengths = np.minimum(sizes[documents], max_length)
         starts = offsets[documents]
-    packing = pack_lengths(lengths, max_length)
+    packing = pack_lengths(lengths, max_length, strategy=strategy)
     # Rows in the order of their first document, documents of a row in their own order.
     first = np.full(packing.num_bins, len(lengths))
     np.minimum.at(first, packing.bin_of, np.arange(len(lengths)))
@@ -193,7 +251,8 @@ def pack_concat(offsets: NDArray[np.int64], max_length: int, overflow: str) -> P
 
 #: How rows are made, by name.
 ROWS: dict[str, Callable[[NDArray[np.int64], int, str], PackedRows]] = {
-    "best_fit": pack_best_fit,
+    "best_fit": partial(pack_whole, strategy="best_fit"),
+    "first_fit": partial(pack_whole, strategy="first_fit"),
     "concat": pack_concat,
 }
 
@@ -206,8 +265,8 @@ def pack_rows(
     Args:
         offsets: int64 [documents + 1]; document i is `flat[offsets[i]:offsets[i + 1]]`.
         max_length: most tokens a row may hold.
-        strategy: "best_fit" or "concat".
-        overflow: for best_fit, what becomes of longer documents: "truncate", "split" into pieces, or "drop".
+        strategy: "best_fit", "first_fit" or "concat".
+        overflow: but for concat, what becomes of longer documents: "truncate", "split" into pieces, or "drop".
 
     Raises:
         ConfigError: an unknown strategy or overflow, or `max_length` under 2.
@@ -232,9 +291,7 @@ def _rows(
     pieces_per_row: NDArray[np.int64],
     sizes: NDArray[np.int64],
 ) -> PackedRows:
-    ends = np.cumsum(lengths)
-    index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+    ends = np.concatenate(([0], np.cumsum(lengths)))
     piece_offsets = np.concatenate(([0], np.cumsum(pieces_per_row))).astype(np.int64)
-    row_offsets = np.concatenate(([0], ends))[piece_offsets].astype(np.int64)
     kept = np.bincount(documents, lengths, len(sizes)).astype(np.int64)
-    return PackedRows(index, row_offsets, lengths, piece_offsets, documents, sizes - kept)
+    return PackedRows(starts, lengths, ends[piece_offsets].astype(np.int64), piece_offsets, documents, sizes - kept)

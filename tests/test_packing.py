@@ -33,6 +33,40 @@ def test_best_fit_is_the_textbooks(case):
     assert packing.fill == pytest.approx(sum(lengths) / (packing.num_bins * capacity) if lengths else 1.0)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 40).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(0, c), max_size=60))))
+def test_first_fit_is_the_textbooks(case):
+    capacity, lengths = case
+    rooms: list[int] = []
+    expected = []
+    for length in lengths:
+        place = next((i for i, room in enumerate(rooms) if room >= length), len(rooms))
+        rooms += [capacity] * (place == len(rooms))
+        rooms[place] -= length
+        expected.append(place)
+    packing = pack_lengths(lengths, capacity, strategy="first_fit")
+    assert packing.bin_of.tolist() == expected and packing.num_bins == len(rooms)
+
+
+def test_concat_counts_a_document_to_the_bin_that_it_begins_in():
+    packing = pack_lengths([3, 4, 12, 1, 0], 5, strategy="concat")
+    assert packing.bin_of.tolist() == [0, 0, 1, 3, 3] and packing.num_bins == 4 and packing.fill == 1.0
+    assert pack_lengths([], 5, strategy="concat").num_bins == 0
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
+def test_rows_are_gathered_in_any_type(kind):
+    offsets = np.concatenate(([0], np.cumsum(np.random.default_rng(0).integers(0, 3000, 200))))
+    flat = np.random.default_rng(1).integers(0, 60_000, offsets[-1]).astype(kind)
+    packed = pack_rows(offsets, 2048, overflow="split")
+    rows = packed.gather(flat)
+    assert rows.dtype == kind and len(rows) == len(flat)
+    at = 0
+    for start, length in zip(packed.starts, packed.lengths, strict=True):
+        assert np.array_equal(rows[at : at + length], flat[start : start + length])
+        at += length
+
+
 def test_a_million_documents_fill_their_rows():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.0, 1_000_000).astype(int), 1, 2048)
     packing = pack_lengths(lengths, 2048)
@@ -60,7 +94,7 @@ def rows_of(flat, offsets, max_length, **options):
     spans = list(zip(packed.row_offsets[:-1], packed.row_offsets[1:], strict=True))
     pieces = list(zip(packed.piece_offsets[:-1], packed.piece_offsets[1:], strict=True))
     return (
-        [np.asarray(flat)[packed.index][a:b].tolist() for a, b in spans],
+        [packed.gather(np.asarray(flat))[a:b].tolist() for a, b in spans],
         [labels[a:b].tolist() for a, b in spans],
         [packed.lengths[a:b].tolist() for a, b in pieces],
         packed,
@@ -108,20 +142,21 @@ documents = st.lists(st.integers(0, 30), min_size=1, max_size=40)
 @given(
     documents,
     st.integers(2, 20),
-    st.sampled_from(["best_fit", "concat"]),
+    st.sampled_from(["best_fit", "first_fit", "concat"]),
     st.sampled_from(["truncate", "split", "drop"]),
 )
 def test_every_token_is_in_a_row_or_dropped_with_its_document(sizes, max_length, strategy, overflow):
     offsets = np.concatenate(([0], np.cumsum(sizes)))
     packed = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
-    assert len(packed.index) + packed.dropped.sum() == offsets[-1]
-    assert len(set(packed.index.tolist())) == len(packed.index)
+    index = packed.gather(np.arange(offsets[-1]))  # every token a number of its own
+    assert len(index) + packed.dropped.sum() == offsets[-1]
+    assert len(set(index.tolist())) == len(index)
     assert np.diff(packed.row_offsets).max(initial=0) <= max_length
-    assert packed.lengths.sum() == len(packed.index)
+    assert packed.lengths.sum() == len(index)
     if strategy == "concat" or overflow == "split":
         assert packed.dropped.sum() == 0
     if strategy == "concat":
-        assert packed.index.tolist() == list(range(offsets[-1]))
+        assert index.tolist() == list(range(offsets[-1]))
     else:
         for document, size in enumerate(sizes):
             pieces = packed.lengths[packed.documents == document].tolist()
@@ -129,7 +164,7 @@ def test_every_token_is_in_a_row_or_dropped_with_its_document(sizes, max_length,
                 assert pieces == [size]
     # Each piece is a run of its own document.
     for length, document, end in zip(packed.lengths, packed.documents, np.cumsum(packed.lengths), strict=True):
-        run = packed.index[end - length : end]
+        run = index[end - length : end]
         assert np.all(np.diff(run) == 1)
         assert np.all((run >= offsets[document]) & (run < offsets[document + 1]))
 
@@ -137,7 +172,7 @@ def test_every_token_is_in_a_row_or_dropped_with_its_document(sizes, max_length,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"strategy": "bfd"}, "strategy is 'bfd'; expected one of best_fit, concat"),
+        ({"strategy": "bfd"}, "strategy is 'bfd'; expected one of best_fit, first_fit, concat"),
         ({"overflow": "cut"}, "overflow is 'cut'; expected one of truncate, split, drop"),
         ({"max_length": 1}, "max_length is 1"),
     ],

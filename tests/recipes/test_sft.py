@@ -102,7 +102,7 @@ def test_lora(corpus, tmp_path):
         (("--sources", "{"), ConfigError, "sources is not a mapping"),
         (("--dataset_name", "x.json"), ConfigError, "dataset_name or sources, one of the two"),
         (("--load_in_4bit", "true"), ConfigError, "load_in_4bit on a CPU"),
-        (("--strategy", "bfd"), ConfigError, "expected one of best_fit, concat"),
+        (("--strategy", "bfd"), ConfigError, "expected one of best_fit, first_fit, concat"),
     ],
 )
 def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, words):
