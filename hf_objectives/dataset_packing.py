@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
 from hf_objectives.errors import FormatError, NothingSupervisedError
@@ -40,7 +41,9 @@ def pack_dataset(
     """
     if "input_ids" not in dataset.column_names:
         raise FormatError(f"columns {', '.join(dataset.column_names)}; expected input_ids, encode the dataset first")
-    return Dataset(pack_table(dataset.with_format("arrow")[:], max_length, strategy=strategy, overflow=overflow))
+    table = pack_table(dataset.with_format("arrow")[:], max_length, strategy=strategy, overflow=overflow)
+    # What it follows from names it; datasets would read all of the table to name it by its content.
+    return Dataset(table, fingerprint=Hasher.hash([dataset._fingerprint, "pack", max_length, strategy, overflow]))
 
 
 def pack_table(
@@ -60,9 +63,12 @@ def pack_table(
         row = int(np.flatnonzero(offsets != label_offsets)[0]) - 1
         raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
     rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
+    packed_ids = rows.gather(ids)
+    if labels:
+        trained = rows.without_begins(packed_ids.copy() if targets is ids else rows.gather(targets))
     columns: dict[str, Any] = {
-        "input_ids": _lists(rows.gather(ids), rows.row_offsets),
-        **({"labels": _lists(rows.labels(targets), rows.row_offsets)} if labels else {}),
+        "input_ids": _lists(packed_ids, rows.row_offsets),
+        **({"labels": _lists(trained, rows.row_offsets)} if labels else {}),
         "seq_lengths": _lists(rows.lengths.astype(np.int32), rows.piece_offsets),
     }
     for name in ("source", "row"):
@@ -87,8 +93,12 @@ def _supervised(packed: pa.Table, rows: PackedRows) -> NDArray[np.bool_]:
     """Which rows train a token: without labels, those in which a piece goes on after its first."""
     if "labels" not in packed.column_names:
         return np.diff(np.concatenate(([0], np.cumsum(rows.lengths > 1)))[rows.piece_offsets]) > 0
+    if not rows.row_offsets[-1]:
+        return np.zeros(len(rows.row_offsets) - 1, bool)
     labels = packed["labels"].combine_chunks().values.to_numpy()
-    return np.diff(np.concatenate(([0], np.cumsum(labels != IGNORE)))[rows.row_offsets]) > 0
+    filled = np.diff(rows.row_offsets) > 0
+    filled[filled] = np.logical_or.reduceat(labels != IGNORE, rows.row_offsets[:-1][filled])
+    return filled
 
 
 def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

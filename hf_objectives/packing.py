@@ -5,10 +5,12 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from hf_objectives.errors import ConfigError, nearest
@@ -16,6 +18,7 @@ from hf_objectives.errors import ConfigError, nearest
 IGNORE = -100
 OVERFLOW = ("truncate", "split", "drop")
 _GATHERED = 1 << 15  # tokens
+_CHUNKS_A_THREAD = 32  # fewer are copied before a thread has started
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,12 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np
         The number of bins and int64 [documents], the bin of each document.
     """
     bin_of = np.empty(len(lengths), np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    sizes, counts = np.unique(lengths, return_counts=True)
+    # Sixteen bits are sorted by radix, in a tenth of the time.
+    shorter = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)
+    order = np.argsort(shorter, kind="stable")
+    all_counts = np.bincount(lengths)
+    sizes = np.flatnonzero(all_counts)
+    counts = all_counts[sizes]
     rooms: list[int] = []  # the remaining capacities that occur, ascending
     open_bins: dict[int, list[NDArray[np.int64]]] = {}
     num_bins, at = 0, 0
@@ -79,7 +86,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np
                 num_bins += new
             each = room // size if size else left
             full = min(len(bins), left // each)
-            bin_of[order[at : at + full * each]] = np.repeat(bins[:full], each)
+            bin_of[order[at : at + full * each]] = bins[:full].repeat(each) if each > 1 else bins[:full]
             at, left = at + full * each, left - full * each
             keep(room - each * size, bins[:full])
             rest = bins[full:]
@@ -196,16 +203,30 @@ class PackedRows:
         begins = ends - self.lengths
         # Some thousand tokens at a time: what is in the cache is copied several times as fast.
         cuts = np.unique(np.append(np.searchsorted(begins, np.arange(0, len(rows), _GATHERED)), len(begins)))
-        for a, b in itertools.pairwise(cuts.tolist()):
+
+        def copy(bounds: tuple[int, int]) -> None:
+            a, b = bounds
             first, last = int(begins[a]), int(ends[b - 1])
-            index = np.repeat(self.starts[a:b] - begins[a:b], self.lengths[a:b])
+            index = (self.starts[a:b] - begins[a:b]).repeat(self.lengths[a:b])
             index += np.arange(first, last)
-            np.take(flat, index, out=rows[first:last], mode="clip")
+            flat.take(index, out=rows[first:last], mode="clip")
+
+        chunks = list(itertools.pairwise(cuts.tolist()))
+        threads = min(pa.cpu_count(), len(chunks) // _CHUNKS_A_THREAD)
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(copy, chunks))
+        else:
+            for chunk in chunks:
+                copy(chunk)
         return rows
 
     def labels(self, flat: NDArray[np.int32]) -> NDArray[np.int32]:
         """The rows' labels: those of the documents, but for the first token of each piece, which nothing predicts."""
-        labels = self.gather(flat)
+        return self.without_begins(self.gather(flat))
+
+    def without_begins(self, labels: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Labels of the rows, changed in place: the first of each piece is ignored."""
         labels[(np.cumsum(self.lengths) - self.lengths)[self.lengths > 0]] = IGNORE
         return labels
 
