@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from hf_objectives.cli_args import parse_config
+from hf_objectives.cli_args import named_sources, parse_config, read_template
 from hf_objectives.corpus.build import prepare_corpus
 from hf_objectives.corpus.config import CorpusSettings
-from hf_objectives.errors import ConfigError, FileFormatError, HFObjectivesError, nearest
+from hf_objectives.errors import ConfigError, HFObjectivesError, nearest
 
 
 @dataclass
@@ -45,39 +43,6 @@ class PrepareArguments(CorpusSettings):
             ConfigError: none, or both ways of naming them, or not a mapping.
         """
         return named_sources(self.sources, self.dataset_name)
-
-
-def named_sources(sources: str | None, dataset_name: str | None) -> Mapping[str, Any]:
-    """Sources by name from `sources` (JSON) or the one `dataset_name`.
-
-    Raises:
-        ConfigError: none or both were given, or `sources` is not a mapping.
-    """
-    if bool(sources) == bool(dataset_name):
-        raise ConfigError("give dataset_name or sources, one of the two")
-    if not sources:
-        assert dataset_name is not None
-        return {Path(dataset_name).name.split(".")[0].strip("*-_") or "data": dataset_name}
-    try:
-        named = json.loads(sources)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"sources is not a mapping of names to paths ({error})") from error
-    if not isinstance(named, dict) or not named:
-        raise ConfigError("sources is not a mapping of names to paths")
-    return named
-
-
-def read_template(template: str | None) -> str | None:
-    """A chat template, read where a .jinja file is named.
-
-    Raises:
-        FileFormatError: there is no such file.
-    """
-    if not template or not template.endswith(".jinja"):
-        return template
-    if not Path(template).exists():
-        raise FileFormatError(f"chat_template names a file that does not exist: {template}")
-    return Path(template).read_text(encoding="utf-8")
 
 
 def prepare(argv: Sequence[str]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
-from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.errors import ConfigError, FileFormatError, nearest
 
 COMMAND_LINE, DEFAULT = "command line", "default"
 
@@ -92,3 +92,36 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _as_argument(value: Any) -> Any:
     """A YAML value as the parser takes a default: mappings as JSON text; `1e-4`, a string to YAML, is parsed there."""
     return json.dumps(value) if isinstance(value, dict) else value
+
+
+def named_sources(sources: str | None, dataset_name: str | None) -> Mapping[str, Any]:
+    """Sources by name from `sources` (JSON) or the one `dataset_name`.
+
+    Raises:
+        ConfigError: none or both were given, or `sources` is not a mapping.
+    """
+    if bool(sources) == bool(dataset_name):
+        raise ConfigError("give dataset_name or sources, one of the two")
+    if not sources:
+        assert dataset_name is not None
+        return {Path(dataset_name).name.split(".")[0].strip("*-_") or "data": dataset_name}
+    try:
+        named = json.loads(sources)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"sources is not a mapping of names to paths ({error})") from error
+    if not isinstance(named, dict) or not named:
+        raise ConfigError("sources is not a mapping of names to paths")
+    return named
+
+
+def read_template(template: str | None) -> str | None:
+    """A chat template, read where a .jinja file is named.
+
+    Raises:
+        FileFormatError: there is no such file.
+    """
+    if not template or not template.endswith(".jinja"):
+        return template
+    if not Path(template).exists():
+        raise FileFormatError(f"chat_template names a file that does not exist: {template}")
+    return Path(template).read_text(encoding="utf-8")

@@ -17,23 +17,29 @@ from hf_objectives import __version__
 logger = logging.getLogger(__name__)
 
 
-def write_card(folder: Path, *, results: Mapping[str, Any], base_model: str, data: Any, args: Any) -> Path:
+def write_card(
+    folder: Path, *, results: Mapping[str, Any], base_model: str | None, data: Any, args: Any, objective: str = "sft"
+) -> Path:
     """Write `README.md`: what was trained on how much of what, and the held-out figures before and after.
+
+    `objective` is "sft" or "pretraining", a `base_model` of None stands for random weights.
 
     The licence is the base model's own card's, where a folder holds one; it is left out otherwise, not invented.
     """
-    local = Path(base_model)
+    local = Path(base_model or "")
+    made = "Fine-tuned" if objective == "sft" else "Pretrained further"
+    made = f"{made} from `{local.name if local.exists() else base_model}`" if base_model else "Pretrained from scratch"
     metadata = ModelCardData(
-        base_model=None if local.exists() or "/" not in base_model else base_model,
+        base_model=base_model if base_model and not local.exists() and "/" in base_model else None,
         library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
         pipeline_tag="text-generation",
-        tags=["hf-objectives", "sft"],
-        license=_licence(local),
+        tags=["hf-objectives", objective],
+        license=_licence(local) if base_model else None,
     )
     lines = [
         f"# {folder.name}",
         "",
-        f"Fine-tuned from `{local.name if local.exists() else base_model}` with hf_objectives {__version__}.",
+        f"{made} with hf_objectives {__version__}.",
         "",
     ]
     lines += ["| held out | tokens | before | after |", "|---|---|---|---|"]

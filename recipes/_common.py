@@ -19,9 +19,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_objectives import demo
+from hf_objectives.cli_args import named_sources, read_template
 from hf_objectives.data_files import hold_out, load_rows
+from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.distributed import rank
 from hf_objectives.errors import ConfigError
+from hf_objectives.hub import push, write_card
 from hf_objectives.ledger import Ledger
 from hf_objectives.prepare import prepare_dataset
 
@@ -52,22 +55,11 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare data."})
 
     def __post_init__(self) -> None:
-        if bool(self.dataset_name) == bool(self.sources):
-            raise ConfigError("give dataset_name or sources, one of the two")
-        if self.sources:
-            try:
-                named = json.loads(self.sources)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"sources is not a mapping of names to datasets ({error})") from error
-            if not isinstance(named, dict) or not named:
-                raise ConfigError("sources is not a mapping of names to datasets")
+        self.named_sources()
 
-    def named_sources(self) -> dict[str, str]:
+    def named_sources(self) -> Mapping[str, Any]:
         """Source names and where each is."""
-        if self.sources:
-            return json.loads(self.sources)
-        assert self.dataset_name is not None
-        return {Path(self.dataset_name).stem: self.dataset_name}
+        return named_sources(self.sources, self.dataset_name)
 
 
 @dataclass
@@ -131,12 +123,7 @@ class Prepared:
 
 def prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     """Load, split, encode and pack every source."""
-    template = data.chat_template
-    if template and template.endswith(".jinja"):
-        if not Path(template).exists():
-            raise ConfigError(f"chat_template names a file that does not exist: {template}")
-        template = Path(template).read_text(encoding="utf-8")
-    if template:
+    if template := read_template(data.chat_template):
         tokenizer.chat_template = template  # saved with the model, so that inference renders what was trained
     train: list[Mapping[str, Any]] = []
     held_out: list[Mapping[str, Any]] = []
@@ -181,7 +168,34 @@ def resume_point(args: Any) -> str | None:
     return found
 
 
-def print_summary(before: Mapping[str, float], after: Mapping[str, float], console: Console) -> None:
+def finish(
+    trainer: Any,
+    results: dict[str, Any],
+    base_model: str | None,
+    data: Any,
+    console: Console,
+    wants_push: bool,
+    *,
+    objective: str = "sft",
+) -> None:
+    """Everything on disk, then the table, then the network."""
+    folder = Path(trainer.args.output_dir or ".")
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    # The Trainer starts a new history when it trains; the first point of the curve is the model as it came.
+    history = [{"step": 0, **results["before"]}, *trainer.state.log_history]
+    curve = plot_training_metrics(history, folder / "training_curves.png")
+    write_card(folder, results=results, base_model=base_model, data=data, args=trainer.args, objective=objective)
+    if results["after"]:
+        bits = objective == "pretraining"  # what compares models of different tokenizers
+        print_summary(results["before"], results["after"], console, per_source_bits=bits)
+    console.print(f"Model, {curve.name}, results.json and README.md are in {folder}", highlight=False)
+    if wants_push:
+        push(folder, trainer.args.hub_model_id, private=bool(trainer.args.hub_private_repo), console=console)
+
+
+def print_summary(
+    before: Mapping[str, float], after: Mapping[str, float], console: Console, *, per_source_bits: bool = False
+) -> None:
     """Held-out figures before and after, in all and per source."""
     table = Table(title="Held out, before and after", title_justify="left", header_style="bold")
     for column, justify in (("", "left"), ("tokens", "right"), ("before", "right"), ("after", "right")):
@@ -196,6 +210,7 @@ def print_summary(before: Mapping[str, float], after: Mapping[str, float], conso
         )
     for key, name in (
         ("eval_bits_per_byte", "bits per byte"),
+        *((f"eval_{s}_bits_per_byte", f"bits per byte, {s}") for s in sources if s and per_source_bits),
         ("eval_stop_probability", "probability of stopping at a turn's end"),
         ("eval_exact_match", "exact match"),
     ):

@@ -7,20 +7,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from _common import (
     BUILT_IN,
     DataArguments,
     RecipeModel,
+    finish,
     load_model,
     on_main,
     prepare,
-    print_summary,
     resume_point,
     with_lora,
 )
@@ -30,10 +28,8 @@ from transformers import set_seed
 from hf_objectives import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking, demo
 from hf_objectives.cli_args import parse_config
 from hf_objectives.demo.accuracy import exact_match
-from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.distributed import leave_group
 from hf_objectives.errors import HFObjectivesError
-from hf_objectives.hub import push, write_card
 from hf_objectives.plan import check_launch, print_plan, resolve_plan
 from hf_objectives.preview import print_preview
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
@@ -71,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.save_state()
     results = {"before": before, "after": after, "ledger": prepared.ledger.to_dict()}
     if on_main():
-        _finish(trainer, results, answers, model_config, data, console, wants_push)
+        finish(trainer, results, model_config.model_name_or_path, data, console, wants_push)
+        for question, said in answers[:6]:
+            verdict = "right" if said == question.answer else f"wrong, it is {question.answer!r}"
+            console.print(f"  {question.question} -> {said!r} ({verdict})", highlight=False, markup=False)
     trainer.accelerator.wait_for_everyone()
     return results
 
@@ -83,32 +82,6 @@ def _evaluate(trainer: PerplexityTrainer, tokenizer: Any, asked: list[demo.Quest
     plain = [question for question in asked if not question.expression]
     share, answers = exact_match(trainer.accelerator.unwrap_model(trainer.model), tokenizer, plain)
     return {**metrics, "eval_exact_match": share}, answers
-
-
-def _finish(
-    trainer: PerplexityTrainer,
-    results: dict[str, Any],
-    answers: list,
-    model_config: RecipeModel,
-    data: DataArguments,
-    console: Console,
-    wants_push: bool,
-) -> None:
-    """Everything on disk, then the table, then the network."""
-    folder = Path(trainer.args.output_dir or ".")
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
-    # The Trainer starts a new history when it trains; the first point of the curve is the model as it came.
-    history = [{"step": 0, **results["before"]}, *trainer.state.log_history]
-    curve = plot_training_metrics(history, folder / "training_curves.png")
-    write_card(folder, results=results, base_model=str(model_config.model_name_or_path), data=data, args=trainer.args)
-    if results["after"]:
-        print_summary(results["before"], results["after"], console)
-    for question, said in answers[:6]:
-        verdict = "right" if said == question.answer else f"wrong, it is {question.answer!r}"
-        console.print(f"  {question.question} -> {said!r} ({verdict})", highlight=False, markup=False)
-    console.print(f"Model, {curve.name}, results.json and README.md are in {folder}", highlight=False)
-    if wants_push:
-        push(folder, trainer.args.hub_model_id, private=bool(trainer.args.hub_private_repo), console=console)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class CorpusSettings:
     expand_turns: bool = field(default=False, metadata={"help": "One row per user turn."})
     chat_template: str | None = field(default=None, metadata={"help": "A template, or the path of a .jinja file."})
     eval_share: float = field(default=0.0, metadata={"help": "Share of the documents that is held out."})
-    seed: int = field(default=0, metadata={"help": "Decides which documents are held out."})
+    eval_seed: int = field(default=0, metadata={"help": "Decides which documents are held out."})
     labels: str = field(
         default="auto",
         metadata={"help": "always writes labels; auto leaves them out where all tokens of texts are trained."},

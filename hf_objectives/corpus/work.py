@@ -173,7 +173,7 @@ class Work:
         if not self.settings.eval_share:
             yield "train", table
             return
-        name = f"{self.settings.seed} {segment.source} {Path(segment.path).name}"
+        name = f"{self.settings.eval_seed} {segment.source} {Path(segment.path).name}"
         salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         out = uniform(table["row"].to_numpy(), salt) < self.settings.eval_share
         yield "train", table.filter(pa.array(~out))

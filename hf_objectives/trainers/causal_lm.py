@@ -107,7 +107,7 @@ class PerplexityTrainer(Trainer):
             label_smoothing=self.args.label_smoothing_factor,
             z_loss=self.args.z_loss,
         )
-        self._tally.add(result.nll, positions, forward)
+        self._tally.add(result.nll, positions, forward, riders.get("source_ids"))
         self._remember_stops(riders["labels"])
         if num_items_in_batch is None:
             return result.loss / result.weight.clamp(min=1)
@@ -150,7 +150,7 @@ class PerplexityTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's logs; training logs add perplexity, supervised tokens, tokens per second and padding."""
+        """The parent's logs; training logs add perplexity, tokens seen and supervised, tokens per second and padding."""
         if "loss" in logs:
             logs.update(self._tally.take())
         super().log(logs, start_time)
@@ -331,8 +331,9 @@ class _Companion(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        counted = [log["num_supervised_tokens"] for log in state.log_history if "num_supervised_tokens" in log]
-        self._trainer._tally.start(total_supervised=counted[-1] if counted else 0)
+        logs = [log for log in state.log_history if "num_tokens_seen" in log]
+        counted = (logs[-1]["num_supervised_tokens"], logs[-1]["num_tokens_seen"]) if logs else (0, 0)
+        self._trainer._tally.start(*counted)
         if not self._trainer._isolation_proved:
             self._trainer.prove_isolation(self._trainer.model_wrapped)
 
@@ -348,18 +349,23 @@ class _Tally:
     """What training logs report of the steps since the last log."""
 
     def __init__(self) -> None:
-        self.start(total_supervised=0)
+        self.start(0, 0)
 
-    def start(self, *, total_supervised: int) -> None:
-        self.total_supervised = total_supervised
+    def start(self, total_supervised: int, total_seen: int) -> None:
+        self.total_supervised, self.total_seen = total_supervised, total_seen
         self._sums: Tensor | None = None
         self._since = time.perf_counter()
 
-    def add(self, nll: Tensor, positions: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Add a micro-batch: nats, supervised tokens, real tokens and places in the batch, on the device."""
+    def add(self, nll: Tensor, positions: Tensor, inputs: Mapping[str, Any], sources: Tensor | None) -> None:
+        """Add a micro-batch: nats, supervised tokens, real tokens and places in the batch, on the device.
+
+        Packed rows have no mask; their padding is told by the source of each place, -1, where rows name sources.
+        """
         mask = inputs.get("attention_mask")
         places = positions.numel()
-        real = mask.sum() if mask is not None else nll.new_tensor(places)
+        real = nll.new_tensor(places)
+        if mask is not None or sources is not None:
+            real = mask.sum() if mask is not None else (sources >= 0).sum()  # type: ignore[operator]
         step = torch.stack([nll.double(), positions.sum().double(), real.double(), nll.new_tensor(places).double()])
         self._sums = step if self._sums is None else self._sums + step
 
@@ -368,12 +374,13 @@ class _Tally:
         own = [0.0] * 4 if self._sums is None else self._sums.tolist()
         nats, supervised, real, places = sum_over_ranks(own)
         seconds = time.perf_counter() - self._since
-        self.start(total_supervised=self.total_supervised + int(supervised))
+        self.start(self.total_supervised + int(supervised), self.total_seen + int(real))
         if not supervised:
             return {}
         return {
             "perplexity": TokenCount(nats, int(supervised)).perplexity,
             "num_supervised_tokens": self.total_supervised,
+            "num_tokens_seen": self.total_seen,
             "tokens_per_second": real / max(seconds, 1e-9),
             "padding_share": 1 - real / places,
         }

@@ -1,0 +1,235 @@
+"""Pretrain a language model, from random weights or further, and report bits per byte and perplexity per source.
+
+    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain_quickstart.yaml
+    accelerate launch recipes/pretrain.py --prepared corpus --model_name_or_path path/or/id --max_tokens 1_000_000_000 \\
+        --lr_scheduler_type warmup_stable_decay --output_dir runs/further
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import BUILT_IN, RecipeModel, finish, load_model, on_main, resume_point
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from hf_objectives import DataCollatorWithEosPacking, demo
+from hf_objectives.cli_args import named_sources, parse_config
+from hf_objectives.corpus.build import load_prepared, prepare_corpus
+from hf_objectives.corpus.config import CorpusSettings
+from hf_objectives.corpus.manifest import Manifest
+from hf_objectives.distributed import leave_group, world_size
+from hf_objectives.errors import ConfigError, HFObjectivesError
+from hf_objectives.plan import check_launch, print_plan, resolve_plan
+from hf_objectives.preview import highlight
+from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+
+_WSD = "warmup_stable_decay"
+
+
+@dataclass
+class PretrainModel(RecipeModel):
+    """The model: a checkpoint to go on from, or a configuration whose weights are drawn at random."""
+
+    model_config: str | None = field(
+        default=None, metadata={"help": "From scratch: a config.json, or a mapping with model_type (JSON)."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer of a model from scratch."})
+
+
+@dataclass
+class PretrainData(CorpusSettings):
+    """The data: a prepared folder, or raw sources that are prepared first."""
+
+    eval_share: float = field(default=0.01, metadata={"help": "Share of the documents that is held out."})
+    prepared: str | None = field(default=None, metadata={"help": "A folder made by hf-objectives prepare."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A path, a glob, a Hub id or 'builtin'."})
+    sources: str | None = field(default=None, metadata={"help": "A mapping of names to paths or mappings (JSON)."})
+    prepared_dir: str | None = field(default=None, metadata={"help": "Where raw sources are prepared."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the shards instead of mapping them."})
+    isolate_documents: bool = field(default=True, metadata={"help": "No document sees another of its row."})
+    packing = True  # what the plan and the model card say
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prepared:
+            self.named_sources()
+        elif self.dataset_name or self.sources:
+            raise ConfigError("give prepared, or dataset_name or sources, not both")
+
+    def named_sources(self) -> Mapping[str, Any]:
+        """Raw sources by name."""
+        return named_sources(self.sources, self.dataset_name)
+
+
+@dataclass
+class PretrainArguments(PerplexityTrainingArguments):
+    """How long to train, and how the learning rate ends."""
+
+    max_tokens: int | None = field(default=None, metadata={"help": "Tokens to train on, instead of steps or epochs."})
+    decay_share: float = field(
+        default=0.2, metadata={"help": "Last share of the steps, over which warmup_stable_decay decays."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens is not None and (self.max_tokens < 1 or self.max_steps > 0):
+            raise ConfigError(
+                f"max_tokens is {self.max_tokens} and max_steps {self.max_steps}; expected one of the two, above 0"
+            )
+        if not 0 < self.decay_share <= 1:
+            raise ConfigError(f"decay_share is {self.decay_share}; expected more than 0, at most 1")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns the held-out metrics before and after."""
+    classes = (PretrainModel, PretrainData, PretrainArguments)
+    (model_config, data, args), origin = parse_config(classes, argv)
+    console = Console(stderr=False, soft_wrap=False)
+    check_launch(args)
+    set_seed(args.seed)
+    model, tokenizer = build_model(model_config, args)
+    folder, manifest = prepare(data, tokenizer, args, origin)
+    train = load_prepared(folder, streaming=data.streaming)
+    held_out = load_prepared(folder, "validation") if any(s.split == "validation" for s in manifest.shards) else None
+    if data.streaming:
+        # The order follows from the seed, and a resumed run reads up to where it was.
+        train = train.shuffle(seed=args.seed, buffer_size=1_000)  # type: ignore[call-arg]
+        args.accelerator_config.dispatch_batches = False  # every rank reads, and keeps its own batches
+    num_rows = sum(shard.rows for shard in manifest.shards if shard.split == "train")
+    set_length(args, manifest, streaming=data.streaming)
+    if args.max_tokens is not None:
+        origin = {**origin, "max_steps": f"max_tokens, {origin['max_tokens']}"}
+    collator = DataCollatorWithEosPacking(
+        tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents
+    )
+    if on_main():
+        print_plan(resolve_plan(args, data, model, num_rows, origin), console)
+        first_look(next(iter(train)), collator, manifest, console)
+    wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
+    trainer = PerplexityTrainer(
+        model, args, collator, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    before = trainer.evaluate() if held_out is not None else {}
+    trainer.train(resume_from_checkpoint=resume_point(args))
+    after = trainer.evaluate() if held_out is not None else {}
+    trainer.save_model()
+    trainer.save_state()
+    results = {"before": before, "after": after, "ledger": ledger(manifest)}
+    if on_main():
+        base = None if model_config.model_config else model_config.model_name_or_path
+        finish(trainer, results, base, data, console, wants_push, objective="pretraining")
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def build_model(config: PretrainModel, args: Any) -> tuple[Any, Any]:
+    """Model and tokenizer: those of a checkpoint, or random weights of a configuration.
+
+    Raises:
+        ConfigError: no model, a configuration that names none, or one whose vocabulary is smaller than the tokenizer's.
+    """
+    if not config.model_config:
+        return load_model(config, use_cpu=args.device.type == "cpu")
+    name = config.tokenizer_name or config.model_name_or_path
+    if not name:
+        raise ConfigError("tokenizer_name is missing; a model from scratch needs a tokenizer (a Hub id, folder or 'builtin')")
+    tokenizer: Any = demo.build_tokenizer() if name == BUILT_IN else AutoTokenizer.from_pretrained(name)
+    given = config.model_config
+    if given.lstrip().startswith("{"):
+        values = json.loads(given)
+        if "model_type" not in values:
+            raise ConfigError("model_config names no model_type; expected 'llama', say, beside its sizes")
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        settings = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **values})
+    else:
+        settings = AutoConfig.from_pretrained(given)
+    if settings.get_text_config().vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"the model's vocabulary has {settings.get_text_config().vocab_size} ids, the tokenizer {len(tokenizer)}; "
+            "raise vocab_size, or use the tokenizer that the configuration was made for"
+        )
+    settings.use_cache = True
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **attention), tokenizer
+
+
+def prepare(
+    data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, str]
+) -> tuple[Path, Manifest]:
+    """The prepared folder and its manifest; raw sources are prepared by one process, the others wait on its lock.
+
+    Raises:
+        PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
+    """
+    if data.prepared:
+        folder = Path(data.prepared)
+        asked = {f.name for f in fields(CorpusSettings)} & {name for name, source in origin.items() if source != "default"}
+        expect = {name: getattr(data, name) for name in asked - {"num_proc", "engine", "on_error", "labels"}}
+        load_prepared(folder, tokenizer=tokenizer, expect={"max_length": data.max_length, **expect})
+        return folder, Manifest.read(folder)
+    folder = Path(data.prepared_dir or Path(args.output_dir) / "prepared")
+    sources: dict[str, Any] = dict(data.named_sources())
+    for name, where in sources.items():
+        if where == BUILT_IN:
+            sources[name] = Dataset.from_list(demo.texts(20_000, seed=args.seed))
+    settings = CorpusSettings(**{f.name: getattr(data, f.name) for f in fields(CorpusSettings)})
+    return folder, prepare_corpus(sources, tokenizer, folder, settings)
+
+
+def set_length(args: Any, manifest: Manifest, *, streaming: bool) -> None:
+    """Turn tokens into steps, and give the schedule its decay.
+
+    Raises:
+        ConfigError: a stream without an end.
+    """
+    train = [shard for shard in manifest.shards if shard.split == "train"]
+    rows, tokens = sum(shard.rows for shard in train), sum(shard.tokens for shard in train)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+    if args.max_tokens is not None:
+        args.max_steps = max(1, -(-args.max_tokens * rows // (tokens * batch)))
+    if streaming and args.max_steps <= 0:
+        raise ConfigError("a stream has no length; say how long with max_tokens (or max_steps)")
+    if args.lr_scheduler_type.value == _WSD:
+        steps = args.max_steps if args.max_steps > 0 else -(-rows // batch) * int(args.num_train_epochs)
+        given = dict(args.lr_scheduler_kwargs or {})
+        args.lr_scheduler_kwargs = {"num_decay_steps": max(1, round(steps * args.decay_share)), **given}
+
+
+def first_look(row: Mapping[str, Any], collator: Any, manifest: Manifest, console: Console) -> None:
+    """The begin of a packed row with its trained tokens marked, and what became of every token."""
+    batch = collator([row])
+    console.rule("A packed row (trained tokens marked)", align="left")
+    shown = [batch[name][0, :200].tolist() for name in ("input_ids", "labels")]
+    console.print(highlight(collator.tokenizer, *shown, brackets=not console.is_terminal))
+    for line in manifest.lines():
+        console.print(line, highlight=False, markup=False)
+
+
+def ledger(manifest: Manifest) -> dict[str, Any]:
+    """The manifest's accounts as the model card reads them."""
+    return {
+        name: {
+            "rows_in": account["documents_in"],
+            "tokens_in": account["tokens_in"],
+            "trained": account.get("train", {}).get("supervised", 0),
+            "dropped_tokens": account["dropped_tokens"],
+        }
+        for name, account in manifest.sources.items()
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HFObjectivesError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    finally:
+        leave_group()

@@ -1,0 +1,195 @@
+"""The pretraining recipe from files to a model: from scratch and further, mapped and streamed, resumed, on two processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pretrain
+import pytest
+import sft
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_objectives import demo
+from hf_objectives.corpus.build import prepare_corpus
+from hf_objectives.corpus.config import CorpusSettings
+from hf_objectives.errors import ConfigError, FileFormatError, PreparedDataError
+
+ROOT = Path(__file__).parents[2]
+TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A tokenizer, a checkpoint and texts of two sources, as a user would have them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = demo.build_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    demo.build_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(300)))
+    (folder / "b.txt").write_text("\n\n".join(row["text"] for row in demo.texts(100, seed=1)))
+    prepare_corpus(
+        {"a": str(folder / "a.jsonl"), "b": str(folder / "b.txt")},
+        tokenizer,
+        folder / "prepared",
+        CorpusSettings(max_length=64, eval_share=0.1, num_proc=1, shard_bytes=4_000),
+    )
+    return folder
+
+
+def arguments(corpus: Path, out: Path, *more: str, data: tuple[str, ...] = ()) -> list[str]:
+    given = {
+        "output_dir": out,
+        "max_length": 64,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "use_cpu": "true",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "learning_rate": "1e-2",
+    }
+    data = data or ("--prepared", str(corpus / "prepared"))
+    model = () if "--model_config" in more else ("--model_name_or_path", str(corpus / "model"))
+    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *data, *model, *more]
+
+
+def history(out: Path) -> list[dict]:
+    return json.loads((out / "trainer_state.json").read_text())["log_history"]
+
+
+def test_raw_files_to_a_model_from_scratch(corpus, tmp_path, capsys):
+    sources = {"a": str(corpus / "a.jsonl"), "b": {"path": str(corpus / "b.txt"), "weight": 2}}
+    results = pretrain.main(
+        arguments(
+            corpus,
+            tmp_path / "run",
+            *("--model_config", json.dumps(TINY), "--tokenizer_name", str(corpus / "model")),
+            *("--max_tokens", "10000", "--lr_scheduler_type", "warmup_stable_decay", "--eval_share", "0.1"),
+            data=("--sources", json.dumps(sources)),
+        )
+    )
+    for name in ("eval_bits_per_byte", "eval_a_bits_per_byte", "eval_b_perplexity"):
+        assert results["after"][name] < results["before"][name]
+    logs = [log for log in history(tmp_path / "run") if "num_tokens_seen" in log]
+    assert 10_000 <= logs[-1]["num_tokens_seen"] < 10_000 + 2 * 4 * 64
+    # Steps from tokens, and a decay over the last fifth of them that ends at zero.
+    steps, decay = len(logs), round(len(logs) * 0.2)
+    for log in logs:
+        into = max(0, log["step"] - 1 - (steps - decay))
+        assert log["learning_rate"] == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * into / decay)), abs=1e-9)
+    printed = capsys.readouterr().out
+    for words in ("max_tokens, command", "A packed row", "a: 300 documents", "bits per byte, b", "in 4 shards"):
+        assert words in printed, words
+    assert "Pretrained from scratch with hf_objectives" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_fine_tuning_recipe_starts_from_it(corpus, tmp_path):
+    pretrain.main(arguments(corpus, tmp_path / "base", "--max_steps", "2"))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.chats(40)))
+    results = sft.main(
+        [
+            *("--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(tmp_path / "chats.jsonl")),
+            *("--output_dir", str(tmp_path / "sft"), "--max_length", "256", "--max_steps", "2", "--use_cpu", "true"),
+            *("--report_to", "none", "--learning_rate", "1e-2"),
+        ]
+    )
+    assert results["after"]["eval_perplexity"] < results["before"]["eval_perplexity"]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_resume_is_the_uninterrupted_run(corpus, tmp_path, streaming):
+    more = ("--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--streaming", streaming)
+    pretrain.main(arguments(corpus, tmp_path / "run", *more))
+    whole, first = history(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    pretrain.main(arguments(corpus, tmp_path / "run", *more, "--resume_from_checkpoint", "true"))
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    for name in ("loss", "num_tokens_seen", "num_supervised_tokens"):
+        assert [log[name] for log in history(tmp_path / "run") if name in log] == [log[name] for log in whole if name in log]
+
+
+def test_tokens_seen_are_those_of_the_rows(corpus, tmp_path):
+    pretrain.main(arguments(corpus, tmp_path / "run", "--num_train_epochs", "1"))
+    manifest = json.loads((corpus / "prepared" / "manifest.json").read_text())
+    train = [shard for shard in manifest["shards"] if shard["split"] == "train"]
+    last = [log for log in history(tmp_path / "run") if "num_tokens_seen" in log][-1]
+    assert last["num_tokens_seen"] == sum(shard["tokens"] for shard in train)
+    assert last["num_supervised_tokens"] == sum(shard["supervised"] for shard in train)
+    # The default schedule falls in a line over the one epoch, to zero after the last step.
+    assert last["learning_rate"] == pytest.approx(1e-2 / last["step"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("more", "data", "error", "words"),
+    [
+        (("--max_tokens", "5", "--max_steps", "5"), (), ConfigError, "expected one of the two"),
+        (("--streaming", "true"), (), ConfigError, "a stream has no length; say how long with max_tokens"),
+        (("--max_length", "32"), (), PreparedDataError, "max_length: 64 there, 32 asked for"),
+        (("--strategy", "concat"), (), PreparedDataError, "strategy: 'best_fit' there, 'concat' asked for"),
+        (("--dataset_name", "x.jsonl"), (), ConfigError, "give prepared, or dataset_name or sources, not both"),
+        ((), ("--dataset_name", "none.jsonl"), FileFormatError, "no such file: none.jsonl"),
+        ((), ("--prepared", "nowhere"), PreparedDataError, "holds no manifest.json"),
+        (("--model_config", "{}", "--tokenizer_name", "builtin"), (), ConfigError, "names no model_type"),
+        (("--model_config", json.dumps(TINY)), (), ConfigError, "tokenizer_name is missing"),
+        (
+            ("--model_config", json.dumps({**TINY, "vocab_size": 99}), "--tokenizer_name", "builtin"),
+            (),
+            ConfigError,
+            "the model's vocabulary has 99 ids, the tokenizer 640",
+        ),
+        (("--decay_share", "0"), (), ConfigError, "decay_share is 0"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, data, error, words):
+    with pytest.raises(error, match=words):
+        pretrain.main(arguments(corpus, tmp_path / "run", *more, data=data))
+
+
+SLOW = """
+import sys, time
+sys.path[:0] = ["recipes"]
+from hf_objectives.corpus.work import Work
+whole = Work.__call__
+def slow(self, segment):
+    print("PREPARING", flush=True)
+    time.sleep(10)
+    return whole(self, segment)
+Work.__call__ = slow
+import pretrain
+from hf_objectives.distributed import leave_group
+try:
+    pretrain.main(sys.argv[1:])
+finally:
+    leave_group()
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_path, streaming):
+    """Ten seconds of preparation under a group whose collectives time out after three."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    raw = ("--sources", json.dumps({"a": str(corpus / "a.jsonl")}), "--eval_share", "0.1", "--num_proc", "1")
+    more = ("--ddp_timeout", "3", "--max_steps", "3", "--streaming", streaming)
+    words = arguments(corpus, tmp_path / "run", *more, data=raw)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "slow.py"), *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("PREPARING") == 1
+    seen = [log["num_tokens_seen"] for log in history(tmp_path / "run") if "num_tokens_seen" in log]
+    assert 3 * 8 * 64 * 0.8 < seen[-1] <= 3 * 8 * 64
