@@ -51,7 +51,9 @@ def run_trl(path: str, tokenizer_name: str, folder: str, num_proc: int | None) -
     rows = load_dataset("json", data_files=path, split="train", cache_dir=folder + "/fresh")
     packed = trainer._prepare_dataset(rows, tokenizer, arguments, True, None, "train")
     seconds = time.perf_counter() - begin
-    return seconds, sum(len(batch["input_ids"].combine_chunks().flatten()) for batch in packed.with_format("arrow").iter(1000))
+    return seconds, sum(
+        len(batch["input_ids"].combine_chunks().flatten()) for batch in packed.with_format("arrow").iter(1000)
+    )
 
 
 def run_ours(path: str, tokenizer_name: str, folder: str, file_format: str) -> tuple[float, int]:
@@ -142,7 +144,12 @@ def main() -> None:
              f"{against[1]:.2f}"]
         )  # fmt: skip
     print(describe(), f"\n\n{options.rounds} rounds in turn, medians\n")
-    print(table(["", "MB of JSON lines", "MB/s", "range", "million tokens", f"against {best}", "against the tokenizer"], lines))
+    print(
+        table(
+            ["", "MB of JSON lines", "MB/s", "range", "million tokens", f"against {best}", "against the tokenizer"],
+            lines,
+        )
+    )
     tenth = write_corpus(options.texts, options.folder, options.megabytes // 10)
     print("\nPeak memory of the largest process of ours, MiB\n")
     lines = [

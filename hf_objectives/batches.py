@@ -99,8 +99,8 @@ class BatchEncoder:
         ids, offsets, empty = _framed(ids, offsets, said, before, after)
         names, of = [source], np.zeros(len(rows), np.int64)
         if any("source" in row for row in rows):
-            names, of = np.unique([str(row.get("source") or source) for row in rows], return_inverse=True)
-            names = names.tolist()
+            found, of = np.unique([str(row.get("source") or source) for row in rows], return_inverse=True)
+            names = found.tolist()
         if any("row" in row for row in rows):
             numbers = [row["row"] if type(row.get("row")) is int else n for row, n in zip(rows, numbers, strict=True)]
         for code, name in enumerate(names):
@@ -113,7 +113,7 @@ class BatchEncoder:
             account.trained += tokens - len(before) * int((mine & said).sum())
             for i in np.flatnonzero(mine & ~said):
                 account.tokens_in += int(empty[i])
-                account.drop(UNSUPERVISED, tokens=int(empty[i]), row=numbers[i])
+                account.drop(UNSUPERVISED, tokens=int(empty[i]), row=numbers[int(i)])
         kept = np.flatnonzero(said)
         return pa.table(
             {

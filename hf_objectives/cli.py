@@ -1,6 +1,6 @@
 """`hf-objectives`: the command line.
 
-    hf-objectives prepare --config corpus.yaml [--option value ...]
+hf-objectives prepare --config corpus.yaml [--option value ...]
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def prepare(argv: Sequence[str]) -> None:
     (given,), _ = parse_config((PrepareArguments,), argv)
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     settings = CorpusSettings(**{f.name: getattr(given, f.name) for f in fields(CorpusSettings)})
-    manifest = prepare_corpus(
-        given.named_sources(), tokenizer, given.output_dir, settings, overwrite=given.overwrite
-    )
+    manifest = prepare_corpus(given.named_sources(), tokenizer, given.output_dir, settings, overwrite=given.overwrite)
     print("\n".join(manifest.lines()))
-    print(f"load_prepared({given.output_dir!r}) or load_dataset({settings.file_format!r}, data_dir={given.output_dir!r})")
+    print(
+        f"load_prepared({given.output_dir!r}) or load_dataset({settings.file_format!r}, data_dir={given.output_dir!r})"
+    )
 
 
 #: The commands, by name.

@@ -103,19 +103,28 @@ def prepare_dataset(
         check_packing(max_length, strategy, overflow)
     if output_dir is not None:
         if not packing or max_length is None or template_kwargs or ledger is not None:
-            raise ConfigError("output_dir holds packed rows and a manifest; it takes no packing=False, template_kwargs or ledger")
+            raise ConfigError(
+                "output_dir holds packed rows and a manifest; it takes no packing=False, template_kwargs or ledger"
+            )
         corpus = CorpusSettings(
             max_length, strategy, overflow, overlength, train_on, control_tokens, expand_turns, chat_template,
             num_proc=num_proc, engine=engine,
         )  # fmt: skip
         prepare_corpus(_named(dataset, source), tokenizer, output_dir, corpus)
-        return load_prepared(output_dir)  # type: ignore[return-value]
+        return load_prepared(output_dir)
     if isinstance(dataset, str):
         dataset = load_rows(dataset)
     elif isinstance(dataset, Mapping):
         dataset = [{**row, "source": name} for name, path in dataset.items() for row in load_rows(path)]
     settings = RowSettings(
-        max_length, train_on, control_tokens, overlength, expand_turns, chat_template, dict(template_kwargs or {}), packing
+        max_length,
+        train_on,
+        control_tokens,
+        overlength,
+        expand_turns,
+        chat_template,
+        dict(template_kwargs or {}),
+        packing,
     )
     ledger = Ledger() if ledger is None else ledger
     tables = []

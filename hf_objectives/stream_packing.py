@@ -166,7 +166,7 @@ def _joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     lengths = np.array([len(piece["input_ids"]) for piece in pieces], np.int32)
     labels: NDArray[np.int32] = np.concatenate([piece["labels"] for piece in pieces])
     labels[np.cumsum(lengths) - lengths] = IGNORE
-    row = {
+    row: dict[str, Any] = {
         "input_ids": np.concatenate([piece["input_ids"] for piece in pieces]),
         "labels": labels,
         "seq_lengths": lengths,

@@ -7,7 +7,6 @@ import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,17 +74,14 @@ class TextEncoder:
         self._slow.no_truncation()
         self._added = dict(tokenizer.added_tokens_encoder)
         self._fast = _load_fastokens(self._slow)
-        self._tokenizer = weakref.ref(tokenizer)
+        self._lengths: NDArray[np.int64] | None = None
+        if self._fast is not None:
+            self._lengths = np.asarray(token_byte_lengths(tokenizer, special="text"), dtype=np.int64)
 
     @property
     def backend(self) -> str:
         """Name of the backend in use, "fastokens" or "tokenizers"."""
         return "tokenizers" if self._fast is None else "fastokens"
-
-    @cached_property
-    def _lengths(self) -> NDArray[np.int64]:
-        """Bytes of text that each id spells; only places need them."""
-        return np.asarray(token_byte_lengths(self._tokenizer(), special="text"), dtype=np.int64)
 
     def encode_ids(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Ids of texts end to end, int32 [total], and where each text begins and ends, int64 [texts + 1]; no places.
@@ -97,7 +93,12 @@ class TextEncoder:
             flat, bounds = self._fast.encode_batch_flat(list(texts))
             # Ids are far below 2^31: the same bytes read as signed.
             return np.frombuffer(flat, "<i4"), np.frombuffer(bounds, "<i8")
-        rows = [encoding.ids for encoding in self._slow.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            rows = [encoding.ids for encoding in self._slow.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:  # what tokenizers calls half of a surrogate pair
+            for text in texts:
+                text.encode()
+            raise
         sizes = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(sizes.sum()))
         return ids, np.concatenate(([0], np.cumsum(sizes)))
@@ -105,7 +106,7 @@ class TextEncoder:
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode texts; those that hold wrapped control tokens (see messages.py) have these read as plain text."""
         wrapped = [i for i, text in enumerate(texts) if OPEN in text or CLOSE in text]
-        if self._fast is None:
+        if self._fast is None or self._lengths is None:
             return _join([self._encode_one(text) for text in texts])
         ids, offsets = (
             np.frombuffer(buffer, kind)

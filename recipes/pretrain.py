@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     held_out = load_prepared(folder, "validation") if any(s.split == "validation" for s in manifest.shards) else None
     if data.streaming:
         # The order follows from the seed, and a resumed run reads up to where it was.
-        train = train.shuffle(seed=args.seed, buffer_size=1_000)  # type: ignore[call-arg]
+        train = train.shuffle(seed=args.seed, buffer_size=1_000)
         args.accelerator_config.dispatch_batches = False  # every rank reads, and keeps its own batches
     num_rows = sum(shard.rows for shard in manifest.shards if shard.split == "train")
     set_length(args, manifest, streaming=data.streaming)
@@ -140,7 +140,9 @@ def build_model(config: PretrainModel, args: Any) -> tuple[Any, Any]:
         return load_model(config, use_cpu=args.device.type == "cpu")
     name = config.tokenizer_name or config.model_name_or_path
     if not name:
-        raise ConfigError("tokenizer_name is missing; a model from scratch needs a tokenizer (a Hub id, folder or 'builtin')")
+        raise ConfigError(
+            "tokenizer_name is missing; a model from scratch needs a tokenizer (a Hub id, folder or 'builtin')"
+        )
     tokenizer: Any = demo.build_tokenizer() if name == BUILT_IN else AutoTokenizer.from_pretrained(name)
     given = config.model_config
     if given.lstrip().startswith("{"):
@@ -161,9 +163,7 @@ def build_model(config: PretrainModel, args: Any) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **attention), tokenizer
 
 
-def prepare(
-    data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, str]
-) -> tuple[Path, Manifest]:
+def prepare(data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, str]) -> tuple[Path, Manifest]:
     """The prepared folder and its manifest; raw sources are prepared by one process, the others wait on its lock.
 
     Raises:
@@ -171,7 +171,9 @@ def prepare(
     """
     if data.prepared:
         folder = Path(data.prepared)
-        asked = {f.name for f in fields(CorpusSettings)} & {name for name, source in origin.items() if source != "default"}
+        asked = {f.name for f in fields(CorpusSettings)} & {
+            name for name, source in origin.items() if source != "default"
+        }
         expect = {name: getattr(data, name) for name in asked - {"num_proc", "engine", "on_error", "labels"}}
         load_prepared(folder, tokenizer=tokenizer, expect={"max_length": data.max_length, **expect})
         return folder, Manifest.read(folder)

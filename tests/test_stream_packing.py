@@ -54,7 +54,7 @@ def test_by_hand():
 def test_overflow_by_hand(overflow, rows, lost):
     packer = StreamPacker([{"input_ids": range(7)}, {"input_ids": [7, 8]}], 4, buffer_size=1, overflow=overflow)
     made = [row["input_ids"].tolist() for row in packer]
-    assert made == [row + [8] if row == [7] else row for row in rows]
+    assert made == [[7, 8] if row == [7] else row for row in rows]
     assert packer.counts["dropped: longer than max_length"] == lost
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from chat_corpus import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hf_objectives.corpus.files import load_rows
 from hf_objectives.errors import TokenizerError
 from hf_objectives.messages import CLOSE, OPEN
 from hf_objectives.tokenization import TextEncoder, text_encoder
@@ -156,3 +159,40 @@ def test_any_text(texts):
     for text, (ids, starts, ends) in zip(texts, rows(encoded), strict=True):
         assert ids == BPE(text, add_special_tokens=False)["input_ids"]
         assert starts == sorted(starts) and ends == sorted(ends)
+
+
+@pytest.mark.real_model
+def test_fastokens_gives_the_tokenizers_ids_over_all_real_texts(real_model_path):
+    """HF_OBJECTIVES_TEST_TEXTS names a folder of JSON, JSON lines and text files."""
+    folder = os.environ.get("HF_OBJECTIVES_TEST_TEXTS")
+    if not folder:
+        pytest.skip("no real texts: HF_OBJECTIVES_TEST_TEXTS names no folder")
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(real_model_path))
+    assert encoder.backend == "fastokens"
+    # Every string of every row, whatever its key: questions, answers, calls, documents.
+    texts = [text for row in load_rows(folder) for text in strings(row)]
+    assert len(texts) > 1000
+    ids, offsets = encoder.encode_ids(texts)
+    for i, encoding in enumerate(encoder._slow.encode_batch(texts, add_special_tokens=False)):
+        assert ids[offsets[i] : offsets[i + 1]].tolist() == encoding.ids, texts[i]
+
+
+def strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, metaspace])
+def test_ids_alone_are_those_of_the_whole_encoding(make):
+    encoder = TextEncoder(make())
+    ids, offsets = encoder.encode_ids(TEXTS)
+    encoded = encoder.encode_batch(TEXTS)
+    assert ids.tolist() == encoded.ids.tolist() and offsets.tolist() == encoded.offsets.tolist()
+    with pytest.raises(UnicodeEncodeError):
+        encoder.encode_ids(["half \ud800"])

@@ -21,7 +21,14 @@ from hf_objectives.corpus.manifest import MANIFEST, Manifest, totals
 from hf_objectives.corpus.shards import FORMATS, PROGRESS
 from hf_objectives.corpus.work import SPLITS, Finished, Work, cut_dataset, segment_key
 from hf_objectives.data_files import is_hub_id
-from hf_objectives.errors import ConfigError, DataError, DiskFullError, NothingSupervisedError, PreparedDataError, nearest
+from hf_objectives.errors import (
+    ConfigError,
+    DataError,
+    DiskFullError,
+    NothingSupervisedError,
+    PreparedDataError,
+    nearest,
+)
 from hf_objectives.formats import detect_format
 
 logger = logging.getLogger(__name__)
@@ -116,7 +123,9 @@ def load_prepared(
     return load_dataset(kind, data_files={split: files}, split=split, streaming=streaming)
 
 
-def _resolve(sources: Mapping[str, Any] | Sequence[Source]) -> tuple[dict[str, Dataset], list[tuple[Source, list[str]]]]:
+def _resolve(
+    sources: Mapping[str, Any] | Sequence[Source],
+) -> tuple[dict[str, Dataset], list[tuple[Source, list[str]]]]:
     """Datasets by path, and each source with its files or the path of its dataset."""
     datasets: dict[str, Dataset] = {}
     named: list[tuple[Source, list[str]]] = []
@@ -153,7 +162,9 @@ def _plan(
                 segments += cut_dataset(source.name, path, datasets[path], settings.shard_bytes)
             else:
                 files.append((source.name, path, source.documents, settings.shard_bytes))
-    planned = ENGINES[settings.engine](_plan_one, files, settings.num_proc) if len(files) > 64 else map(_plan_one, files)
+    planned = (
+        ENGINES[settings.engine](_plan_one, files, settings.num_proc) if len(files) > 64 else map(_plan_one, files)
+    )
     # Whatever order the engine finished them in.
     by_file = {(part[0].source, part[0].path): part for part in planned if part}
     return segments + [segment for name, path, *_ in files for segment in by_file.get((name, path), [])]

@@ -93,7 +93,9 @@ class CorpusSettings:
         for name, known in (("labels", LABELS), ("on_error", ON_ERROR)):
             value = getattr(self, name)
             if value not in known:
-                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}")
+                raise ConfigError(
+                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
+                )
         if not 0 <= self.eval_share < 1:
             raise ConfigError(f"eval_share is {self.eval_share}; expected 0 or more, under 1")
         if self.shard_bytes < 1:
@@ -134,7 +136,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _digest(text: Any) -> str:
-    return hashlib.sha256((text if isinstance(text, str) else json.dumps(text, sort_keys=True)).encode()).hexdigest()[:32]
+    return hashlib.sha256((text if isinstance(text, str) else json.dumps(text, sort_keys=True)).encode()).hexdigest()[
+        :32
+    ]
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

@@ -70,8 +70,8 @@ def run_ray(function: Function, items: Sequence[Any], num_proc: int | None) -> I
     except ImportError as error:
         raise ConfigError("engine='ray' needs Ray: pip install 'hf-objectives[ray]'") from error
     if not ray.is_initialized():
-        on_cluster = "RAY_ADDRESS" in os.environ
-        ray.init(**({} if on_cluster else {"num_cpus": num_proc}), log_to_driver=False, include_dashboard=False)
+        own = None if "RAY_ADDRESS" in os.environ else num_proc  # a cluster says itself how many CPUs it has
+        ray.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     shared = ray.put(pickle.dumps(function))
     table = pa.table({"item": pa.array([pickle.dumps(item) for item in items], pa.binary())})

@@ -26,7 +26,9 @@ from hf_objectives.errors import ConfigError, FileFormatError, nearest
 COMPRESSIONS = (".gz", ".zst")
 #: How a text file falls into documents, by name: what ends one.
 DOCUMENTS = {"blank_line": b"\n\n", "line": b"\n", "file": None}
-READ_BYTES = 8 << 20  # text read, encoded and packed at a time: large enough to pack well, small enough to stay in cache
+READ_BYTES = (
+    8 << 20
+)  # text read, encoded and packed at a time: large enough to pack well, small enough to stay in cache
 _SKIPPED_NAMED = 5
 
 
@@ -97,7 +99,8 @@ def list_files(pattern: str) -> list[str]:
     elif path.exists():
         found = [pattern]
     else:
-        found = sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        matched = glob.glob(pattern, recursive=True)  # noqa: PTH207 (a pattern may be absolute)
+        found = sorted(p for p in matched if Path(p).is_file())
     if not found:
         raise FileFormatError(f"no such file: {pattern}" if not path.is_dir() else f"no data files in {pattern}")
     for file in found:
@@ -195,7 +198,7 @@ def _report(error: FileFormatError, skipped: Skipped | None, cause: BaseExceptio
 
 def _open(path: str) -> IO[bytes]:
     # pyarrow decompresses by the ending, several members or frames too, and tells a stream that ends too soon.
-    return io.BufferedReader(pa.input_stream(path), 1 << 20)  # type: ignore[arg-type]
+    return io.BufferedReader(pa.input_stream(path), 1 << 20)
 
 
 def _plan_plain(whole: Segment, segment_bytes: int, separator: bytes) -> list[Segment]:
@@ -327,17 +330,17 @@ def _json(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
     if _holds_lines(segment.path):
         yield from _json_lines(segment, skipped)
         return
-    n = 0
+    first = 0
     for values in _array(segment.path):
         rows, numbers = [], []
-        for n, value in enumerate(values, n):
+        for n, value in enumerate(values, first):
             if isinstance(value, dict):
                 rows.append(value)
                 numbers.append(n)
                 continue
             reason = f"{segment.path}, element {n}: {type(value).__name__}; expected an object"
             _report(FileFormatError(reason), skipped, None)
-        n += 1
+        first += len(values)
         yield Records(rows, numbers)
 
 
@@ -371,13 +374,17 @@ def _array(path: str) -> Iterator[list[Any]]:
                 except json.JSONDecodeError as error:
                     if more:
                         break
-                    raise FileFormatError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg})") from error
+                    raise FileFormatError(
+                        f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg})"
+                    ) from error
                 after = _WHITE.match(text, end).end()  # type: ignore[union-attr]
                 if after == len(text) and more:
                     break  # a number may go on in what is not read yet
                 if text[after : after + 1] not in (",", "]"):
                     line += text.count("\n", 0, after)
-                    raise FileFormatError(f"{path}, line {line}: not valid JSON (expected a comma or the end of the array)")
+                    raise FileFormatError(
+                        f"{path}, line {line}: not valid JSON (expected a comma or the end of the array)"
+                    )
                 values.append(value)
                 at = after + (text[after] == ",")
             line += text.count("\n", 0, at)

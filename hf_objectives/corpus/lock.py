@@ -42,7 +42,9 @@ def exclusive(folder: Path, progress: Callable[[], str], *, heartbeat: float | N
             lock.acquire(timeout=heartbeat or HEARTBEAT_SECONDS)
             break
         except Timeout:
-            logger.warning("waiting for another process to prepare %s: %s, %.0f s", folder, progress(), time.time() - began)
+            logger.warning(
+                "waiting for another process to prepare %s: %s, %.0f s", folder, progress(), time.time() - began
+            )
     try:
         failed = folder / _FAILED
         if failed.exists():

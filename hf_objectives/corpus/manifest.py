@@ -73,7 +73,9 @@ class Manifest:
             raise PreparedDataError(f"{folder / MANIFEST} is damaged ({error}); delete it and prepare again") from error
         made = values.get("policy", {}).get("preparation_version")
         if made != VERSION:
-            raise PreparedDataError(f"{folder} was prepared under version {made} of the rows; this is version {VERSION}")
+            raise PreparedDataError(
+                f"{folder} was prepared under version {made} of the rows; this is version {VERSION}"
+            )
         return cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
 
     def lines(self) -> list[str]:

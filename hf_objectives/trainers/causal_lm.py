@@ -364,8 +364,10 @@ class _Tally:
         mask = inputs.get("attention_mask")
         places = positions.numel()
         real = nll.new_tensor(places)
-        if mask is not None or sources is not None:
-            real = mask.sum() if mask is not None else (sources >= 0).sum()  # type: ignore[operator]
+        if mask is not None:
+            real = mask.sum()
+        elif sources is not None:
+            real = (sources >= 0).sum()
         step = torch.stack([nll.double(), positions.sum().double(), real.double(), nll.new_tensor(places).double()])
         self._sums = step if self._sums is None else self._sums + step
 

@@ -54,7 +54,8 @@ def documents(rows) -> list[list[int]]:
             pieces.setdefault((source, number), []).append(row["input_ids"][at : at + length])
             at += length
         assert at == len(row["input_ids"]) <= 64
-    return [sum(sorted(pieces[key], key=lambda piece: len(piece) < 64), []) for key in sorted(pieces)]
+    whole_first = (sorted(pieces[key], key=lambda piece: len(piece) < 64) for key in sorted(pieces))
+    return [[token for piece in document for token in piece] for document in whole_first]
 
 
 def balanced(manifest: Manifest) -> None:
@@ -77,7 +78,9 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=90)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    texts=st.lists(st.one_of(TEXTS, st.just(""), st.just("x" * 63), st.just("y" * 64), st.just("<|im_end|>")), max_size=30),
+    texts=st.lists(
+        st.one_of(TEXTS, st.just(""), st.just("x" * 63), st.just("y" * 64), st.just("<|im_end|>")), max_size=30
+    ),
     strategy=st.sampled_from(["best_fit", "concat"]),
     labels=st.sampled_from(["auto", "always"]),
 )
@@ -127,7 +130,7 @@ def test_ids_are_stored_small_and_folders_load_anywhere(tmp_path):
     assert {len(load_prepared(tmp_path / "out", split)) for split in plain} == {len(plain[split]) for split in plain}
     stream = load_prepared(tmp_path / "out", streaming=True)
     assert sorted(map(str, stream)) == sorted(map(str, plain["train"]))
-    seen = {split: set(zip(*[iter(sum(plain[split]["rows"], []))] * 1, strict=True)) for split in plain}
+    seen = {split: {row for rows in plain[split]["rows"] for row in rows} for split in plain}
     assert seen["train"].isdisjoint(seen["validation"]) and 30 < len(seen["validation"]) < 90
 
 
@@ -396,7 +399,9 @@ def test_others_wait_and_do_not_work_again(tmp_path, monkeypatch, caplog):
         for run in runs:
             run.join()
     assert len(calls) == 1
-    assert any("waiting for another process to prepare" in line and "0 of 1 segments" in line for line in caplog.messages)
+    assert any(
+        "waiting for another process to prepare" in line and "0 of 1 segments" in line for line in caplog.messages
+    )
 
 
 def test_who_waited_for_a_failure_fails_too(tmp_path):

@@ -40,7 +40,9 @@ def test_each_kind_and_compression(tmp_path):
     (tmp_path / "a.jsonl").write_text(LINES)
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
-    (tmp_path / "members.jsonl.gz").write_bytes(b"".join(gzip.compress(line.encode()) for line in LINES.splitlines(True)))
+    (tmp_path / "members.jsonl.gz").write_bytes(
+        b"".join(gzip.compress(line.encode()) for line in LINES.splitlines(True))
+    )
     (tmp_path / "a.jsonl.zst").write_bytes(zst(LINES.encode()))
     (tmp_path / "frames.jsonl.zst").write_bytes(zst(LINES[:100].encode()) + zst(LINES[100:].encode()))
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
@@ -53,7 +55,9 @@ def test_each_kind_and_compression(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text("ab\n\r é", max_size=8), max_size=12), st.integers(1, 40), st.sampled_from(["\n\n", "\r\n\r\n"]))
+@given(
+    st.lists(st.text("ab\n\r é", max_size=8), max_size=12), st.integers(1, 40), st.sampled_from(["\n\n", "\r\n\r\n"])
+)
 def test_text_cut_anywhere_gives_the_same_documents(tmp_path_factory, parts, segment_bytes, separator):
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(separator.join(parts).encode())
@@ -81,7 +85,7 @@ def test_json_arrays_are_read_in_steps(tmp_path, monkeypatch):
     rows = [{"n": rng.randrange(10**9), "text": "]},[{" * rng.randrange(4)} for _ in range(50)]
     for indent in (None, 2):
         (tmp_path / "a.json").write_text(" \n" + json.dumps(rows, indent=indent) + "\n")
-        assert [row for row, _ in records(tmp_path / "a.json")] == rows
+        assert records(tmp_path / "a.json") == [(row, i) for i, row in enumerate(rows)]
     (tmp_path / "a.json").write_text('[{"a": 1},\n{"b": 2}\n{"c": 3}]')
     with pytest.raises(FileFormatError, match="line 3: not valid JSON .expected a comma"):
         records(tmp_path / "a.json")

@@ -113,7 +113,9 @@ def test_resume_is_the_uninterrupted_run(corpus, tmp_path, streaming):
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
     for name in ("loss", "num_tokens_seen", "num_supervised_tokens"):
-        assert [log[name] for log in history(tmp_path / "run") if name in log] == [log[name] for log in whole if name in log]
+        assert [log[name] for log in history(tmp_path / "run") if name in log] == [
+            log[name] for log in whole if name in log
+        ]
 
 
 def test_tokens_seen_are_those_of_the_rows(corpus, tmp_path):
