@@ -31,8 +31,10 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROWS=file of Alpaca rows
+bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROWS=file of Alpaca rows, TEXTS=files of texts
 	$(BIN)/python benchmarks/chat_preparation.py --rows $(ROWS) --tokenizer $(MODEL)
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/corpus_preparation.py --texts $(TEXTS) --tokenizer $(MODEL)
 	$(BIN)/python benchmarks/training_step.py --model $(MODEL)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --rows $(ROWS)
 

@@ -97,25 +97,19 @@ def prepare_dataset(
         raise ConfigError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     if engine != "local" and output_dir is None:
         raise ConfigError(f"engine={engine!r} writes shards; give it an output_dir that all machines see")
-    if packing and max_length is None:
-        raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
-    if packing and max_length is not None:
+    if packing:
+        if max_length is None:
+            raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
         check_packing(max_length, strategy, overflow)
     if output_dir is not None:
-        if not packing or max_length is None or template_kwargs or ledger is not None:
-            raise ConfigError(
-                "output_dir holds packed rows and a manifest; it takes no packing=False, template_kwargs or ledger"
-            )
+        if not packing or template_kwargs or ledger is not None:
+            raise ConfigError("output_dir gets packed rows and a manifest: no packing=False, template_kwargs or ledger")
         corpus = CorpusSettings(
-            max_length, strategy, overflow, overlength, train_on, control_tokens, expand_turns, chat_template,
+            max_length or 0, strategy, overflow, overlength, train_on, control_tokens, expand_turns, chat_template,
             num_proc=num_proc, engine=engine,
         )  # fmt: skip
         prepare_corpus(_named(dataset, source), tokenizer, output_dir, corpus)
         return load_prepared(output_dir)
-    if isinstance(dataset, str):
-        dataset = load_rows(dataset)
-    elif isinstance(dataset, Mapping):
-        dataset = [{**row, "source": name} for name, path in dataset.items() for row in load_rows(path)]
     settings = RowSettings(
         max_length,
         train_on,
@@ -126,6 +120,29 @@ def prepare_dataset(
         dict(template_kwargs or {}),
         packing,
     )
+    encoded = _in_memory(_rows(dataset), tokenizer, settings, source, num_proc, ledger)
+    if not packing:
+        return Dataset(encoded)
+    return Dataset(pack_table(encoded, max_length or 0, strategy=strategy, overflow=overflow))
+
+
+def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset | Iterable[Row]:
+    if isinstance(dataset, str):
+        return load_rows(dataset)
+    if isinstance(dataset, Mapping):
+        return [{**row, "source": name} for name, path in dataset.items() for row in load_rows(path)]
+    return dataset
+
+
+def _in_memory(
+    dataset: Dataset | Iterable[Row],
+    tokenizer: Any,
+    settings: RowSettings,
+    source: str,
+    num_proc: int | None,
+    ledger: Ledger | None,
+) -> pa.Table:
+    """All rows, encoded."""
     ledger = Ledger() if ledger is None else ledger
     tables = []
     for table, booked in _encoded(dataset, tokenizer, settings, source, num_proc):
@@ -137,11 +154,7 @@ def prepare_dataset(
             f"no token of {total.rows_in} rows would be trained; {'; '.join(ledger.lines()) or 'the dataset is empty'}"
         )
     logger.info("encoded with %s: %s", text_encoder(tokenizer).backend, "; ".join(ledger.lines()))
-    encoded = concatenated([table for table in tables if table.num_rows])
-    if not packing:
-        return Dataset(encoded)
-    assert max_length is not None
-    return Dataset(pack_table(encoded, max_length, strategy=strategy, overflow=overflow))
+    return concatenated([table for table in tables if table.num_rows])
 
 
 def _named(dataset: Any, source: str) -> Mapping[str, Any]:

@@ -37,6 +37,12 @@ TESTED_ELSEWHERE = {
     "demo/model": "test_demo.py",
     "demo/accuracy": "test_demo.py",
     "trainers/config": "trainers/test_causal_lm.py",  # settings mean something in a trainer only
+    "corpus/json_array": "corpus/test_files.py",
+    "corpus/config": "corpus/test_build.py",  # the parts of one folder, tested by what they make together
+    "corpus/manifest": "corpus/test_build.py",
+    "corpus/shards": "corpus/test_build.py",
+    "corpus/work": "corpus/test_build.py",
+    "corpus/lock": "corpus/test_build.py",
     "distributed": "invariant/test_two_processes.py",  # needs two processes
 }
 UNTESTED = {"errors"}  # raised, and read, in the tests of everything else

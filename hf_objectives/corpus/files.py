@@ -11,7 +11,6 @@ import contextlib
 import glob
 import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_objectives.corpus.json_array import bad_byte, elements
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
 
 COMPRESSIONS = (".gz", ".zst")
@@ -296,16 +296,12 @@ def _broken_line(path: str, number: int, text: bytes, skipped: Skipped | None) -
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        reason = f"{path}, line {number + 1}: not UTF-8 ({_byte(error)}); convert the file first"
+        reason = f"{path}, line {number + 1}: not UTF-8 ({bad_byte(error)}); convert the file first"
         _report(FileFormatError(reason), skipped, error)
     except json.JSONDecodeError as error:
         reason = f"{path}, line {number + 1}: not valid JSON ({error.msg}): {text[:60].decode('utf-8', 'replace')!r}"
         _report(FileFormatError(reason), skipped, error)
     return _BROKEN
-
-
-def _byte(error: UnicodeDecodeError) -> str:
-    return f"byte 0x{error.object[error.start]:02x} at {error.start}"
 
 
 # -- JSON arrays -----------------------------------------------------------------------------------------------------
@@ -331,7 +327,7 @@ def _json(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
         yield from _json_lines(segment, skipped)
         return
     first = 0
-    for values in _array(segment.path):
+    for values in _elements(segment.path):
         rows, numbers = [], []
         for n, value in enumerate(values, first):
             if isinstance(value, dict):
@@ -344,64 +340,9 @@ def _json(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
         yield Records(rows, numbers)
 
 
-def _array(path: str) -> Iterator[list[Any]]:
-    """The elements of a JSON array, some megabytes at a time, without holding the file."""
-    decoder, text, line = json.JSONDecoder(), "", 1
-    opened = finished = False
+def _elements(path: str) -> Iterator[list[Any]]:
     with _open(path) as file:
-        lines = io.TextIOWrapper(file, encoding="utf-8")
-        while not finished:
-            try:
-                # An element longer than this is read in ever larger steps, not over and over.
-                more = lines.read(max(READ_BYTES, len(text)))
-            except UnicodeDecodeError as error:
-                raise FileFormatError(f"{path}: not UTF-8 ({_byte(error)}); convert the file first") from error
-            except OSError as error:
-                raise FileFormatError(f"{path}: the compressed file is damaged or ends too soon ({error})") from error
-            text += more
-            at = _WHITE.match(text, 0).end()  # type: ignore[union-attr]
-            if not opened and text[at : at + 1] != "[":
-                raise FileFormatError(_no_array(path, text[at:]))
-            at, opened = at + (not opened), True
-            values: list[Any] = []
-            while True:
-                begin = _WHITE.match(text, at).end()  # type: ignore[union-attr]
-                if text[begin : begin + 1] == "]":
-                    finished = True
-                    break
-                try:
-                    value, end = decoder.raw_decode(text, begin)
-                except json.JSONDecodeError as error:
-                    if more:
-                        break
-                    raise FileFormatError(
-                        f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg})"
-                    ) from error
-                after = _WHITE.match(text, end).end()  # type: ignore[union-attr]
-                if after == len(text) and more:
-                    break  # a number may go on in what is not read yet
-                if text[after : after + 1] not in (",", "]"):
-                    line += text.count("\n", 0, after)
-                    raise FileFormatError(
-                        f"{path}, line {line}: not valid JSON (expected a comma or the end of the array)"
-                    )
-                values.append(value)
-                at = after + (text[after] == ",")
-            line += text.count("\n", 0, at)
-            text = text[at:]
-            yield values
-
-
-_WHITE = re.compile(r"[ \t\r\n]*")
-
-
-def _no_array(path: str, text: str) -> str:
-    """Why a file under the name of JSON is no array of objects."""
-    try:
-        found = type(json.loads(text)).__name__
-    except json.JSONDecodeError as error:
-        return f"{path}, line {error.lineno}: not valid JSON ({error.msg})"
-    return f"{path} holds {found}; expected a list of objects"
+        yield from elements(file, path, READ_BYTES)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
@@ -414,7 +355,7 @@ def _text(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
             text = chunk.decode("utf-8")
         except UnicodeDecodeError as error:
             at = line + chunk.count(b"\n", 0, error.start) + 1
-            reason = f"{segment.path}, line {at}: not UTF-8 ({_byte(error)}); convert the file first"
+            reason = f"{segment.path}, line {at}: not UTF-8 ({bad_byte(error)}); convert the file first"
             _report(FileFormatError(reason), skipped, error)
             text = chunk.decode("utf-8", "replace")
             if skipped is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -57,7 +58,9 @@ def exclusive(folder: Path, progress: Callable[[], str], *, heartbeat: float | N
             yield
         except Exception as error:
             by = f"process {os.getpid()} on {platform.node()}"
-            failed.write_text(json.dumps({"time": time.time(), "by": by, "error": f"{type(error).__name__}: {error}"}))
+            told = {"time": time.time(), "by": by, "error": f"{type(error).__name__}: {error}"}
+            with contextlib.suppress(OSError):  # a full disk has no room for it either
+                failed.write_text(json.dumps(told))
             raise
     finally:
         lock.release()
