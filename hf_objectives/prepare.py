@@ -68,15 +68,14 @@ def prepare_dataset(
         tokenizer: a fast transformers tokenizer.
         max_length: most tokens a row may have; None only without packing.
         packing: pack several documents into a row of `max_length` tokens.
-        strategy: "best_fit" (whole documents) or "concat" (a continuous stream).
-        overflow: under packing, what becomes of texts longer than a row: "split", "truncate" or "drop".
+        strategy, overflow: see `pack_dataset`; under packing `overflow` decides for texts longer than a row.
         num_proc: worker processes; None for one per core on large inputs.
         engine: "local", or "ray" for a Ray cluster, which needs `output_dir`.
-        output_dir: prepare to shards in this folder, in constant memory, and map them (see `prepare_corpus`, which has
-            more settings); None to work in memory. A folder that is finished already is used as it is.
+        output_dir: prepare to shards in this folder, in constant memory, and map them (see `prepare_corpus`); None to work
+            in memory.
         overlength: what becomes of a row longer than `max_length`: "drop" leaves it out; "split_turns" makes rows of
             whole user turns of it, each with the system message; "cut" cuts it off, and a turn that the cut goes through
-            is not trained at all. Under packing `overflow` decides for texts.
+            is not trained at all.
         train_on, control_tokens, chat_template, template_kwargs: see `encode_chat`.
         expand_turns: one row per user turn, each with exactly the prompt of inference; for templates that drop the
             reasoning of earlier turns.
@@ -93,10 +92,7 @@ def prepare_dataset(
         ConfigError: an unknown setting.
         WorkerError: a worker process died.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
-    if engine != "local" and output_dir is None:
-        raise ConfigError(f"engine={engine!r} writes shards; give it an output_dir that all machines see")
+    _check_engine(engine, output_dir)
     if packing:
         if max_length is None:
             raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
@@ -124,6 +120,13 @@ def prepare_dataset(
     if not packing:
         return Dataset(encoded)
     return Dataset(pack_table(encoded, max_length or 0, strategy=strategy, overflow=overflow))
+
+
+def _check_engine(engine: str, output_dir: Any) -> None:
+    if engine not in ENGINES:
+        raise ConfigError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
+    if engine != "local" and output_dir is None:
+        raise ConfigError(f"engine={engine!r} writes shards; give it an output_dir that all machines see")
 
 
 def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset | Iterable[Row]:

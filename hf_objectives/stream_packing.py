@@ -145,6 +145,8 @@ class StreamPacker:
 
         Cheap enough for every row: it refers to arrays that nobody writes to.
         """
+        if self._resumed is not None:  # loaded, and not iterated since
+            return dict(self._resumed)
         source = getattr(self.documents, "state_dict", None)
         return {
             "counts": dict(self.counts),
