@@ -63,9 +63,9 @@ def pack_table(
         row = int(np.flatnonzero(offsets != label_offsets)[0]) - 1
         raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
     rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
-    packed_ids = rows.gather(ids)
+    packed_ids, *others = rows.gather_all([ids, targets] if labels and targets is not ids else [ids])
     if labels:
-        trained = rows.without_begins(packed_ids.copy() if targets is ids else rows.gather(targets))
+        trained = rows.without_begins(others[0] if others else packed_ids.copy())
     columns: dict[str, Any] = {
         "input_ids": _lists(packed_ids, rows.row_offsets),
         **({"labels": _lists(trained, rows.row_offsets)} if labels else {}),

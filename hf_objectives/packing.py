@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -198,27 +198,32 @@ class PackedRows:
 
     def gather(self, flat: NDArray) -> NDArray:
         """The tokens of all rows end to end, [tokens] of the dtype of `flat`, the documents' tokens end to end."""
+        return self.gather_all([flat])[0]
+
+    def gather_all(self, flats: Sequence[NDArray]) -> list[NDArray]:
+        """`gather` of several arrays of the same documents, ids and labels say."""
         ends = np.cumsum(self.lengths)
-        rows = np.empty(int(ends[-1]) if len(ends) else 0, flat.dtype)
+        total = int(ends[-1]) if len(ends) else 0
+        rows = [np.empty(total, flat.dtype) for flat in flats]
         begins = ends - self.lengths
         # Some thousand tokens at a time: what is in the cache is copied several times as fast.
-        cuts = np.unique(np.append(np.searchsorted(begins, np.arange(0, len(rows), _GATHERED)), len(begins)))
+        cuts = np.unique(np.append(np.searchsorted(begins, np.arange(0, total, _GATHERED)), len(begins)))
 
-        def copy(bounds: tuple[int, int]) -> None:
-            a, b = bounds
-            first, last = int(begins[a]), int(ends[b - 1])
-            index = (self.starts[a:b] - begins[a:b]).repeat(self.lengths[a:b])
-            index += np.arange(first, last)
-            flat.take(index, out=rows[first:last], mode="clip")
+        def copy(bounds: NDArray[np.int64]) -> None:
+            for a, b in itertools.pairwise(bounds.tolist()):
+                first, last = int(begins[a]), int(ends[b - 1])
+                index = (self.starts[a:b] - begins[a:b]).repeat(self.lengths[a:b])
+                index += np.arange(first, last)
+                for flat, row in zip(flats, rows, strict=True):
+                    flat.take(index, out=row[first:last], mode="clip")
 
-        chunks = list(itertools.pairwise(cuts.tolist()))
-        threads = min(pa.cpu_count(), len(chunks) // _CHUNKS_A_THREAD)
+        threads = max(1, min(pa.cpu_count(), len(cuts) // _CHUNKS_A_THREAD))
+        shares = [cuts[i * len(cuts) // threads : (i + 1) * len(cuts) // threads + 1] for i in range(threads)]
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(copy, chunks))
+                list(pool.map(copy, shares))
         else:
-            for chunk in chunks:
-                copy(chunk)
+            copy(cuts)
         return rows
 
     def labels(self, flat: NDArray[np.int32]) -> NDArray[np.int32]:
