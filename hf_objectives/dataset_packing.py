@@ -82,7 +82,8 @@ def pack_table(
         raise NothingSupervisedError(
             f"none of {len(keep)} packed rows trains a token; check labels and max_length={max_length}"
         )
-    logger.info(
+    logger.log(
+        logging.DEBUG if allow_empty else logging.INFO,  # blocks of a corpus go into its manifest
         "packed %d documents into %d rows, %.1f%% full; %d tokens dropped; %d rows without a trained token left out",
         *(len(rows.dropped), int(keep.sum()), 100 * tokens / max(1, len(keep) * max_length), lost, int((~keep).sum())),
     )

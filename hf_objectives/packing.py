@@ -51,7 +51,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np
         The number of bins and int64 [documents], the bin of each document.
     """
     bin_of = np.empty(len(lengths), np.int64)
-    # Sixteen bits are sorted by radix, in a tenth of the time.
+    # Sixteen bits are sorted by radix.
     shorter = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)
     order = np.argsort(shorter, kind="stable")
     all_counts = np.bincount(lengths)

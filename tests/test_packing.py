@@ -56,7 +56,7 @@ def test_concat_counts_a_document_to_the_bin_that_it_begins_in():
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
 def test_rows_are_gathered_in_any_type(kind):
-    offsets = np.concatenate(([0], np.cumsum(np.random.default_rng(0).integers(0, 3000, 200))))
+    offsets = np.concatenate(([0], np.cumsum(np.random.default_rng(0).integers(0, 3000, 2000))))
     flat = np.random.default_rng(1).integers(0, 60_000, offsets[-1]).astype(kind)
     packed = pack_rows(offsets, 2048, overflow="split")
     rows = packed.gather(flat)
