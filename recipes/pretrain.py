@@ -97,12 +97,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     model, tokenizer = build_model(model_config, args)
     folder, manifest = prepare(data, tokenizer, args, origin)
-    train = load_prepared(folder, streaming=data.streaming)
+    train = load_prepared(folder, streaming=data.streaming, seed=args.seed)
     held_out = load_prepared(folder, "validation") if any(s.split == "validation" for s in manifest.shards) else None
-    if data.streaming:
-        # The order follows from the seed, and a resumed run reads up to where it was.
-        train = train.shuffle(seed=args.seed, buffer_size=1_000)
-        args.accelerator_config.dispatch_batches = False  # every rank reads, and keeps its own batches
     num_rows = sum(shard.rows for shard in manifest.shards if shard.split == "train")
     set_length(args, manifest, streaming=data.streaming)
     if args.max_tokens is not None:

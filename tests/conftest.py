@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "trainers"), str(HERE.parent / "recipes"), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE / "corpus"), str(HERE / "trainers"), str(HERE.parent / "recipes"), str(HERE.parent)]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

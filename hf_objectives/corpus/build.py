@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.utils.tqdm import tqdm
 
 from hf_objectives.corpus.config import CorpusSettings, Source, difference
@@ -19,6 +19,7 @@ from hf_objectives.corpus.files import Segment, Skipped, list_files, plan_file, 
 from hf_objectives.corpus.lock import exclusive
 from hf_objectives.corpus.manifest import MANIFEST, Manifest, totals
 from hf_objectives.corpus.shards import FORMATS, PROGRESS
+from hf_objectives.corpus.stream import PreparedStream
 from hf_objectives.corpus.work import SPLITS, Finished, Work, cut_dataset, segment_key
 from hf_objectives.data_files import is_hub_id
 from hf_objectives.errors import (
@@ -85,15 +86,17 @@ def load_prepared(
     tokenizer: Any = None,
     expect: Mapping[str, Any] | None = None,
     streaming: bool = False,
-) -> Dataset | IterableDataset:
-    """The rows of a prepared folder, mapped from disk or streamed.
+    seed: int = 0,
+) -> Any:
+    """The rows of a prepared folder: a `datasets.Dataset`, or a stream without an end.
 
     Args:
         folder: from `prepare_corpus`.
         split: "train" or "validation".
         tokenizer: the run's; must be the one that the folder was prepared with, its chat template included.
         expect: settings that the run asks for, by their names in the manifest's policy (`max_length`, say).
-        streaming: a `datasets.IterableDataset` instead of a mapped `Dataset`.
+        streaming: a `PreparedStream`, which shuffles, never ends and copies nothing, instead of a mapped `Dataset`.
+        seed: of the stream's order.
 
     Raises:
         PreparedDataError: another tokenizer, template or setting than asked for (says which), an unfinished folder, a
@@ -116,11 +119,13 @@ def load_prepared(
     for shard in shards:
         if not shard.intact(folder, checksum=False):
             raise PreparedDataError(f"{folder / shard.path} is missing or cut off; run hf-objectives prepare again")
-    files = [str(folder / shard.path) for shard in shards]
     kind = manifest.policy["file_format"]
-    if kind == "arrow" and not streaming:
+    if streaming:
+        return PreparedStream(folder, shards, kind, seed=seed)
+    files = [str(folder / shard.path) for shard in shards]
+    if kind == "arrow":
         return concatenate_datasets([Dataset.from_file(file) for file in files])
-    return load_dataset(kind, data_files={split: files}, split=split, streaming=streaming)
+    return load_dataset(kind, data_files={split: files}, split=split)
 
 
 def _resolve(

@@ -28,6 +28,7 @@ class Shard:
         split: "train" or "validation".
         source, file: the source and the file that its documents come from.
         rows, tokens, supervised: packed rows, their tokens, and the tokens that are trained.
+        row_groups: rows of each row group or record batch.
         num_bytes: size of the file.
         sha256: its checksum, as `sha256sum` prints it.
     """
@@ -39,6 +40,7 @@ class Shard:
     rows: int
     tokens: int
     supervised: int
+    row_groups: list[int]
     num_bytes: int
     sha256: str
 
@@ -72,20 +74,20 @@ class ShardWriter:
         self.draft = folder / PROGRESS / path.replace("/", "-")
         self._open, self._id_type = FORMATS[file_format], pa.from_numpy_dtype(id_type)
         self._writer: Any = None
-        self.rows = 0
+        self.row_groups: list[int] = []
 
     def write(self, table: pa.Table) -> None:
         """Add packed rows, as one row group or record batch."""
         ids = table["input_ids"].combine_chunks()
         narrow = type(ids).from_arrays(ids.offsets, ids.values.cast(self._id_type, safe=False))
-        table = table.set_column(table.column_names.index("input_ids"), "input_ids", narrow)
+        table = table.set_column(table.column_names.index("input_ids"), "input_ids", narrow).combine_chunks()
         try:
             if self._writer is None:
                 self._writer = self._open(str(self.draft), table.schema)
-            self._writer.write_table(table)
+            self._writer.write_table(table, table.num_rows)
         except OSError as error:
             raise _space(error, self.final) from error
-        self.rows += table.num_rows
+        self.row_groups.append(table.num_rows)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -110,7 +112,7 @@ class ShardWriter:
         digest, size = sha256(self.draft), self.draft.stat().st_size
         self.final.parent.mkdir(parents=True, exist_ok=True)
         self.draft.replace(self.final)
-        return Shard(rows=self.rows, num_bytes=size, sha256=digest, **about)
+        return Shard(rows=sum(self.row_groups), row_groups=self.row_groups, num_bytes=size, sha256=digest, **about)
 
 
 def sha256(path: Path) -> str:

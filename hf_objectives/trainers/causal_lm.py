@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,14 @@ from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.evaluation import EvaluationCounts, count_batch, split_riders
 from hf_objectives.isolation import probe_isolation
 from hf_objectives.losses import IGNORE, next_token_loss, next_token_targets
-from hf_objectives.perplexity import TokenCount
+from hf_objectives.ordered_stream import OrderedStream
 from hf_objectives.projection import selected_logits
 from hf_objectives.trainers.config import PerplexityTrainingArguments
 from hf_objectives.trainers.guards import ends_of_runs, ensure_stop_tokens, stop_if_not_finite
+from hf_objectives.trainers.tally import Tally
 
 logger = logging.getLogger(__name__)
+_STREAM = "train_stream"  # where its state is in that of the Trainer, which is saved whole
 
 
 class PerplexityTrainer(Trainer):
@@ -65,6 +66,10 @@ class PerplexityTrainer(Trainer):
         if isinstance(data_collator, (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking)):
             data_collator = dataclasses.replace(data_collator, return_source=True)
             tokenizer = tokenizer or data_collator.tokenizer
+        if isinstance(kwargs.get("train_dataset"), OrderedStream):
+            settings: Any = args.accelerator_config
+            settings.dispatch_batches = False  # every rank reads, and keeps its own batches
+            args.ignore_data_skip = True  # the stream goes on by itself, see _Companion
         super().__init__(model, args, data_collator, **kwargs)
         self.tokenizer = tokenizer
         # The parent counts `num_items_in_batch` only for models whose forward takes it; our loss always does.
@@ -74,10 +79,21 @@ class PerplexityTrainer(Trainer):
         self._window: list[tuple[Mapping[str, Any], Tensor]] = []
         self._stops_seen: Tensor | None = None
         self._isolation_proved = False
-        self._tally = _Tally()
+        self._tally = Tally()
         self.add_callback(_Companion(self))
 
     # -- training ------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The parent's; an `OrderedStream` is told how many rows all ranks take together, and leaves the random state of
+        the run alone, so that a resumed run draws what an uninterrupted one does."""
+        if not isinstance(self.train_dataset, OrderedStream):
+            return super().get_train_dataloader()
+        self.train_dataset.batch_rows = self._train_batch_size * world_size()
+        loader: Any = super().get_train_dataloader()
+        # Where an iteration begins, a DataLoader without a generator of its own draws from the run's.
+        loader.base_dataloader.generator = torch.Generator()
+        return loader
 
     def compute_loss(
         self,
@@ -324,68 +340,46 @@ class PerplexityTrainer(Trainer):
 
 
 class _Companion(TrainerCallback):
-    """What has to happen at the parent's moments: the isolation probe once the model is placed and wrapped, and a token
-    count that a resumed run goes on with."""
+    """What has to happen at the parent's moments: the isolation probe once the model is placed and wrapped, and token
+    count and place in the stream that a resumed run goes on with."""
 
     def __init__(self, trainer: PerplexityTrainer) -> None:
         self._trainer = trainer
+        self._rows_taken = 0  # by all ranks, from the stream's row 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = [log for log in state.log_history if "num_tokens_seen" in log]
         counted = (logs[-1]["num_supervised_tokens"], logs[-1]["num_tokens_seen"]) if logs else (0, 0)
         self._trainer._tally.start(*counted)
+        if self._stream is not None:
+            self._find(self._stream, state)
         if not self._trainer._isolation_proved:
             self._trainer.prove_isolation(self._trainer.model_wrapped)
 
+    @property
+    def _stream(self) -> OrderedStream | None:
+        dataset: Any = self._trainer.train_dataset
+        return dataset if isinstance(dataset, OrderedStream) else None
+
+    def _find(self, stream: OrderedStream, state: Any) -> None:
+        kept = state.stateful_callbacks.get(_STREAM)
+        if state.global_step and kept is None:
+            raise ConfigError(
+                f"the checkpoint of step {state.global_step} does not say where its stream stood; "
+                "it was made on other data"
+            )
+        stream.load_state_dict(kept or stream.state_dict(0))
+        self._rows_taken = stream.state_dict()["row"]
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stream is not None:
+            self._rows_taken += state.train_batch_size * world_size() * args.gradient_accumulation_steps
+            state.stateful_callbacks[_STREAM] = self._stream.state_dict(self._rows_taken)
         # The count is kept in the log, so a checkpoint needs a line of its own step.
         if control.should_save and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
 
     on_epoch_end = on_step_end
-
-
-class _Tally:
-    """What training logs report of the steps since the last log."""
-
-    def __init__(self) -> None:
-        self.start(0, 0)
-
-    def start(self, total_supervised: int, total_seen: int) -> None:
-        self.total_supervised, self.total_seen = total_supervised, total_seen
-        self._sums: Tensor | None = None
-        self._since = time.perf_counter()
-
-    def add(self, nll: Tensor, positions: Tensor, inputs: Mapping[str, Any], sources: Tensor | None) -> None:
-        """Add a micro-batch: nats, supervised tokens, real tokens and places in the batch, on the device.
-
-        Packed rows have no mask; their padding is told by the source of each place, -1, where rows name sources.
-        """
-        mask = inputs.get("attention_mask")
-        places = positions.numel()
-        real = nll.new_tensor(places)
-        if mask is not None:
-            real = mask.sum()
-        elif sources is not None:
-            real = (sources >= 0).sum()
-        step = torch.stack([nll.double(), positions.sum().double(), real.double(), nll.new_tensor(places).double()])
-        self._sums = step if self._sums is None else self._sums + step
-
-    def take(self) -> dict[str, float]:
-        """The figures over all ranks, and a fresh start."""
-        own = [0.0] * 4 if self._sums is None else self._sums.tolist()
-        nats, supervised, real, places = sum_over_ranks(own)
-        seconds = time.perf_counter() - self._since
-        self.start(self.total_supervised + int(supervised), self.total_seen + int(real))
-        if not supervised:
-            return {}
-        return {
-            "perplexity": TokenCount(nats, int(supervised)).perplexity,
-            "num_supervised_tokens": self.total_supervised,
-            "num_tokens_seen": self.total_seen,
-            "tokens_per_second": real / max(seconds, 1e-9),
-            "padding_share": 1 - real / places,
-        }
 
 
 class _EveryNth(IterableDataset):

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +123,7 @@ def test_ids_are_stored_small_and_folders_load_anywhere(tmp_path):
     plain = load_dataset("parquet", data_dir=str(tmp_path / "out"))
     assert plain["train"].features["input_ids"].feature.dtype == "uint16"
     assert {len(load_prepared(tmp_path / "out", split)) for split in plain} == {len(plain[split]) for split in plain}
-    stream = load_prepared(tmp_path / "out", streaming=True)
+    stream = load_dataset("parquet", data_dir=str(tmp_path / "out"), split="train", streaming=True)
     assert sorted(map(str, stream)) == sorted(map(str, plain["train"]))
     seen = {split: {row for rows in plain[split]["rows"] for row in rows} for split in plain}
     assert seen["train"].isdisjoint(seen["validation"]) and 30 < len(seen["validation"]) < 90
@@ -370,66 +365,6 @@ def test_a_full_disk_keeps_what_is_finished(prepared, monkeypatch):
     assert len(shards(folder)) == 2 and not list((folder / ".progress").glob("*.parquet"))
     prepare_corpus(sources, TOKENIZER, folder, CorpusSettings(**SMALL))
     assert list(load_prepared(folder)) == rows
-
-
-# -- once ------------------------------------------------------------------------------------------------------------
-
-
-def test_others_wait_and_do_not_work_again(tmp_path, monkeypatch, caplog):
-    path = write_texts(tmp_path / "a.jsonl", [row["text"] for row in demo.texts(30)])
-    from hf_objectives.corpus import lock
-    from hf_objectives.corpus.work import Work
-
-    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
-    whole, calls = Work.__call__, []
-
-    def slow(self, segment):
-        calls.append(os.getpid())
-        time.sleep(0.5)
-        return whole(self, segment)
-
-    monkeypatch.setattr(Work, "__call__", slow)
-    options = CorpusSettings(**{**SMALL, "shard_bytes": 1 << 20})
-    runs = [
-        threading.Thread(target=prepare_corpus, args=({"a": path}, TOKENIZER, tmp_path / "out", options)) for _ in "ab"
-    ]
-    with caplog.at_level("WARNING"):
-        for run in runs:
-            run.start()
-        for run in runs:
-            run.join()
-    assert len(calls) == 1
-    assert any(
-        "waiting for another process to prepare" in line and "0 of 1 segments" in line for line in caplog.messages
-    )
-
-
-def test_who_waited_for_a_failure_fails_too(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
-    program = (
-        "import sys, time\n"
-        "from hf_objectives import demo\n"
-        "from hf_objectives.corpus.build import prepare_corpus\n"
-        "from hf_objectives.corpus.work import Work\n"
-        "tokenizer, whole = demo.build_tokenizer(), Work.__call__\n"
-        "def slow(self, segment):\n"
-        "    print('began', flush=True); time.sleep(2); return whole(self, segment)\n"
-        "Work.__call__ = slow\n"
-        "print('ready', flush=True); input()\n"
-        "prepare_corpus({'a': sys.argv[1]}, tokenizer, sys.argv[2])\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "out")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    first, second = (subprocess.Popen(command, **pipes) for _ in "ab")
-    for run in (first, second):
-        assert run.stdout.readline() == "ready\n"
-    first.stdin.write("\n")
-    first.stdin.flush()
-    assert first.stdout.readline() == "began\n"
-    said, told = second.communicate("\n", timeout=60)
-    _, failed = first.communicate(timeout=60)
-    assert "row 1: text is int" in failed and "FormatError" in failed
-    assert "began" not in said and "could not prepare" in told and "row 1: text is int" in told
 
 
 # -- datasets --------------------------------------------------------------------------------------------------------

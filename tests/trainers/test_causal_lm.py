@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.encode import encode_row
 from hf_objectives.errors import ConfigError, NothingSupervisedError
+from hf_objectives.ordered_stream import OrderedStream
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
 TOKENIZER = byte_tokenizer()
@@ -217,6 +218,54 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path):
         assert torch.equal(a, b), name
 
 
+class Chats(OrderedStream):
+    """Row n is conversation n; keeps which rows were read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def rows(self, begin, end):
+        for n in range(begin, end):
+            self.read.append(n)
+            yield chats(n + 1)[n]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_at_its_next_row_as_if_it_had_not_stopped(tmp_path, workers):
+    """With dropout, so that the run's random state counts too; at step 3 of 6, and again at step 4 under larger batches."""
+    options = {
+        **{"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "seed": 5, "gradient_accumulation_steps": 2},
+        **{"learning_rate": 1e-3, "dataloader_num_workers": workers},
+    }
+
+    def run(checkpoint=None, **more):
+        model = llama()
+        model.config.attention_dropout = 0.1
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        run = trainer(tmp_path, model=model, rows=Chats(), **{**options, **more})
+        run.train(resume_from_checkpoint=checkpoint and str(tmp_path / f"checkpoint-{checkpoint}"))
+        return run
+
+    whole, resumed = run(), run(3)
+    assert [log["loss"] for log in whole.state.log_history if "loss" in log] == [
+        log["loss"] for log in resumed.state.log_history if "loss" in log
+    ]
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    larger = run(4, per_device_train_batch_size=3, max_steps=5)
+    if not workers:  # a worker's reading is its own; one batch is read ahead
+        assert whole.train_dataset.read == list(range(6 * 4 + 2))
+        assert resumed.train_dataset.read == list(range(3 * 4, 6 * 4 + 2))
+        assert larger.train_dataset.read == list(range(4 * 4, 4 * 4 + 2 * 3 + 3))
+
+
+def test_a_checkpoint_of_other_data_is_no_checkpoint_of_a_stream(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ConfigError, match="checkpoint of step 1 does not say where its stream stood"):
+        trainer(tmp_path, rows=Chats()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_supervised_tokens_are_counted_over_a_resume(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "seed": 5}
     whole = trainer(tmp_path, **options)
@@ -288,7 +337,15 @@ def test_what_cannot_be_exact_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["_get_num_items_in_batch", "_get_grad_norm", "compute_loss", "training_step", "evaluation_loop", "save_model"],
+    [
+        "_get_num_items_in_batch",
+        "_get_grad_norm",
+        "compute_loss",
+        "training_step",
+        "evaluation_loop",
+        "save_model",
+        "get_train_dataloader",
+    ],
 )
 def test_contact_with_transformers(name):
     """If this fails, transformers' Trainer moved: mend hf_objectives/trainers/causal_lm.py."""
