@@ -22,6 +22,7 @@ from hf_objectives.tokenization import text_encoder
 Overlength = Literal["drop", "split_turns", "cut"]
 OVERLENGTH = ("drop", "split_turns", "cut")
 TOO_LONG, CUT, UNSUPERVISED = "longer than max_length", "cut at max_length", "nothing supervised"
+SKIPPED = ", skipped"  # behind the error that a row would have been
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class RowEncoder:
             except DataError as error:
                 if not skip:
                     raise error.at(source=name, row=n) from None
-                ledger[name].drop(f"{type(error).__name__}, skipped", tokens=0, row=n)
+                ledger[name].drop(type(error).__name__ + SKIPPED, tokens=0, row=n)
                 continue
             for unit in made:
                 (ready if unit.example is not None and unit.example.kind == "tokens" else units).append(unit)

@@ -225,7 +225,10 @@ def _run(work: Work, segments: list[Segment], manifest: Manifest) -> Manifest:
     folder = work.folder
     (folder / PROGRESS).mkdir(exist_ok=True)
     keys = [segment_key(segment, work.policy) for segment in segments]
-    finished = {key: done for key in keys if (done := _finished(folder, key)) is not None}
+    # What another run was content to skip is an error in this one.
+    strict = work.settings.on_error == "raise"
+    found = {key: done for key in keys if (done := _finished(folder, key)) is not None}
+    finished = {key: done for key, done in found.items() if not (strict and done.left_out)}
     todo = [segment for segment, key in zip(segments, keys, strict=True) if key not in finished]
     if finished:
         logger.info("%d of %d segments are there already", len(finished), len(keys))

@@ -22,7 +22,7 @@ from hf_objectives.corpus.config import CorpusSettings
 from hf_objectives.corpus.files import Records, Segment, Skipped, read_segment
 from hf_objectives.corpus.shards import PROGRESS, Shard, ShardWriter, id_type
 from hf_objectives.dataset_packing import flat_column, pack_table
-from hf_objectives.encode import TOO_LONG, UNSUPERVISED
+from hf_objectives.encode import SKIPPED, TOO_LONG, UNSUPERVISED
 from hf_objectives.errors import DataError
 from hf_objectives.ledger import Account, Ledger
 from hf_objectives.packing import IGNORE
@@ -49,6 +49,12 @@ class Finished:
     accounts: dict[str, dict[str, Any]]
     broken: int
     broken_named: list[str]
+
+    @property
+    def left_out(self) -> bool:
+        """Whether a record that could not be used was skipped."""
+        dropped = (reason for account in self.accounts.values() for reason in account["dropped_documents"])
+        return self.broken > 0 or any(reason.endswith(SKIPPED) for reason in dropped)
 
     def to_json(self) -> str:
         """As JSON text."""

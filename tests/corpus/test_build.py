@@ -310,6 +310,8 @@ def test_a_wrong_record_in_the_middle_is_named_or_counted(tmp_path):
     assert account["dropped_documents"] == {"FormatError, skipped": 3} and account["documents"] == 3
     assert account["dropped_examples"] == {"FormatError, skipped": [1, 2, 3]}
     balanced(made)
+    with pytest.raises(FileFormatError, match="a.jsonl, line 5: not valid JSON"):  # not content with what was skipped
+        prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", strict)
 
 
 def test_a_lone_surrogate_is_named(tmp_path):
