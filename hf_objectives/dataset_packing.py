@@ -63,12 +63,10 @@ def pack_table(
         row = int(np.flatnonzero(offsets != label_offsets)[0]) - 1
         raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
     rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
-    packed_ids, *others = rows.gather_all([ids, targets] if labels and targets is not ids else [ids])
-    if labels:
-        trained = rows.without_begins(others[0] if others else packed_ids.copy())
+    packed_ids, *others = rows.gather_all([ids, targets] if labels else [ids])
     columns: dict[str, Any] = {
         "input_ids": _lists(packed_ids, rows.row_offsets),
-        **({"labels": _lists(trained, rows.row_offsets)} if labels else {}),
+        **{"labels": _lists(rows.without_begins(other), rows.row_offsets) for other in others},
         "seq_lengths": _lists(rows.lengths.astype(np.int32), rows.piece_offsets),
     }
     for name in ("source", "row"):
@@ -96,16 +94,20 @@ def _supervised(packed: pa.Table, rows: PackedRows) -> NDArray[np.bool_]:
         return np.diff(np.concatenate(([0], np.cumsum(rows.lengths > 1)))[rows.piece_offsets]) > 0
     if not rows.row_offsets[-1]:
         return np.zeros(len(rows.row_offsets) - 1, bool)
-    labels = packed["labels"].combine_chunks().values.to_numpy()
-    filled = np.diff(rows.row_offsets) > 0
-    filled[filled] = np.logical_or.reduceat(labels != IGNORE, rows.row_offsets[:-1][filled])
-    return filled
+    labels = packed["labels"].chunk(0).values.to_numpy()
+    sizes = np.diff(rows.row_offsets)
+    trains = sizes > 0
+    # Nearly always a row's last token is trained; only where it is not are all labels of the row read.
+    trains[trains] = labels[rows.row_offsets[1:][trains] - 1] != IGNORE
+    for i in np.flatnonzero(~trains & (sizes > 0)):
+        trains[i] = (labels[rows.row_offsets[i] : rows.row_offsets[i + 1]] != IGNORE).any()
+    return trains
 
 
 def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """A list column as its values (int32) end to end and the offsets of its rows (int64 [rows + 1])."""
-    column = table[name].combine_chunks()
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    chunks = table[name]
+    column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies a single one, too
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         raise FormatError(f"column {name!r} is {column.type}; expected lists of token ids")
     offsets = column.offsets.to_numpy().astype(np.int64)

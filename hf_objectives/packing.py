@@ -17,6 +17,7 @@ from hf_objectives.errors import ConfigError, nearest
 
 IGNORE = -100
 OVERFLOW = ("truncate", "split", "drop")
+_LONG = 200  # tokens of a piece from which on it pays to copy pieces, not tokens
 _GATHERED = 1 << 15  # tokens
 _CHUNKS_A_THREAD = 32  # fewer are copied before a thread has started
 
@@ -202,16 +203,30 @@ class PackedRows:
 
     def gather_all(self, flats: Sequence[NDArray]) -> list[NDArray]:
         """`gather` of several arrays of the same documents, ids and labels say."""
-        ends = np.cumsum(self.lengths)
-        total = int(ends[-1]) if len(ends) else 0
+        total = int(self.lengths.sum())
+        if total >= _LONG * max(1, len(self.lengths)):
+            with ThreadPoolExecutor(len(flats)) as pool:
+                return list(pool.map(self._by_piece, flats))
+        return self._by_token(flats, total)
+
+    def _by_piece(self, flat: NDArray) -> NDArray:
+        """Arrow copies each piece whole, without Python in between."""
+        pieces = pa.LargeListViewArray.from_arrays(pa.array(self.starts), pa.array(self.lengths), pa.array(flat))
+        joined = pieces.flatten()
+        if len(joined) and np.may_share_memory(joined.to_numpy(), flat):  # one piece is a view, not a copy
+            return joined.to_numpy().copy()
+        return np.frombuffer(joined.buffers()[1], flat.dtype, len(joined))
+
+    def _by_token(self, flats: Sequence[NDArray], total: int) -> list[NDArray]:
+        """Several short pieces at once, by the index of each token."""
         rows = [np.empty(total, flat.dtype) for flat in flats]
-        begins = ends - self.lengths
+        begins = np.cumsum(self.lengths) - self.lengths
         # Some thousand tokens at a time: what is in the cache is copied several times as fast.
         cuts = np.unique(np.append(np.searchsorted(begins, np.arange(0, total, _GATHERED)), len(begins)))
 
         def copy(bounds: NDArray[np.int64]) -> None:
             for a, b in itertools.pairwise(bounds.tolist()):
-                first, last = int(begins[a]), int(ends[b - 1])
+                first, last = int(begins[a]), int(begins[b - 1] + self.lengths[b - 1])
                 index = (self.starts[a:b] - begins[a:b]).repeat(self.lengths[a:b])
                 index += np.arange(first, last)
                 for flat, row in zip(flats, rows, strict=True):

@@ -55,16 +55,23 @@ def test_concat_counts_a_document_to_the_bin_that_it_begins_in():
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
-def test_rows_are_gathered_in_any_type(kind):
-    offsets = np.concatenate(([0], np.cumsum(np.random.default_rng(0).integers(0, 3000, 2000))))
+@pytest.mark.parametrize(("longest", "documents"), [(3000, 2000), (90, 40_000), (3, 1), (900, 1)])
+def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, documents):
+    sizes = np.random.default_rng(0).integers(0, longest, documents)
+    sizes[-1] = longest
+    offsets = np.concatenate(([0], np.cumsum(sizes)))
     flat = np.random.default_rng(1).integers(0, 60_000, offsets[-1]).astype(kind)
-    packed = pack_rows(offsets, 2048, overflow="split")
-    rows = packed.gather(flat)
+    packed, before = pack_rows(offsets, 2048, overflow="split"), flat.copy()
+    rows, again = packed.gather_all([flat, flat])
     assert rows.dtype == kind and len(rows) == len(flat)
     at = 0
     for start, length in zip(packed.starts, packed.lengths, strict=True):
         assert np.array_equal(rows[at : at + length], flat[start : start + length])
         at += length
+    if kind != np.uint16:  # which holds no -100
+        packed.without_begins(again)
+        assert np.array_equal(flat, before) and np.array_equal(packed.gather(flat), rows)
+        assert (again == -100).sum() == (packed.lengths > 0).sum()
 
 
 def test_a_million_documents_fill_their_rows():
