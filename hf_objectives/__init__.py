@@ -18,6 +18,7 @@ _HOMES = {
     "DataCollatorWithEosPacking": "collators",
     "pack_lengths": "packing",
     "pack_dataset": "dataset_packing",
+    "StreamPacker": "stream_packing",
     "prepare_dataset": "prepare",
     "CorpusSettings": "corpus.config",
     "prepare_corpus": "corpus.build",
@@ -35,6 +36,7 @@ __all__ = [
     "DataCollatorWithEosPacking",
     "PerplexityTrainer",
     "PerplexityTrainingArguments",
+    "StreamPacker",
     "compute_perplexity",
     "encode_chat",
     "encode_chats",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from hf_objectives.isolation import probe_isolation
     from hf_objectives.packing import pack_lengths
     from hf_objectives.prepare import prepare_dataset
+    from hf_objectives.stream_packing import StreamPacker
     from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
 

@@ -64,11 +64,10 @@ def pack_table(
         raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
     rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
     packed_ids, *others = rows.gather_all([ids, targets] if labels else [ids])
-    columns: dict[str, Any] = {
-        "input_ids": _lists(packed_ids, rows.row_offsets),
-        **{"labels": _lists(rows.without_begins(other), rows.row_offsets) for other in others},
-        "seq_lengths": _lists(rows.lengths.astype(np.int32), rows.piece_offsets),
-    }
+    columns: dict[str, Any] = {"input_ids": _lists(packed_ids, rows.row_offsets)}
+    if others:
+        columns["labels"] = _lists(rows.without_begins(others[0]), rows.row_offsets)
+    columns["seq_lengths"] = _lists(rows.lengths.astype(np.int32), rows.piece_offsets)
     for name in ("source", "row"):
         if name in table.column_names:
             of_pieces = table[name].combine_chunks().take(pa.array(rows.documents))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import IterableDataset
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.packing import IGNORE, check_packing
@@ -19,11 +20,13 @@ Document = Mapping[str, Any]
 _Place = tuple[int, int]
 
 
-class StreamPacker:
+class StreamPacker(IterableDataset):
     """Packs a stream of encoded documents into rows, from a buffer of some that wait.
 
     The document that waits longest always goes in the next row, so that none waits for ever; then the largest that still
-    fits, again and again. Iterating again after the stream has ended is a new pass.
+    fits, again and again. Iterating again after the stream has ended is a new pass. A Trainer takes it as its
+    `train_dataset`; with loader workers the documents have to be split between them by their source, as streams of
+    `datasets` are.
 
     Args:
         documents: mappings with `input_ids` and, where not every token is trained, `labels` (lists or integer arrays);

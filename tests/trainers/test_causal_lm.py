@@ -18,6 +18,7 @@ from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollator
 from hf_objectives.encode import encode_row
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.ordered_stream import OrderedStream
+from hf_objectives.stream_packing import StreamPacker
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
 TOKENIZER = byte_tokenizer()
@@ -258,6 +259,18 @@ def test_a_stream_resumes_at_its_next_row_as_if_it_had_not_stopped(tmp_path, wor
         assert whole.train_dataset.read == list(range(6 * 4 + 2))
         assert resumed.train_dataset.read == list(range(3 * 4, 6 * 4 + 2))
         assert larger.train_dataset.read == list(range(4 * 4, 4 * 4 + 2 * 3 + 3))
+
+
+def test_a_stream_that_is_packed_on_the_way_is_trained_whole(tmp_path):
+    rows = Dataset.from_list([{"input_ids": list(range(3, 3 + n))} for n in (30, 50, 7, 64, 12, 9, 41)] * 3)
+    packer = StreamPacker(rows.to_iterable_dataset(), 64, buffer_size=5)
+    collator = DataCollatorWithEosPacking(TOKENIZER, max_length=64)
+    run = trainer(tmp_path, collator=collator, rows=packer, max_steps=5)
+    run.train()
+    logs = [log for log in run.state.log_history if "num_tokens_seen" in log]
+    fresh = iter(StreamPacker(rows.to_iterable_dataset(), 64, buffer_size=5))
+    trained = [next(fresh) for _ in range(10)]
+    assert logs[-1]["num_supervised_tokens"] == sum(len(row["input_ids"]) - len(row["seq_lengths"]) for row in trained)
 
 
 def test_a_checkpoint_of_other_data_is_no_checkpoint_of_a_stream(tmp_path):
