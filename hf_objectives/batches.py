@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_objectives.templates import control_tokens
 from hf_objectives.tokenization import text_encoder
 
 ON_ERROR = ("raise", "skip")
+_TEXT = operator.itemgetter("text")
 # Columns that make a row something other than a plain text, when `text` is there too.
 _FORMAT_COLUMNS = frozenset(
     "input_ids messages conversations instruction output prompt completion chosen rejected image images pixel_values "
@@ -43,7 +45,7 @@ class BatchEncoder:
             )
         self.tokenizer, self.settings, self.on_error = tokenizer, settings, on_error
         self._rows = RowEncoder(tokenizer, settings)
-        self._control: NDArray[np.bool_] | None = None
+        self._control: NDArray[np.int32] | None = None
 
     def encode(self, rows: Sequence[Row], *, source: str, numbers: Sequence[int]) -> tuple[pa.Table, Ledger]:
         """Encode rows.
@@ -60,8 +62,8 @@ class BatchEncoder:
         Raises:
             DataError: a row that cannot be used; names source and row.
         """
-        if self._all_texts(rows):
-            done = self._texts(rows, source, numbers)
+        if (columns := self._text_columns(rows)) is not None:
+            done = self._texts(rows, columns, source, numbers)
             if done is not None:
                 return done
         ledger = Ledger()
@@ -71,26 +73,26 @@ class BatchEncoder:
         table = labelled.to_table().append_column("source", pa.array(sources, pa.string()))
         return table.append_column("row", pa.array(kept, pa.int64())), ledger
 
-    def _all_texts(self, rows: Sequence[Row]) -> bool:
-        """Whether every row is a plain text that is trained whole."""
-        if not self.settings.splits_documents:
-            return False
-        if set(map(type, rows)) != {dict}:
-            return False
+    def _text_columns(self, rows: Sequence[Row]) -> set[str] | None:
+        """The columns of rows that are all plain texts, trained whole; None where one of them is not."""
+        if not self.settings.splits_documents or set(map(type, rows)) != {dict}:
+            return None
         shapes = set(map(tuple, rows))
-        return all("text" in shape and _FORMAT_COLUMNS.isdisjoint(shape) for shape in shapes) and {
-            type(row["text"]) for row in rows
-        } == {str}
+        if not all("text" in shape and _FORMAT_COLUMNS.isdisjoint(shape) for shape in shapes):
+            return None
+        return set().union(*shapes) if set(map(type, map(_TEXT, rows))) == {str} else None
 
-    def _texts(self, rows: Sequence[Row], source: str, numbers: Sequence[int]) -> tuple[pa.Table, Ledger] | None:
+    def _texts(
+        self, rows: Sequence[Row], columns: set[str], source: str, numbers: Sequence[int]
+    ) -> tuple[pa.Table, Ledger] | None:
         """Table and ledger of plain texts, or None where one of them needs the care of the other path."""
         ledger = Ledger()
-        texts = [row["text"] for row in rows]
+        texts = list(map(_TEXT, rows))
         try:
             ids, offsets = text_encoder(self.tokenizer).encode_ids(texts)
         except UnicodeEncodeError:  # a lone surrogate; the other path names the row
             return None
-        if self.settings.control_tokens == "plain" and self._control_ids()[ids].any():
+        if self.settings.control_tokens == "plain" and self._holds_control(ids):
             return None
         before, after = self._rows.frame
         if len(before) > 1:  # only a first token is untrained without a label of its own
@@ -98,10 +100,10 @@ class BatchEncoder:
         said = ~np.fromiter(map(str.isspace, texts), bool, len(texts)) & (np.diff(offsets) > 0)
         ids, offsets, empty = _framed(ids, offsets, said, before, after)
         names, of = [source], np.zeros(len(rows), np.int64)
-        if any("source" in row for row in rows):
+        if "source" in columns:
             found, of = np.unique([str(row.get("source") or source) for row in rows], return_inverse=True)
             names = found.tolist()
-        if any("row" in row for row in rows):
+        if "row" in columns:
             numbers = [row["row"] if type(row.get("row")) is int else n for row, n in zip(rows, numbers, strict=True)]
         for code, name in enumerate(names):
             account, mine = ledger[name], of == code
@@ -123,13 +125,18 @@ class BatchEncoder:
             }
         ), ledger
 
-    def _control_ids(self) -> NDArray[np.bool_]:
-        """bool [vocabulary], the ids that no text may turn into: those of the tokens that other texts are wrapped for."""
+    def _holds_control(self, ids: NDArray[np.int32]) -> bool:
+        """Whether a text turned into an id that no text may turn into: those of the tokens that other texts are wrapped
+        for."""
         if self._control is None:
             added = self.tokenizer.added_tokens_encoder
-            self._control = np.zeros(max(len(self.tokenizer), *added.values(), 0) + 1, bool)
-            self._control[[added[token] for token in control_tokens(self.tokenizer, "") if token in added]] = True
-        return self._control
+            known = [added[token] for token in control_tokens(self.tokenizer, "") if token in added]
+            self._control = np.array(sorted(known), np.int32)
+        if not len(self._control):
+            return False
+        # They mostly lie side by side, so that two comparisons tell.
+        near = (ids >= self._control[0]) & (ids <= self._control[-1])
+        return bool(near.any()) and bool(np.isin(ids[near], self._control).any())
 
 
 def _framed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, Literal
 
@@ -29,8 +28,8 @@ def token_byte_lengths(tokenizer: Any, *, special: Literal["zero", "text"] = "ze
     """
     vocabulary = tokenizer.get_vocab()
     lengths = np.zeros(max(vocabulary.values(), default=-1) + 1, dtype=np.int64)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    byte_level = "ByteLevel" in json.dumps([backend.get("decoder"), backend.get("pre_tokenizer")])
+    backend = tokenizer.backend_tokenizer
+    byte_level = "ByteLevel" in f"{backend.decoder} {backend.pre_tokenizer}"  # alone, or in a sequence
     alphabet = set(bytes_to_unicode().values())
     added = tokenizer.added_tokens_decoder
     for token, i in vocabulary.items():
