@@ -62,7 +62,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; an error of ours is a line on stderr and exit code 1."""
+    """Run a command; an error of ours, or of the file system, is a line on stderr and exit code 1."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"unknown command {words[0]!r}; expected one of {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}"
             )
         COMMANDS[words[0]](words[1:])
-    except HFObjectivesError as error:
+    except (HFObjectivesError, OSError) as error:  # a tokenizer that is not found, a folder that cannot be made
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -55,6 +55,14 @@ def test_sources_are_checked(files):
         main([*config, "--chat_template", "none.jinja"])
 
 
+def test_what_is_not_there_is_one_line(files):
+    config = ["prepare", "--config", str(files / "corpus.yaml")]
+    with pytest.raises(SystemExit, match="OSError: .*nowhere"):
+        main([*config, "--tokenizer", "/nowhere"])
+    with pytest.raises(SystemExit, match="FileExistsError: .*b.txt"):
+        main([*config, "--output_dir", str(files / "b.txt")])
+
+
 def test_help(capsys):
     main([])
     assert "hf-objectives prepare --config" in capsys.readouterr().out

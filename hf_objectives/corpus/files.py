@@ -55,6 +55,12 @@ class Segment:
     mtime_ns: int
     documents: str = "blank_line"
 
+    def place(self, number: int | None) -> str:
+        """The file, and the line of a record by its number, from 1 as editors count, where records have lines."""
+        if number is None or kind_of(self.path) not in (".jsonl", ".ndjson", ".txt"):
+            return self.path
+        return f"{self.path}, line {number + 1}"
+
 
 @dataclass(frozen=True, slots=True)
 class Records:

@@ -152,7 +152,7 @@ class Work:
             try:
                 table, booked = self._encoder.encode(records.rows, source=segment.source, numbers=records.numbers)
             except DataError as error:
-                error.reason = f"{error.reason} ({segment.path})"
+                error.reason = f"{error.reason} ({segment.place(error.row)})"
                 raise
             ledger.merge(booked)
             pending.append(table)

@@ -301,7 +301,7 @@ def test_a_wrong_record_in_the_middle_is_named_or_counted(tmp_path):
     with pytest.raises(FileFormatError, match="a.jsonl, line 5: not valid JSON"):
         prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", strict)
     Path(path).write_text("".join(lines[:-3] + lines[-2:]))
-    with pytest.raises(FormatError, match="source 'a', row 1: text is int; expected a string .*a.jsonl"):
+    with pytest.raises(FormatError, match="source 'a', row 1: text is int; expected a string .*a.jsonl, line 2"):
         prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", strict)
     Path(path).write_text("".join(lines))
     made = prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusSettings(on_error="skip", **SMALL))
