@@ -52,9 +52,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np
         The number of bins and int64 [documents], the bin of each document.
     """
     bin_of = np.empty(len(lengths), np.int64)
-    # Sixteen bits are sorted by radix.
-    shorter = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)
-    order = np.argsort(shorter, kind="stable")
+    order = _sorted(capacity - lengths, capacity)
     all_counts = np.bincount(lengths)
     sizes = np.flatnonzero(all_counts)
     counts = all_counts[sizes]
@@ -273,7 +271,7 @@ def pack_whole(offsets: NDArray[np.int64], max_length: int, overflow: str, strat
     rank = np.empty(packing.num_bins, np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(packing.num_bins)
     row_of = rank[packing.bin_of]
-    order = np.argsort(row_of, kind="stable")
+    order = _sorted(row_of, packing.num_bins)
     return _rows(
         starts[order], lengths[order], documents[order], np.bincount(row_of, minlength=packing.num_bins), sizes
     )
@@ -323,6 +321,11 @@ def check_packing(max_length: int, strategy: str, overflow: str) -> None:
             raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}")
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")
+
+
+def _sorted(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Stable order of values from 0 to `most`; sixteen bits are sorted by radix."""
+    return np.argsort(values.astype(np.uint16) if most < 1 << 16 else values, kind="stable")
 
 
 def _rows(
