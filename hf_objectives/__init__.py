@@ -23,6 +23,7 @@ _HOMES = {
     "CorpusSettings": "corpus.config",
     "prepare_corpus": "corpus.build",
     "load_prepared": "corpus.build",
+    "mixture_schedule": "schedule",
     "compute_perplexity": "evaluation",
     "probe_isolation": "isolation",
     "PerplexityTrainer": "trainers",
@@ -42,6 +43,7 @@ __all__ = [
     "encode_chats",
     "encode_row",
     "load_prepared",
+    "mixture_schedule",
     "pack_dataset",
     "pack_lengths",
     "plot_training_metrics",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from hf_objectives.isolation import probe_isolation
     from hf_objectives.packing import pack_lengths
     from hf_objectives.prepare import prepare_dataset
+    from hf_objectives.schedule import mixture_schedule
     from hf_objectives.stream_packing import StreamPacker
     from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 

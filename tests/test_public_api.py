@@ -11,6 +11,7 @@ import hf_objectives
 SIGNATURES = {
     "encode_chat": "tokenizer messages tools chat_template train_on max_length control_tokens template_kwargs",
     "encode_chats": "tokenizer conversations tools chat_template train_on max_length control_tokens source template_kwargs",
+    "mixture_schedule": "weights n",
     "pack_lengths": "lengths capacity strategy",
     "pack_dataset": "dataset max_length strategy overflow",
     "compute_perplexity": "model tokenizer texts_or_dataset max_length stride batch_tokens group_by",
