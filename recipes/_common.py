@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import load_from_disk
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from hf_objectives import demo
+from hf_objectives import __version__, demo
 from hf_objectives.cli_args import named_sources, read_template
-from hf_objectives.data_files import hold_out, load_rows
+from hf_objectives.corpus.config import tokenizer_digest
+from hf_objectives.corpus.files import list_files
+from hf_objectives.corpus.lock import exclusive
+from hf_objectives.data_files import hold_out, is_hub_id, load_rows
 from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.distributed import rank
 from hf_objectives.errors import ConfigError
@@ -30,6 +36,7 @@ from hf_objectives.prepare import prepare_dataset
 
 logger = logging.getLogger(__name__)
 BUILT_IN = "builtin"
+_READY, _SPLITS = "ready.pickle", ("train", "evaluation")
 
 
 @dataclass
@@ -120,11 +127,55 @@ class Prepared:
     examples: list[dict[str, Any]]
     ledger: Ledger
 
+    def save(self, folder: Path) -> None:
+        """Write it; `_READY` last, so that it is whole or not there."""
+        for name in _SPLITS:
+            if (rows := getattr(self, name)) is not None:
+                rows.save_to_disk(str(folder / name))
+        draft = folder / f"{_READY}.draft"
+        draft.write_bytes(pickle.dumps((self.examples, self.ledger)))
+        draft.replace(folder / _READY)
 
-def prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
-    """Load, split, encode and pack every source."""
+    @classmethod
+    def load(cls, folder: Path) -> Prepared:
+        """What `save` wrote, its rows mapped from disk."""
+        examples, ledger = pickle.loads((folder / _READY).read_bytes())
+        train, evaluation = (
+            load_from_disk(str(folder / name)) if (folder / name).exists() else None for name in _SPLITS
+        )
+        return cls(train, evaluation, examples, ledger)
+
+
+def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) -> Prepared:
+    """Load, split, encode and pack every source; in a launch of several processes once, in a folder of the run, while the
+    others wait on its lock."""
     if template := read_template(data.chat_template):
         tokenizer.chat_template = template  # saved with the model, so that inference renders what was trained
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _prepare(data, tokenizer, seed=seed)
+    settings = {**asdict(data), "num_proc": None, "chat_template": tokenizer.chat_template}
+    versions = [_version(where, data.dataset_split) for where in data.named_sources().values()]
+    about = [settings, seed, tokenizer_digest(tokenizer), versions]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+    folder = Path(output_dir) / "prepared" / key
+    with exclusive(folder, lambda: "encoding rows"):
+        if not (folder / _READY).exists():
+            _prepare(data, tokenizer, seed=seed).save(folder)
+    return Prepared.load(folder)
+
+
+def _version(where: str, split: str) -> Any:
+    """What changes when the rows of a source do."""
+    if where == BUILT_IN:
+        return __version__
+    if is_hub_id(where):
+        return load_rows(where, split=split)._fingerprint  # type: ignore[union-attr]
+    stats = {file: Path(file).stat() for file in list_files(where)}
+    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()]
+
+
+def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
+    """Load, split, encode and pack every source."""
     train: list[Mapping[str, Any]] = []
     held_out: list[Mapping[str, Any]] = []
     for name, where in data.named_sources().items():

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_launch(args)
     set_seed(args.seed)
     model, tokenizer = load_model(model_config, use_cpu=args.device.type == "cpu")
-    prepared = prepare(data, tokenizer, seed=args.seed)
+    prepared = prepare(data, tokenizer, seed=args.seed, output_dir=args.output_dir)
     model = with_lora(model, model_config, gradient_checkpointing=args.gradient_checkpointing)
     if on_main():
         print_plan(resolve_plan(args, data, model, len(prepared.train), origin), console)

@@ -126,6 +126,13 @@ def test_two_processes_report_what_one_reports(corpus, tmp_path):
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["after"]["eval_loss"] == pytest.approx(one["before"]["eval_loss"], rel=1e-6)
     assert "2 (DDP over gloo)" in done.stdout
+    # The rows were prepared once: in one folder, by the one process that held its lock.
+    (folder,) = (tmp_path / "two" / "prepared").iterdir()
+    assert (folder / "ready.pickle").exists() and two["ledger"] == one["ledger"]
+    before = (folder / "ready.pickle").stat().st_mtime_ns
+    again = subprocess.run([*command, "recipes/sft.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[:4000]
+    assert [path.stat().st_mtime_ns for path in folder.parent.rglob("ready.pickle")] == [before]
 
 
 @pytest.mark.real_model
