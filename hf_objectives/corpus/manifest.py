@@ -83,13 +83,19 @@ class Manifest:
         lines = []
         for name, account in self.sources.items():
             kept = {split: account[split]["tokens"] for split in SPLITS if split in account}
-            dropped = [
-                f"{tokens:,} dropped ({reason})" for reason, tokens in account["dropped_tokens"].items() if tokens
+            tokens, documents = account["dropped_tokens"], account["dropped_documents"]
+            parts = [f"{n:,} {split}" for split, n in kept.items()]
+            parts += [
+                f"{n:,} dropped ({reason}" + (f", {documents[reason]:,} documents)" if reason in documents else ")")
+                for reason, n in tokens.items()
+                if n
             ]
-            dropped += [f"{n:,} documents: {reason}" for reason, n in account["dropped_documents"].items()]
+            notes = [f"{n:,} documents: {reason}" for reason, n in documents.items() if not tokens.get(reason)]
+            if self.policy["eval_share"] and "validation" not in kept:
+                notes.append("no document held out")
             lines.append(
                 f"{name}: {account['documents_in']:,} documents, {account['tokens_in']:,} tokens = "
-                + " + ".join([*(f"{tokens:,} {split}" for split, tokens in kept.items()), *dropped])
+                + "; ".join([" + ".join(parts or ["nothing kept"]), *notes])
             )
         room = self.num_rows * self.policy["max_length"]
         if room:

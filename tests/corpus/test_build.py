@@ -117,6 +117,20 @@ def test_overflow_is_counted(tmp_path):
         assert made.sources["a"]["dropped_tokens"] == ({"longer than max_length": lost} if lost else {})
 
 
+def test_the_summary_says_what_became_of_every_token():
+    account = {
+        **{"documents_in": 1_200, "documents": 1_195, "tokens_in": 6_000},
+        **{"dropped_tokens": {"longer than max_length": 1_000}, "train": {"tokens": 5_000}},
+        "dropped_documents": {"longer than max_length": 4, "FormatError, skipped": 1},
+    }
+    manifest = Manifest({"eval_share": 0.1, "max_length": 64}, sources={"a": account}, broken=2, broken_named=["x"])
+    assert manifest.lines() == [
+        "a: 1,200 documents, 6,000 tokens = 5,000 train + 1,000 dropped (longer than max_length, 4 documents); "
+        "1 documents: FormatError, skipped; no document held out",
+        "2 broken records skipped, such as x",
+    ]
+
+
 def test_ids_are_stored_small_and_folders_load_anywhere(tmp_path):
     path = write_texts(tmp_path / "a.jsonl", [row["text"] for row in demo.texts(300)])
     prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusSettings(eval_share=0.2, **SMALL))
