@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hf_objectives.encode import UNSUPERVISED, RowEncoder, RowSettings
 from hf_objectives.errors import ConfigError, nearest
 from hf_objectives.formats import Row
+from hf_objectives.framing import make_room
 from hf_objectives.ledger import Ledger
 from hf_objectives.templates import control_tokens
 from hf_objectives.tokenization import text_encoder
@@ -151,9 +152,11 @@ def _framed(
     ends = np.cumsum(kept)
     if not len(kept):
         return ids[:0], np.zeros(1, np.int64), sizes
-    open_ended = ids[ends - 1] != after[0]
-    at, new = ends[open_ended], np.full(int(open_ended.sum()), after[0], np.int32)
-    if before:
-        at, new = np.concatenate([ends - kept, at]), np.concatenate([np.full(len(kept), before[0], np.int32), new])
-    framed = np.insert(ids, at, new)
-    return framed, np.concatenate(([0], np.cumsum(kept + len(before) + open_ended))), sizes
+    room = make_room(
+        np.concatenate(([0], ends)), np.full(len(kept), len(before)), np.asarray(ids[ends - 1] != after[0])
+    )
+    framed = np.empty(room.offsets[-1], np.int32)
+    framed[room.text] = ids
+    framed[room.before] = np.tile(before, len(kept))
+    framed[room.after] = after[0]
+    return framed, room.offsets, sizes

@@ -12,6 +12,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """The highest id of a tokenizer, added tokens included, and one: ids may have gaps, which `len` does not count."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def token_byte_lengths(tokenizer: Any, *, special: Literal["zero", "text"] = "zero") -> NDArray[np.int64]:
     """Bytes of text per token id.
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_objectives.byte_lengths import vocabulary_size
 from hf_objectives.chat import IGNORE, ChatEncoder, Labelled, chat_encoder, cut, label_spans
 from hf_objectives.errors import ConfigError, DataError, FormatError, TokenizerError, nearest
 from hf_objectives.formats import Example, Row, detect_format, to_example
+from hf_objectives.framing import make_room
 from hf_objectives.ledger import Ledger
 from hf_objectives.messages import ControlTokens
 from hf_objectives.spans import Rendered
@@ -119,7 +122,7 @@ class RowEncoder:
         if limit is not None and self.settings.overlength == "split_turns":
             units, labelled = self._split(units, labelled, limit)
         if ready:
-            labelled, units = _concatenate([labelled, _given(ready)]), units + ready
+            labelled, units = _concatenate([labelled, self._given(ready)]), units + ready
         return self._keep(units, labelled, ledger)
 
     # -- rows to text --------------------------------------------------------------------------------------------
@@ -183,25 +186,18 @@ class RowEncoder:
         The run of a completion grows by its EOS; a text is no run, it may be cut anywhere.
         """
         before, after = self.frame
-        ends = labelled.offsets[1:][documents]
+        sizes, ends = np.diff(labelled.offsets), labelled.offsets[1:]
         # A document whose text ends with EOS already (control_tokens="allow") gets no second one.
-        open_ended = np.array([end == 0 or labelled.ids[end - 1] != after[0] for end in ends], dtype=bool)
-        at = np.concatenate([np.repeat(labelled.offsets[:-1][documents], len(before)), ends[open_ended]])
-        ids = np.concatenate([np.tile(before, int(documents.sum())), np.tile(after, int(open_ended.sum()))])
-        labels = np.where(np.arange(len(ids)) < len(before) * documents.sum(), IGNORE, ids)
-        grown = np.zeros(len(documents), np.int64)
-        grown[documents] = len(before) + open_ended
-        offsets = labelled.offsets + np.concatenate(([0], np.cumsum(grown)))
+        ended = (sizes > 0) & (labelled.ids[np.maximum(ends - 1, 0)] == after[0]) if len(labelled.ids) else sizes < 0
+        room = make_room(labelled.offsets, len(before) * documents, documents & ~ended)
+        ids, labels = np.empty(room.offsets[-1], np.int32), np.empty(room.offsets[-1], np.int32)
+        ids[room.text], labels[room.text] = labelled.ids, labelled.labels
+        ids[room.before], labels[room.before] = np.tile(before, int(documents.sum())), IGNORE
+        ids[room.after] = labels[room.after] = after[0]
         rows = labelled.span_rows
-        runs = labelled.spans + (labelled.offsets * -1 + offsets)[rows, None] + len(before) * documents[rows, None]
-        runs[:, 1] += (grown - len(before) * documents)[rows]
-        return Labelled(
-            np.insert(labelled.ids, at, ids).astype(np.int32),
-            np.insert(labelled.labels, at, labels).astype(np.int32),
-            offsets,
-            runs[~texts[rows]],
-            rows[~texts[rows]],
-        )
+        runs = labelled.spans + (room.offsets - labelled.offsets)[rows, None] + (len(before) * documents)[rows, None]
+        runs[:, 1] += (documents & ~ended)[rows]
+        return Labelled(ids, labels, room.offsets, runs[~texts[rows]], rows[~texts[rows]])
 
     @property
     def frame(self) -> tuple[list[int], list[int]]:
@@ -221,6 +217,43 @@ class RowEncoder:
             before = framed[: next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)]
             self._frame = list(before), [eos]
         return self._frame
+
+    def _given(self, units: Sequence[_Unit]) -> Labelled:
+        """Rows that came as ids."""
+        ids, labels = [], []
+        for unit in units:
+            example = unit.example
+            assert example is not None
+            given = np.asarray(example.input_ids, np.int64)
+            target = given if example.labels is None else np.asarray(example.labels, np.int64)
+            if given.ndim != 1 or target.shape != given.shape or not len(given):
+                raise FormatError(
+                    f"input_ids of shape {given.shape} and labels of shape {target.shape}; expected two lists of one length",
+                    source=unit.source,
+                    row=unit.row,
+                )
+            for name, of in (("id", given), ("label", target[target != IGNORE])):
+                if len(wrong := of[(of < 0) | (of >= self._vocabulary)]):
+                    raise FormatError(
+                        f"{name} {wrong[0]} is not one of the tokenizer's, 0 to {self._vocabulary - 1}; "
+                        "expected rows that this tokenizer encoded",
+                        source=unit.source,
+                        row=unit.row,
+                    )
+            ids.append(given)
+            labels.append(target)
+        offsets = np.concatenate(([0], np.cumsum([len(row) for row in ids])))
+        flat = np.concatenate(labels)
+        # Each trained token is a run of its own: where the author's turns end is not known.
+        at = np.flatnonzero(flat != IGNORE)
+        rows = np.searchsorted(offsets, at, "right") - 1
+        return Labelled(
+            np.concatenate(ids).astype(np.int32), flat.astype(np.int32), offsets, np.stack([at, at + 1], axis=1), rows
+        )
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return vocabulary_size(self.tokenizer)
 
     # -- over-length ---------------------------------------------------------------------------------------------
 
@@ -328,7 +361,9 @@ def encode_row(
         (unit,) = encoder._units(row, row_index or 0, source or "")
     except DataError as error:
         raise error.at(source=source, row=row_index) from None
-    labelled = _given([unit]) if unit.example is not None and unit.example.kind == "tokens" else encoder._label([unit])
+    labelled = (
+        encoder._given([unit]) if unit.example is not None and unit.example.kind == "tokens" else encoder._label([unit])
+    )
     return (cut(labelled, max_length) if max_length is not None else labelled).row(0)
 
 
@@ -380,30 +415,6 @@ def _fitting(messages: Sequence[Mapping[str, Any]], size: Any, limit: int) -> li
     if current:
         runs.append([*head, *current])
     return runs
-
-
-def _given(units: Sequence[_Unit]) -> Labelled:
-    """Rows that came as ids."""
-    ids, labels = [], []
-    for unit in units:
-        example = unit.example
-        assert example is not None
-        given = np.asarray(example.input_ids, np.int32)
-        target = given if example.labels is None else np.asarray(example.labels, np.int32)
-        if given.ndim != 1 or target.shape != given.shape or not len(given):
-            raise FormatError(
-                f"input_ids of shape {given.shape} and labels of shape {target.shape}; expected two lists of one length",
-                source=unit.source,
-                row=unit.row,
-            )
-        ids.append(given)
-        labels.append(target)
-    offsets = np.concatenate(([0], np.cumsum([len(row) for row in ids])))
-    flat = np.concatenate(labels)
-    # Each trained token is a run of its own: where the author's turns end is not known.
-    at = np.flatnonzero(flat != IGNORE)
-    rows = np.searchsorted(offsets, at, "right") - 1
-    return Labelled(np.concatenate(ids), flat, offsets, np.stack([at, at + 1], axis=1), rows)
 
 
 def _slice(labelled: Labelled, i: int) -> Labelled:

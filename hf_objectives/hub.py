@@ -17,6 +17,10 @@ from hf_objectives import __version__
 logger = logging.getLogger(__name__)
 
 
+# Of a run's folder: checkpoints, and the data that it was trained on, which is not ours to publish.
+_NOT_PUSHED = ["checkpoint-*", "prepared/*"]
+
+
 def write_card(
     folder: Path, *, results: Mapping[str, Any], base_model: str | None, data: Any, args: Any, objective: str = "sft"
 ) -> Path:
@@ -85,11 +89,11 @@ def push(folder: Path, repo_id: str | None, *, private: bool, console: Console) 
         Whether the run is on the Hub.
     """
     name = repo_id or folder.name
-    retry = f"hf upload {name} {folder} --exclude 'checkpoint-*'"
+    retry = f"hf upload {name} {folder} " + " ".join(f"--exclude '{pattern}'" for pattern in _NOT_PUSHED)
     try:
         api = HfApi()
         url = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=["checkpoint-*"])
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=_NOT_PUSHED)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         console.print(
             f"The push failed ({error}). The run is whole in {folder}; try again with\n  {retry}", highlight=False

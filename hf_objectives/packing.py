@@ -209,10 +209,11 @@ class PackedRows:
 
     def _by_piece(self, flat: NDArray) -> NDArray:
         """Arrow copies each piece whole, without Python in between."""
-        pieces = pa.LargeListViewArray.from_arrays(pa.array(self.starts), pa.array(self.lengths), pa.array(flat))
+        bits = flat.view(f"u{flat.itemsize}")  # Arrow packs bools
+        pieces = pa.LargeListViewArray.from_arrays(pa.array(self.starts), pa.array(self.lengths), pa.array(bits))
         joined = pieces.flatten()
-        if len(joined) and np.may_share_memory(joined.to_numpy(), flat):  # one piece is a view, not a copy
-            return joined.to_numpy().copy()
+        if np.may_share_memory(joined.to_numpy(), flat):  # one piece is a view, not a copy
+            return joined.to_numpy().copy().view(flat.dtype)
         return np.frombuffer(joined.buffers()[1], flat.dtype, len(joined))
 
     def _by_token(self, flats: Sequence[NDArray], total: int) -> list[NDArray]:

@@ -153,8 +153,9 @@ def normalised(weights: ArrayLike) -> NDArray[np.float64]:
     wrong = np.flatnonzero(~np.isfinite(given) | (given < 0))
     if len(wrong):
         raise ConfigError(f"weight {int(wrong[0])} is {given[wrong[0]]}; expected a number, 0 or more")
-    if given.sum() == 0:
+    if not given.any():
         raise ConfigError(f"{len(given)} weights, none above 0; expected one at least")
+    given = given / given.max()  # or the sum of huge ones is infinite
     return given / given.sum()
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import trl
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -80,6 +80,15 @@ def byte_tokenizer(
     control = sorted(set(_CONTROL.findall(chat_template))) if special is None else special
     tokenizer.add_special_tokens({"additional_special_tokens": control})
     tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, made to put its BOS before every text, as Llama's and Gemma's do."""
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from chat_corpus import byte_tokenizer
+from chat_corpus import byte_tokenizer, with_bos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_causal_lm import chats
@@ -14,7 +14,7 @@ from hf_objectives.encode import RowEncoder, RowSettings, encode_row
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.ledger import Ledger
 
-TOKENIZERS = {"demo": demo.build_tokenizer(), "bytes": byte_tokenizer()}
+TOKENIZERS = {"demo": demo.build_tokenizer(), "bytes": byte_tokenizer(), "bos": with_bos(byte_tokenizer())}
 SETTINGS = RowSettings(max_length=16, splits_documents=True)
 PIECES = st.sampled_from(["a", "é", " ", "\n", "<|im_end|>", "<|im_start|>", "🏳️‍🌈", "word ", "\x00", ""])
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from chat_corpus import PLAIN, REASONING, byte_tokenizer, template, trained_runs, trained_text
+from chat_corpus import PLAIN, REASONING, byte_tokenizer, template, trained_runs, trained_text, with_bos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_objectives.batches import BatchEncoder
 from hf_objectives.encode import CUT, TOO_LONG, UNSUPERVISED, RowEncoder, RowSettings, encode_row, expand
 from hf_objectives.errors import ConfigError, ConversationError, FormatError
 from hf_objectives.ledger import Ledger
@@ -32,16 +33,37 @@ def test_documents_end_with_one_trained_eos():
 
 
 def test_what_the_tokenizer_puts_before_a_text_is_not_trained():
-    from tokenizers import processors
-
-    tokenizer = byte_tokenizer()
+    tokenizer = with_bos(byte_tokenizer())
     bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
-    )
     row = encode_row(tokenizer, {"text": "ab"})
     assert row["input_ids"] == [bos, *tokenizer.encode("ab", add_special_tokens=False), EOS]
     assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+@pytest.mark.parametrize("splits_documents", [False, True])
+def test_each_of_several_documents_has_its_own_begin_and_end(splits_documents):
+    tokenizer = with_bos(byte_tokenizer())
+    bos, (a, b, c) = tokenizer.bos_token_id, tokenizer.encode("abc", add_special_tokens=False)
+    rows = [{"text": "ab"}, {"text": "c"}, {"text": "b"}]
+    encoder = BatchEncoder(tokenizer, RowSettings(splits_documents=splits_documents))  # True: all in arrays
+    table, _ = encoder.encode(rows, source="s", numbers=range(3))
+    assert table["input_ids"].to_pylist() == [[bos, a, b, EOS], [bos, c, EOS], [bos, b, EOS]]
+    labelled, *_ = RowEncoder(tokenizer, RowSettings()).encode(rows, source="s", ledger=Ledger())
+    assert [labelled.row(i)["labels"] for i in range(3)] == [[-100, a, b, EOS], [-100, c, EOS], [-100, b, EOS]]
+    asked = [{"prompt": "a", "completion": "b"}, {"prompt": "bc", "completion": "a"}]
+    labelled, *_ = RowEncoder(tokenizer, RowSettings()).encode(asked, source="s", ledger=Ledger())
+    assert [labelled.row(i) for i in range(2)] == [
+        {"input_ids": [bos, a, b, EOS], "labels": [-100, -100, b, EOS]},
+        {"input_ids": [bos, b, c, a, EOS], "labels": [-100, -100, -100, a, EOS]},
+    ]
+
+
+@pytest.mark.parametrize("ids", [[5, 70_000, 7], [-1, 3]])
+def test_ids_of_another_tokenizer_are_named(ids):
+    with pytest.raises(FormatError, match=r"source 's', row 1: id -?\d+ is not one of the tokenizer's, 0 to \d+"):
+        encode([{"input_ids": [1, 2]}, {"input_ids": ids}])
+    with pytest.raises(FormatError, match="row 0: label 70000 is not one"):
+        encode([{"input_ids": [1, 2], "labels": [-100, 70_000]}])
 
 
 def test_completion_is_trained_and_its_prompt_is_not():

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hf_objectives"
 
 # The floor of each module; a package's modules stand on its floor. A new module is put here on purpose.
 FLOORS = {
-    0: {"errors", "losses", "perplexity", "packing", "stream_packing", "schedule"},
+    0: {"errors", "losses", "perplexity", "packing", "stream_packing", "schedule", "framing"},
     1: {
         *("messages", "marks", "agreement", "templates", "styles", "turn_ends", "spans", "chat", "formats", "encode"),
         *("ledger", "tokenization", "byte_lengths", "collators", "dataset_packing", "prepare", "data_files", "demo"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
 from hf_objectives.hub import push, write_card
@@ -37,8 +38,26 @@ def test_licence_is_read_from_the_base_and_a_local_base_is_not_called_a_hub_id(t
     assert str(tmp_path) not in read.text
 
 
+def test_what_was_trained_on_and_checkpoints_are_not_pushed(tmp_path, monkeypatch):
+    for name in ("model.safetensors", "prepared/0a1b/ready.pickle", "prepared/0a1b/train/data.arrow",
+                 "prepared/.lock", "checkpoint-3/model.safetensors"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    sent = []
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
+        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        sent.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr("hf_objectives.hub.HfApi.create_repo", lambda *_, **__: SimpleNamespace(repo_id="org/model"))
+    monkeypatch.setattr("hf_objectives.hub.HfApi.upload_folder", upload_folder)
+    assert push(tmp_path, "org/model", private=False, console=Console(quiet=True))
+    assert sent == ["model.safetensors"]
+
+
 def test_a_failing_push_leaves_the_run_and_says_how_to_try_again(tmp_path):
     console = Console(record=True, width=300)
     assert push(tmp_path, "org/model", private=False, console=console) is False  # tests are offline
     printed = console.export_text()
     assert "The push failed" in printed and f"hf upload org/model {tmp_path}" in printed
+    assert "'prepared/*'" in printed

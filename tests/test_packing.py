@@ -54,7 +54,7 @@ def test_concat_counts_a_document_to_the_bin_that_it_begins_in():
     assert pack_lengths([], 5, strategy="concat").num_bins == 0
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64, np.float32, np.bool_])
 @pytest.mark.parametrize(("longest", "documents"), [(3000, 2000), (90, 40_000), (3, 1), (900, 1)])
 def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, documents):
     sizes = np.random.default_rng(0).integers(0, longest, documents)
@@ -68,7 +68,7 @@ def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, docu
     for start, length in zip(packed.starts, packed.lengths, strict=True):
         assert np.array_equal(rows[at : at + length], flat[start : start + length])
         at += length
-    if kind != np.uint16:  # which holds no -100
+    if kind in (np.int32, np.int64):  # the others hold no -100, or no label
         packed.without_begins(again)
         assert np.array_equal(flat, before) and np.array_equal(packed.gather(flat), rows)
         assert (again == -100).sum() == (packed.lengths > 0).sum()

@@ -27,6 +27,7 @@ def test_by_hand():
     # Begins 0, 2, 4 ... and 0, 4, 8 ... in draws; due 2, 4, 6 ... and 4, 8 ...; ties go to the source named first.
     assert mixture_schedule([2, 1, 1], 8).tolist() == [0, 1, 0, 2, 0, 1, 0, 2]
     assert mixture_schedule([0, 1], 3).tolist() == [1, 1, 1]
+    assert mixture_schedule([1e308, 1e308], 4).tolist() == [0, 1, 0, 1]
     assert mixture_schedule([3], 2).tolist() == [0, 0] and mixture_schedule([1, 2], 0).tolist() == []
 
 

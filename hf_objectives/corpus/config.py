@@ -15,7 +15,7 @@ from hf_objectives.errors import ConfigError, nearest
 from hf_objectives.packing import check_packing
 
 #: Goes up when the same input would give other rows; folders of another version are refused.
-VERSION = 1
+VERSION = 2
 LABELS = ("auto", "always")
 _MIXTURE = ("weight", "max_epochs")  # a mixture's settings of a source: they change no token, and no shard
 

@@ -79,7 +79,7 @@ class ShardWriter:
     def write(self, table: pa.Table) -> None:
         """Add packed rows, as one row group or record batch."""
         ids = table["input_ids"].combine_chunks()
-        narrow = type(ids).from_arrays(ids.offsets, ids.values.cast(self._id_type, safe=False))
+        narrow = type(ids).from_arrays(ids.offsets, ids.values.cast(self._id_type))
         table = table.set_column(table.column_names.index("input_ids"), "input_ids", narrow).combine_chunks()
         try:
             if self._writer is None:

@@ -116,7 +116,7 @@ class Work:
         ledger, skipped = Ledger(), Skipped() if self.settings.on_error == "skip" else None
         packed = {split: Ledger() for split in SPLITS}
         name = f"{_file_name(segment.source)}-{key}.{self.settings.file_format}"
-        kind = id_type(len(self.tokenizer))
+        kind = id_type(len(self._byte_lengths))
         writers = {
             split: ShardWriter(self.folder, f"{split}/{name}", self.settings.file_format, kind) for split in SPLITS
         }
@@ -276,7 +276,7 @@ def _looked_up(values: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.
     """`values[ids]`; some thousand at a time, for which the wide index that numpy makes of the ids stays in the cache."""
     found = np.empty(len(ids), values.dtype)
     for at in range(0, len(ids), 1 << 16):
-        values.take(ids[at : at + (1 << 16)], out=found[at : at + (1 << 16)], mode="clip")
+        found[at : at + (1 << 16)] = values.take(ids[at : at + (1 << 16)])  # an id beyond them is an error
     return found
 
 

@@ -68,6 +68,8 @@ class PerplexityTrainer(Trainer):
             tokenizer = tokenizer or data_collator.tokenizer
         if isinstance(kwargs.get("train_dataset"), OrderedStream):
             settings: Any = args.accelerator_config
+            if settings.split_batches:
+                raise ConfigError("split_batches divides each batch of a stream among the ranks; leave it off")
             settings.dispatch_batches = False  # every rank reads, and keeps its own batches
             args.ignore_data_skip = True  # the stream goes on by itself, see _Companion
         super().__init__(model, args, data_collator, **kwargs)
@@ -373,13 +375,15 @@ class _Companion(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._stream is not None:
-            self._rows_taken += state.train_batch_size * world_size() * args.gradient_accumulation_steps
+            # Not by `state.train_batch_size`, which after a resume is that of the checkpoint.
+            self._rows_taken += self._stream.batch_rows * args.gradient_accumulation_steps
             state.stateful_callbacks[_STREAM] = self._stream.state_dict(self._rows_taken)
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The count is kept in the log, so a checkpoint needs a line of its own step.
         if control.should_save and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
-
-    on_epoch_end = on_step_end
 
 
 class _EveryNth(IterableDataset):

@@ -261,6 +261,26 @@ def test_a_stream_resumes_at_its_next_row_as_if_it_had_not_stopped(tmp_path, wor
         assert larger.train_dataset.read == list(range(4 * 4, 4 * 4 + 2 * 3 + 3))
 
 
+def stream_row(folder, step) -> int:
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["train_stream"]["row"]
+
+
+def test_the_place_in_a_stream_counts_each_row_once_whatever_saves_and_however_large_batches_become(tmp_path):
+    trainer(tmp_path / "a", rows=Chats(), max_steps=4, save_strategy="epoch").train()
+    assert stream_row(tmp_path / "a", 4) == 4 * 2
+    larger = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    run = trainer(tmp_path / "a", rows=Chats(), **larger)
+    run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert stream_row(tmp_path / "a", 6) == 4 * 2 + 2 * 4
+    assert run.train_dataset.read[: 2 * 4] == list(range(8, 16))
+
+
+def test_batches_that_accelerate_would_split_are_refused_with_a_stream(tmp_path):
+    with pytest.raises(ConfigError, match="split_batches"):
+        trainer(tmp_path, rows=Chats(), accelerator_config={"split_batches": True})
+
+
 def test_a_stream_that_is_packed_on_the_way_is_trained_whole(tmp_path):
     rows = Dataset.from_list([{"input_ids": list(range(3, 3 + n))} for n in (30, 50, 7, 64, 12, 9, 41)] * 3)
     packer = StreamPacker(rows.to_iterable_dataset(), 64, buffer_size=5)
