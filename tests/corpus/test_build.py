@@ -287,7 +287,7 @@ def test_another_tokenizer_or_template_is_refused(prepared):
     values = json.loads((folder / "manifest.json").read_text())
     values["policy"]["preparation_version"] = 0
     (folder / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(PreparedDataError, match="prepared under version 0 of the rows; this is version 1"):
+    with pytest.raises(PreparedDataError, match="prepared under version 0 of the rows; this is version 2"):
         load_prepared(folder)
 
 
