@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -233,9 +232,12 @@ class RowEncoder:
                     row=unit.row,
                 )
             for name, of in (("id", given), ("label", target[target != IGNORE])):
-                if len(wrong := of[(of < 0) | (of >= self._vocabulary)]):
+                if not len(of) or (of.min() >= 0 and of.max() < len(self.tokenizer)):
+                    continue
+                size = vocabulary_size(self.tokenizer)  # which walks through it; `len` does not know of gaps
+                if len(wrong := of[(of < 0) | (of >= size)]):
                     raise FormatError(
-                        f"{name} {wrong[0]} is not one of the tokenizer's, 0 to {self._vocabulary - 1}; "
+                        f"{name} {wrong[0]} is not one of the tokenizer's, 0 to {size - 1}; "
                         "expected rows that this tokenizer encoded",
                         source=unit.source,
                         row=unit.row,
@@ -250,10 +252,6 @@ class RowEncoder:
         return Labelled(
             np.concatenate(ids).astype(np.int32), flat.astype(np.int32), offsets, np.stack([at, at + 1], axis=1), rows
         )
-
-    @cached_property
-    def _vocabulary(self) -> int:
-        return vocabulary_size(self.tokenizer)
 
     # -- over-length ---------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ def load_prepared(
     expect: Mapping[str, Any] | None = None,
     streaming: bool = False,
     seed: int = 0,
-) -> Any:
+) -> Dataset | PreparedStream:
     """The rows of a prepared folder: a `datasets.Dataset`, or a stream without an end.
 
     Args:

@@ -53,6 +53,14 @@ def test_every_pass_holds_every_row_once_in_a_new_order(folder):
     assert of_b[-1] - of_b[0] > 2 * len(of_b)
 
 
+def test_a_single_row_group_is_mixed_anew_in_every_pass(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in demo.texts(200)))
+    prepare_corpus({"a": str(tmp_path / "a.jsonl")}, byte_tokenizer(), tmp_path / "out", CorpusSettings(32, num_proc=1))
+    stream = load_prepared(tmp_path / "out", streaming=True)
+    first, second = ([key(row) for row in stream.rows(n, n + stream.num_rows)] for n in (0, stream.num_rows))
+    assert sorted(first) == sorted(second) and first != second
+
+
 def test_any_row_is_found_at_once(folder):
     stream = load_prepared(folder, streaming=True)
     rows = [key(row) for row in stream.rows(0, stream.num_rows + 50)]

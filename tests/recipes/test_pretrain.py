@@ -155,6 +155,22 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, data, err
         pretrain.main(arguments(corpus, tmp_path / "run", *more, data=data))
 
 
+@pytest.mark.distributed
+def test_two_processes_with_loader_workers_stream_the_rows_of_one(corpus, tmp_path):
+    more = ("--max_steps", "4", "--streaming", "true", "--learning_rate", "1e-3")
+    pretrain.main(arguments(corpus, tmp_path / "one", *more))
+    words = arguments(corpus, tmp_path / "two", *more, "--dataloader_num_workers", "2")
+    words[words.index("--per_device_train_batch_size") + 1] = "2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "recipes/pretrain.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = ([log for log in history(tmp_path / run) if "loss" in log] for run in ("one", "two"))
+    assert [log["num_tokens_seen"] for log in two] == [log["num_tokens_seen"] for log in one]
+    assert [log["loss"] for log in two] == pytest.approx([log["loss"] for log in one], rel=1e-5)
+
+
 SLOW = """
 import sys, time
 sys.path[:0] = ["recipes"]
