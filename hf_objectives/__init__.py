@@ -24,6 +24,11 @@ _HOMES = {
     "prepare_corpus": "corpus.build",
     "load_prepared": "corpus.build",
     "mixture_schedule": "schedule",
+    "build_mixture": "mixture.build",
+    "MixtureConfig": "mixture.config",
+    "SourceConfig": "mixture.config",
+    "StageConfig": "mixture.config",
+    "DatasetMixture": "mixture.dataset",
     "compute_perplexity": "evaluation",
     "probe_isolation": "isolation",
     "PerplexityTrainer": "trainers",
@@ -35,9 +40,14 @@ __all__ = [
     "CorpusSettings",
     "DataCollatorForAssistantOnlyLM",
     "DataCollatorWithEosPacking",
+    "DatasetMixture",
+    "MixtureConfig",
     "PerplexityTrainer",
     "PerplexityTrainingArguments",
+    "SourceConfig",
+    "StageConfig",
     "StreamPacker",
+    "build_mixture",
     "compute_perplexity",
     "encode_chat",
     "encode_chats",
@@ -62,6 +72,9 @@ if TYPE_CHECKING:
     from hf_objectives.encode import encode_row
     from hf_objectives.evaluation import compute_perplexity
     from hf_objectives.isolation import probe_isolation
+    from hf_objectives.mixture.build import build_mixture
+    from hf_objectives.mixture.config import MixtureConfig, SourceConfig, StageConfig
+    from hf_objectives.mixture.dataset import DatasetMixture
     from hf_objectives.packing import pack_lengths
     from hf_objectives.prepare import prepare_dataset
     from hf_objectives.schedule import mixture_schedule

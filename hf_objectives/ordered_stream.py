@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_objectives.errors import ConfigError
+
+_AHEAD = 256  # rows whose places are looked up at a time
 
 
 class OrderedStream(IterableDataset):
@@ -33,9 +35,15 @@ class OrderedStream(IterableDataset):
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         worker = get_worker_info()
         workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        for turn in itertools.count(mine, workers):
-            begin = self._begin + turn * self.batch_rows
-            yield from self.rows(begin, begin + self.batch_rows)
+        # One reader alone may take several turns at a time.
+        size = self.batch_rows * (max(1, _AHEAD // self.batch_rows) if workers == 1 else 1)
+        begins = (self._begin + turn * size for turn in itertools.count(mine, workers))
+        return self.read(range(begin, begin + size) for begin in begins)
+
+    def read(self, turns: Iterable[range]) -> Iterator[Mapping[str, Any]]:
+        """The rows of ascending ranges of the order."""
+        for turn in turns:
+            yield from self.rows(turn.start, turn.stop)
 
     def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
         """Where to go on.

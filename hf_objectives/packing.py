@@ -240,6 +240,15 @@ class PackedRows:
             copy(cuts)
         return rows
 
+    def in_order(self, rows: NDArray[np.int64]) -> PackedRows:
+        """The same rows in another order: int64 [rows], the number of the row that comes first, second and so on."""
+        counts = np.diff(self.piece_offsets)[rows]
+        ends = np.concatenate(([0], np.cumsum(counts)))
+        pieces = np.arange(ends[-1]) + np.repeat(self.piece_offsets[:-1][rows] - ends[:-1], counts)
+        lengths = self.lengths[pieces]
+        row_offsets = np.concatenate(([0], np.cumsum(lengths)))[ends]
+        return PackedRows(self.starts[pieces], lengths, row_offsets, ends, self.documents[pieces], self.dropped)
+
     def labels(self, flat: NDArray[np.int32]) -> NDArray[np.int32]:
         """The rows' labels: those of the documents, but for the first token of each piece, which nothing predicts."""
         return self.without_begins(self.gather(flat))

@@ -116,7 +116,7 @@ def prepare_dataset(
         dict(template_kwargs or {}),
         packing,
     )
-    encoded = _in_memory(_rows(dataset), tokenizer, settings, source, num_proc, ledger)
+    encoded = encode_rows(_rows(dataset), tokenizer, settings, source=source, num_proc=num_proc, ledger=ledger)
     if not packing:
         return Dataset(encoded)
     return Dataset(pack_table(encoded, max_length or 0, strategy=strategy, overflow=overflow))
@@ -137,15 +137,16 @@ def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset
     return dataset
 
 
-def _in_memory(
+def encode_rows(
     dataset: Dataset | Iterable[Row],
     tokenizer: Any,
     settings: RowSettings,
+    *,
     source: str,
-    num_proc: int | None,
-    ledger: Ledger | None,
+    num_proc: int | None = None,
+    ledger: Ledger | None = None,
 ) -> pa.Table:
-    """All rows, encoded."""
+    """All rows, encoded but not packed: `input_ids`, `labels`, `source` and `row`; see `prepare_dataset`."""
     ledger = Ledger() if ledger is None else ledger
     tables = []
     for table, booked in _encoded(dataset, tokenizer, settings, source, num_proc):

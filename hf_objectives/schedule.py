@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,40 +18,72 @@ class Schedule:
     """Which source the next draw is from, for draws of any sizes.
 
     Worst-case fair weighted fair queueing (Bennett and Zhang, "WF2Q", INFOCOM 1996): of the sources that are not ahead of
-    their share, the one whose next draw is due first. After any number of units no source is ahead of its share by more
-    than one draw of its own, nor behind by more than the largest draw. With draws of equal size that is the bound of
-    Tijdeman's chairman assignment (Discrete Mathematics 32, 1980). Nothing is random.
+    their share, the one whose next draw is due first. With draws of equal size this is Tijdeman's chairman assignment
+    (Discrete Mathematics 32, 1980), also where weights change: after any number of units every source is within one draw
+    of what is due to it. With draws of any size and constant weights no source is ahead by more than one draw of its own,
+    nor behind by more than the largest draw. Nothing is random.
 
     Args:
         weights: shares of the sources, [sources], 0 or more; normalised. A source of weight 0 is never drawn.
+        later: other weights, each with the units drawn in all from which on they hold, ascending.
 
     Attributes:
-        weights: float64 [sources], which sum to one.
         units: units drawn in all (draws, tokens), an int.
         drawn: int64 [sources], units drawn of each source.
+        waits_for: the source whose next draw has to be known to go on; None where the last `draw` stopped at its limit.
 
     Raises:
-        ConfigError: no weight, one below 0 or not finite, or none above 0.
+        ConfigError: no weight, one below 0 or not finite, or none above 0; or another number of them later.
     """
 
-    def __init__(self, weights: ArrayLike) -> None:
-        self.weights = normalised(weights)
+    def __init__(self, weights: ArrayLike, later: Sequence[tuple[int, ArrayLike]] = ()) -> None:
+        first = normalised(weights)
+        pieces = [(0, first), *((begin, normalised(changed)) for begin, changed in later)]
+        for _, changed in pieces:
+            if len(changed) != len(first):
+                raise ConfigError(f"{len(changed)} weights for {len(first)} sources; expected one a source")
+        self._begins = np.array([begin for begin, _ in pieces])
+        self._planned = np.stack([changed for _, changed in pieces])
         self.units = 0
-        self.drawn = np.zeros(len(self.weights), np.int64)
-        # Shares add up piece by piece where weights change: what was due at `_since`, and since then by weight.
-        self._due, self._since = np.zeros(len(self.weights)), 0
+        self.drawn = np.zeros(len(first), np.int64)
+        self.waits_for: int | None = None
+        self._retired: set[int] = set()
+        self._lay(0, np.zeros(len(first)))
+
+    def _lay(self, since: int, due: NDArray[np.float64]) -> None:
+        """What will be due to each source: straight lines between the units at which weights change, from `since` on."""
+        now = int(np.searchsorted(self._begins, since, "right")) - 1
+        self._at = np.concatenate(([since], self._begins[now + 1 :])).astype(np.float64)
+        weights = self._planned[now:].copy()
+        weights[:, list(self._retired)] = 0
+        total = weights.sum(axis=1, keepdims=True)
+        self._slopes = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        self._due = due + np.concatenate(
+            [np.zeros((1, len(due))), np.cumsum(np.diff(self._at)[:, None] * self._slopes[:-1], axis=0)]
+        )
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """The shares of this moment, float64 [sources], which sum to one; all 0 where no source of them is left."""
+        return self._slopes[np.searchsorted(self._at, self.units, "right") - 1]
 
     @property
     def due(self) -> NDArray[np.float64]:
         """Units that each source should have had by now, float64 [sources]."""
-        return self._due + self.weights * (self.units - self._since)
+        return self.due_at(self.units)
 
-    def reweigh(self, weights: ArrayLike) -> None:
-        """Other weights from here on; what was due so far stays due."""
-        fresh = normalised(weights)
-        if len(fresh) != len(self.weights):
-            raise ConfigError(f"{len(fresh)} weights for {len(self.weights)} sources; expected one a source")
-        self._due, self._since, self.weights = self.due, self.units, fresh
+    def due_at(self, units: float) -> NDArray[np.float64]:
+        """Units that each source should have had when so many are drawn in all, float64 [sources]."""
+        piece = int(np.searchsorted(self._at, units, "right")) - 1
+        return self._due[piece] + self._slopes[piece] * (units - self._at[piece])
+
+    def retire(self, source: int) -> None:
+        """Draw no more of a source; its share, and what it has not had yet, go to the others in proportion."""
+        due = self.due
+        left, due[source] = due[source] - self.drawn[source], self.drawn[source]
+        self._retired.add(source)
+        self._lay(self.units, due)
+        self._lay(self.units, due + left * self.weights)
 
     def draw(self, sizes: Sequence[ArrayLike], limit: int | None = None) -> NDArray[np.int64]:
         """The sources of the next draws, in order, as far as the sizes that are known decide them.
@@ -71,50 +103,62 @@ class Schedule:
         by_rank = np.empty((2, len(arrival)), np.int64)
         by_rank[:, rank] = sources[arrival], lengths[arrival]
         most = len(arrival) if limit is None else limit
-        order = _earliest_due(starts[arrival].tolist(), rank.tolist(), by_rank[1].tolist(), self.units, most)
+        order, unknown_one = _earliest_due(
+            starts[arrival].tolist(), rank.tolist(), by_rank[1].tolist(), self.units, most
+        )
+        self.waits_for = None if unknown_one is None else int(by_rank[0, unknown_one])
         taken, amounts = by_rank[:, order]
         self.units += int(amounts.sum())
-        self.drawn += np.bincount(taken, amounts, len(self.weights)).astype(np.int64)
+        self.drawn += np.bincount(taken, amounts, len(self.drawn)).astype(np.int64)
         return taken
 
     def _tags(self, sizes: Sequence[ArrayLike]) -> tuple[NDArray, NDArray, NDArray[np.int64], NDArray[np.int64]]:
         """When each known draw may begin and when it is due, in units drawn in all, its source and its size; and the
         first unknown draw of each source, of size 0, due as early as it can be."""
         starts, due, sources, lengths = [], [], [], []
-        for i in np.flatnonzero(self.weights).tolist():
+        for i in np.flatnonzero(self._slopes.any(axis=0)).tolist():
             known = np.asarray(sizes[i], np.int64)
             had = np.concatenate(([0], np.cumsum(known))) + self.drawn[i]
-            with np.errstate(over="ignore"):  # a weight next to nothing is due next to never
-                at = self._since + (had - self._due[i]) / self.weights[i]
-            starts.append(at)
-            due.append(np.append(at[1:], at[-1]))
-            sources.append(np.full(len(at), i))
+            # A draw may begin as soon as what came before it is due, and is due when all of it is.
+            starts.append(self._when(i, had, "right"))
+            ends = self._when(i, had, "left")
+            due.append(np.append(ends[1:], starts[-1][-1]))
+            sources.append(np.full(len(had), i))
             lengths.append(np.append(known, 0))
         return np.concatenate(starts), np.concatenate(due), np.concatenate(sources), np.concatenate(lengths)
 
+    def _when(self, source: int, amounts: NDArray, side: Literal["left", "right"]) -> NDArray[np.float64]:
+        """At which units drawn in all so much is due to a source: the first ("left") or the last of them; inf for never."""
+        due = self._due[:, source]
+        piece = np.maximum(np.searchsorted(due, amounts, side) - 1, 0)
+        slope = self._slopes[piece, source]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            at = self._at[piece] + (amounts - due[piece]) / slope
+        return np.where(slope > 0, at, np.inf)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that the next draws depend on, as JSON values."""
+        """All that the next draws depend on beside the weights, as JSON values."""
         return {
-            "weights": self.weights.tolist(),
             "units": self.units,
             "drawn": self.drawn.tolist(),
-            "due": self._due.tolist(),
-            "since": self._since,
+            "retired": sorted(self._retired),
+            "since": int(self._at[0]),
+            "due": self._due[0].tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Go on where `state_dict` was taken, under the same weights.
 
         Raises:
             ConfigError: a state of another number of sources.
         """
-        if len(state["weights"]) != len(self.weights):
+        if len(state["drawn"]) != len(self.drawn):
             raise ConfigError(
-                f"the state is of a schedule of {len(state['weights'])} sources, this one has {len(self.weights)}"
+                f"the state is of a schedule of {len(state['drawn'])} sources, this one has {len(self.drawn)}"
             )
-        self.weights, self._due = np.array(state["weights"]), np.array(state["due"])
-        self.units, self._since = int(state["units"]), int(state["since"])
-        self.drawn = np.array(state["drawn"], np.int64)
+        self.units, self.drawn = int(state["units"]), np.array(state["drawn"], np.int64)
+        self._retired = set(state["retired"])
+        self._lay(int(state["since"]), np.array(state["due"], np.float64))
 
 
 def mixture_schedule(weights: ArrayLike, n: int) -> NDArray[np.int64]:
@@ -159,8 +203,10 @@ def normalised(weights: ArrayLike) -> NDArray[np.float64]:
     return given / given.sum()
 
 
-def _earliest_due(starts: list[float], rank: list[int], size_of: list[int], units: int, most: int) -> list[int]:
-    """Draws by rank, each time the lowest of those whose start has come, up to the first that is not known."""
+def _earliest_due(
+    starts: list[float], rank: list[int], size_of: list[int], units: int, most: int
+) -> tuple[list[int], int | None]:
+    """Draws by rank, each time the lowest of those whose start has come, up to the first that is not known; and that."""
     waiting: list[int] = []
     order: list[int] = []
     at, count = 0, len(starts)
@@ -173,7 +219,7 @@ def _earliest_due(starts: list[float], rank: list[int], size_of: list[int], unit
             at += 1
         first = heappop(waiting)
         if not size_of[first]:
-            break
+            return order, first
         order.append(first)
         units += size_of[first]
-    return order
+    return order, None

@@ -107,23 +107,46 @@ def test_a_state_goes_on_where_it_was_taken(sizes, data):
         for source in first.draw(known, stop - len(order)):
             at[source] += 1
             order.append(int(source))
-    second = Schedule([1] * len(sizes))
+    second = Schedule(weights)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     rest = drawn(second, [of[a:] for a, of in zip(at, sizes, strict=True)], 4)
     assert (order + rest)[: len(whole)] == whole[: len(order) + len(rest)] and len(order) == stop
 
 
 def test_other_weights_hold_from_where_they_begin():
-    schedule = Schedule([1, 1])
-    ones = [np.ones(2_000, np.int64)] * 2
-    first = schedule.draw(ones, 1_001)
-    schedule.reweigh([9, 1])
-    second = schedule.draw(ones, 1_000)
-    assert worst(first, np.array([0.5, 0.5])) <= 1
-    due = 1_001 * np.array([0.5, 0.5]) + np.arange(1, 1_001)[:, None] * np.array([0.9, 0.1])
-    had = np.bincount(first) + np.cumsum(second[:, None] == np.arange(2), axis=0)
-    assert np.abs(had - due).max() <= 1 + 1e-9
-    assert np.allclose(schedule.due, due[-1])
+    schedule = Schedule([1, 1], [(1_001, [9, 1])])
+    ones = [np.ones(3_000, np.int64)] * 2
+    order = schedule.draw(ones, 2_001)
+    at = np.arange(1, 2_002)[:, None]
+    due = np.minimum(at, 1_001) * np.array([0.5, 0.5]) + np.maximum(at - 1_001, 0) * np.array([0.9, 0.1])
+    assert np.abs(np.cumsum(order[:, None] == np.arange(2), axis=0) - due).max() <= 1 + 1e-9
+    assert np.allclose(schedule.due, due[-1]) and schedule.weights.tolist() == [0.9, 0.1]
+
+
+def test_a_source_that_comes_later_is_not_waited_for():
+    schedule = Schedule([1, 0], [(10, [1, 1])])
+    assert schedule.draw([[1] * 50, []]).tolist() == [0] * 10 and schedule.waits_for == 1
+    assert sorted(schedule.draw([[1] * 50, [1] * 50], 2).tolist()) == [0, 1]
+
+
+def test_a_retired_sources_share_goes_to_the_others_in_proportion():
+    schedule = Schedule([6, 3, 1], [(2_000, [1, 1, 2])])
+    ones = [np.ones(3_000, np.int64)] * 3
+    assert schedule.draw([ones[0][:60], *ones[1:]]).tolist().count(0) == 60 and schedule.waits_for == 0
+    before = schedule.drawn.copy()
+    schedule.retire(0)
+    assert schedule.due.sum() == pytest.approx(schedule.units) and schedule.due[0] == 60
+    assert schedule.weights.tolist() == [0, 0.75, 0.25]
+    schedule.draw([[], *ones[1:]], 1_000)
+    gained = schedule.drawn - before
+    assert gained[0] == 0 and np.abs(gained - [0, 750, 250]).max() <= 2
+    schedule.draw([[], *ones[1:]], 2_000 - schedule.units)
+    at = schedule.drawn.copy()
+    schedule.draw([[], *ones[1:]], 300)
+    assert np.abs(schedule.drawn - at - [0, 100, 200]).max() <= 2
+    schedule.retire(1)
+    schedule.retire(2)
+    assert not schedule.weights.any()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +166,6 @@ def test_weights_that_mean_nothing_are_named(weights, words):
 
 def test_another_number_of_sources_is_named():
     with pytest.raises(ConfigError, match="3 weights for 2 sources"):
-        Schedule([1, 1]).reweigh([1, 1, 1])
+        Schedule([1, 1], [(5, [1, 1, 1])])
     with pytest.raises(ConfigError, match="of a schedule of 1 sources, this one has 2"):
         Schedule([1, 1]).load_state_dict(Schedule([1]).state_dict())

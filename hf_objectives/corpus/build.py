@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def load_prepared(
     *,
     tokenizer: Any = None,
     expect: Mapping[str, Any] | None = None,
+    sources: Collection[str] | None = None,
     streaming: bool = False,
     seed: int = 0,
 ) -> Dataset | PreparedStream:
@@ -95,12 +96,13 @@ def load_prepared(
         split: "train" or "validation".
         tokenizer: the run's; must be the one that the folder was prepared with, its chat template included.
         expect: settings that the run asks for, by their names in the manifest's policy (`max_length`, say).
+        sources: only the rows of these; None for all.
         streaming: a `PreparedStream`, which shuffles, never ends and copies nothing, instead of a mapped `Dataset`.
         seed: of the stream's order.
 
     Raises:
         PreparedDataError: another tokenizer, template or setting than asked for (says which), an unfinished folder, a
-            shard that is missing or cut off, or a split that the folder does not have.
+            shard that is missing or cut off, or a split or source that the folder does not have.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
@@ -113,9 +115,16 @@ def load_prepared(
         raise PreparedDataError(f"{folder} was prepared otherwise. " + "; ".join(difference(found, expected)))
     if not manifest.complete:
         raise PreparedDataError(f"{folder} is not finished ({_progress(folder)}); run hf-objectives prepare again")
-    shards = [shard for shard in manifest.shards if shard.split == split]
+    for name in sources or ():
+        if name not in manifest.sources:
+            raise PreparedDataError(
+                f"{folder} has no source {name!r}; expected one of {', '.join(manifest.sources)}"
+                f"{nearest(name, manifest.sources)}"
+            )
+    shards = [s for s in manifest.shards if s.split == split and (sources is None or s.source in sources)]
     if not shards:
-        raise PreparedDataError(f"{folder} has no {split} split; prepare it with eval_share above 0")
+        of = "" if sources is None else f" of {', '.join(sources)}"
+        raise PreparedDataError(f"{folder} has no {split} split{of}; prepare it with eval_share above 0")
     for shard in shards:
         if not shard.intact(folder, checksum=False):
             raise PreparedDataError(f"{folder / shard.path} is missing or cut off; run hf-objectives prepare again")

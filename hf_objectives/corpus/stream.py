@@ -55,49 +55,76 @@ class PreparedStream(OrderedStream):
         self.files = [folder / shard.path for shard in shards]
         self.seed, self.window, self._read = seed, window, READERS[file_format]
         sizes = [np.asarray(shard.row_groups, np.int64) for shard in shards]
-        self._sizes = np.concatenate(sizes)
+        self.group_sizes: NDArray[np.int64] = np.concatenate(sizes)
         self._shard_of = np.repeat(np.arange(len(sizes)), [len(groups) for groups in sizes])
         self._first = np.searchsorted(self._shard_of, np.arange(len(sizes)))
-        self.num_rows = int(self._sizes.sum())
+        self.num_rows = int(self.group_sizes.sum())
         self._pass: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
         self._window: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._groups: dict[tuple[int, int], dict[str, Column]] = {}  # of the window that is read now
+        self._groups: dict[int, dict[str, Column]] = {}  # as many as a window has
 
     def at(self, n: int) -> Place:
         """Where row n of the order lies."""
-        epoch, within = divmod(n, self.num_rows)
-        if self._pass is None or self._pass[0] != epoch:
-            groups = np.random.default_rng([self.seed, epoch]).permutation(len(self._sizes))
-            self._pass = epoch, groups, np.cumsum(self._sizes[groups]) - self._sizes[groups]
-        _, groups, starts = self._pass
-        number = int(np.searchsorted(starts, within, "right") - 1) // self.window
-        if self._window is None or self._window[0] != (epoch, number):
-            self._window = (epoch, number), *self._mixed(groups[number * self.window :][: self.window], epoch, number)
-            self._groups = {}
-        _, of, rows = self._window
-        i = within - int(starts[number * self.window])
-        shard = int(self._shard_of[of[i]])
-        return Place(epoch, shard, int(of[i] - self._first[shard]), int(rows[i]))
+        (epoch,), (group,), (row,) = (part.tolist() for part in self.order(n, n + 1))
+        shard = int(self._shard_of[group])
+        return Place(epoch, shard, int(group - self._first[shard]), row)
+
+    def order(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Where rows `begin` to `end` of the order lie, int64 [rows] each: the pass, the row group, counted through all
+        shards, and the row in that."""
+        parts = []
+        while begin < end:
+            epoch, within = divmod(begin, self.num_rows)
+            if self._pass is None or self._pass[0] != epoch:
+                groups = np.random.default_rng([self.seed, epoch]).permutation(len(self.group_sizes))
+                self._pass = epoch, groups, np.cumsum(self.group_sizes[groups]) - self.group_sizes[groups]
+            _, groups, starts = self._pass
+            number = int(np.searchsorted(starts, within, "right") - 1) // self.window
+            if self._window is None or self._window[0] != (epoch, number):
+                mixed = self._mixed(groups[number * self.window :][: self.window], epoch, number)
+                self._window = (epoch, number), *mixed
+            _, of, rows = self._window
+            first = within - int(starts[number * self.window])
+            some = slice(first, first + end - begin)
+            parts.append((np.full(len(of[some]), epoch), of[some], rows[some]))
+            begin += len(of[some])
+        epochs, of_rows, places = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return epochs, of_rows, places
 
     def rows(self, begin: int, end: int) -> Iterator[Mapping[str, Any]]:
         """Rows `begin` to `end` of the order."""
-        for n in range(begin, end):
-            place = self.at(n)
-            group = place.shard, place.group
-            if group not in self._groups:
-                self._groups[group] = self._columns(*group)
-            yield _row(self._groups[group], place.row)
+        _, groups, rows = self.order(begin, end)
+        for group, row in zip(groups.tolist(), rows.tolist(), strict=True):
+            yield self.row(group, row)
+
+    def row(self, group: int, row: int) -> dict[str, Any]:
+        """A row of a row group, counted through all shards."""
+        columns = self._groups.get(group)
+        if columns is None:
+            while len(self._groups) >= self.window:
+                self._groups.pop(next(iter(self._groups)))
+            columns = self._groups[group] = self._columns(group)
+        return _row(columns, row)
+
+    def piece_lengths(self, group: int) -> Column:
+        """Lengths of the documents in the rows of a row group, end to end, and where each row begins in them."""
+        return self._columns(group, ["seq_lengths"])["seq_lengths"]
+
+    def piece_rows(self, group: int) -> Column:
+        """Numbers of the documents in the rows of a row group in their source, as `piece_lengths`."""
+        return self._columns(group, ["rows"])["rows"]
 
     def _mixed(self, groups: NDArray[np.int64], epoch: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows of a window in their order: the group of each, and its place in the group."""
-        sizes = self._sizes[groups]
+        sizes = self.group_sizes[groups]
         order = np.random.default_rng([self.seed, epoch, number]).permutation(int(sizes.sum()))
         of = np.repeat(np.arange(len(groups)), sizes)[order]
         return groups[of], order - (np.cumsum(sizes) - sizes)[of]
 
-    def _columns(self, shard: int, group: int) -> dict[str, Column]:
+    def _columns(self, group: int, names: list[str] | None = None) -> dict[str, Column]:
+        shard = int(self._shard_of[group])
         try:
-            table = self._read(self.files[shard], group)
+            table = self._read(self.files[shard], group - int(self._first[shard]), names)
         except (OSError, pa.ArrowInvalid) as error:
             raise PreparedDataError(
                 f"{self.files[shard]} cannot be read ({error}); run hf-objectives prepare again"
@@ -115,18 +142,21 @@ def _row(columns: Mapping[str, Column], i: int) -> dict[str, Any]:
     return {name: value if name in ("input_ids", "labels") else value.tolist() for name, value in row.items()}
 
 
-def _parquet_group(path: Path, group: int) -> pa.Table:
+def _parquet_group(path: Path, group: int, names: list[str] | None) -> pa.Table:
     with pq.ParquetFile(path) as file:
-        return file.read_row_group(group)
+        return file.read_row_group(group, names)
 
 
-def _arrow_group(path: Path, group: int) -> pa.Table:
+def _arrow_group(path: Path, group: int, names: list[str] | None) -> pa.Table:
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
         for i, batch in enumerate(reader):
             if i == group:
-                return pa.Table.from_batches([batch])
+                return pa.Table.from_batches([batch]).select(names or batch.schema.names)
     raise pa.ArrowInvalid(f"no record batch {group}")
 
 
-#: How a row group or record batch of a shard is read, by the shard's format.
-READERS: dict[str, Callable[[Path, int], pa.Table]] = {"parquet": _parquet_group, "arrow": _arrow_group}
+#: How a row group or record batch of a shard is read, all columns or some, by the shard's format.
+READERS: dict[str, Callable[[Path, int, list[str] | None], pa.Table]] = {
+    "parquet": _parquet_group,
+    "arrow": _arrow_group,
+}

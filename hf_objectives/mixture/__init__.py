@@ -1,0 +1,1 @@
+"""Mixtures: several sources as one dataset, each with its share at every moment."""

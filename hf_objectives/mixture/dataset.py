@@ -1,0 +1,341 @@
+"""Several sources as one stream of rows, each source with its share at every moment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
+
+from hf_objectives.errors import ConfigError
+from hf_objectives.mixture.feeds import Feed, MappedFeed, Row
+from hf_objectives.mixture.journal import Journal
+from hf_objectives.mixture.order import Block, Given, Order, Packer, State
+from hf_objectives.mixture.report import MixtureReport, SourceReport
+from hf_objectives.ordered_stream import OrderedStream
+from hf_objectives.schedule import Schedule
+from hf_objectives.weights import WeightPlan
+
+logger = logging.getLogger(__name__)
+_READ = 256  # rows that are read at a time, and of packed ones as many as hold so many tokens:
+_TOKENS_READ = 1 << 19
+_KEPT_EVERY = 64  # blocks between the places from which `at` looks a draw up
+MANY_EPOCHS = 4.0  # beyond, repeated data is worth less and less (Muennighoff et al., arXiv 2305.16264)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One draw of a mixture: the source, its pass, and the row: its `row` where rows carry one, or its number."""
+
+    source: str
+    epoch: int
+    row: int
+
+
+class DatasetMixture(OrderedStream):
+    """Rows of several sources, without an end unless every source has one (`max_epochs`).
+
+    After any number of draws every source has had its share to within one draw (of its own, or the largest of another),
+    counted in the mixture's unit. Each pass of a source is a new permutation. The order is a pure function of the
+    configuration, the seed and the number of the draw: it does not depend on how many ranks or loader workers read, and a
+    state, which does not grow, resumes at the next row at once, under any number of them.
+
+    Made by `build_mixture`. A `train_dataset` of `PerplexityTrainer`, which carries its state in checkpoints and reports
+    shares in its logs; in other Trainers add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows` to the
+    batch size, so that workers take turns by batches.
+
+    Args:
+        feeds: the sources.
+        plan: their weights.
+        unit: what weights count: "tokens", "supervised" (trained tokens), "examples" or "rows".
+        about: what a state must agree with, as JSON values.
+        packer: packs documents of all sources into rows.
+        labels: rows without labels get their `input_ids` for labels.
+        eval_dataset: what is held out of the sources.
+        notes: what the configuration leaves to say.
+
+    Yields (on iteration): the sources' rows with `source`, the name; packed across sources `input_ids`, `labels` (int32
+    [tokens]), `seq_lengths`, `sources` and `rows`. At an end, rows that do not fill `batch_rows` are left out, with a line
+    in the log.
+    """
+
+    def __init__(
+        self,
+        feeds: Sequence[Feed],
+        plan: WeightPlan,
+        *,
+        unit: str,
+        about: Mapping[str, Any],
+        packer: Packer | None = None,
+        labels: bool = False,
+        eval_dataset: Dataset | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.feeds, self.plan, self.unit, self.notes = list(feeds), plan, unit, list(notes)
+        self.eval_dataset = eval_dataset
+        self._about, self._packer, self._labels = dict(about), packer, labels
+        self._resumed: State | None = None
+        self._journal = None if self.is_mapped else Journal()
+        self._follower: tuple[Order, Block | None] | None = None
+        self._kept: list[State] = []
+        self._asked_for: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources."""
+        return [feed.name for feed in self.feeds]
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether every source can be looked up, none being a stream."""
+        return all(isinstance(feed, MappedFeed) for feed in self.feeds)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def rows(self, begin: int, end: int) -> Iterator[Row]:
+        """Rows `begin` to `end` of the order; fewer where it ends."""
+        for found in self._read([range(begin, end)]):
+            yield from found
+
+    def read(self, turns: Iterable[range]) -> Iterator[Row]:
+        """The rows of ascending ranges; what does not fill `batch_rows` at the end is left out."""
+        for found in self._read(turns):
+            whole = len(found) - len(found) % self.batch_rows
+            if whole < len(found):
+                logger.warning(
+                    "the mixture ends: %d rows that do not fill %d, which all ranks take together, are left out",
+                    *(len(found) - whole, self.batch_rows),
+                )
+            yield from found[:whole]
+
+    def _read(self, turns: Iterable[range]) -> Iterator[list[Row]]:
+        """The rows of each range."""
+        order, last = self._order(self._resumed), None
+        block = order.block()
+        most = _READ if self._packer is None else max(1, _TOKENS_READ // self._packer.max_length)
+        for turn in turns:
+            found: list[Row] = []
+            at = turn.start
+            while at < turn.stop:
+                while block is not None and at >= block.row + block.num_rows:
+                    block = order.block()
+                if block is None:
+                    break
+                if block is not last:
+                    self._note(block)
+                    last = block
+                end = min(turn.stop, block.row + block.num_rows, at + most)
+                numbers = np.arange(at - block.row, end - block.row)
+                found += order.read(block, numbers, self.names, labels=self._labels)
+                at = end
+            if block is None:
+                self._check_end(order.row)
+            yield found
+            if block is None:
+                return
+
+    def _order(self, state: Mapping[str, Any] | None = None) -> Order:
+        return Order(self.feeds, self.plan, self._packer, state)
+
+    def _note(self, block: Block) -> None:
+        worker = get_worker_info()
+        if self._journal is not None and (worker is None or worker.id == 0):
+            self._journal.write(block)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
+        """Where to go on, as JSON values; some hundred bytes a source, however far it is.
+
+        Args:
+            rows_taken: rows that all ranks have taken, from row 0; None for where iteration begins.
+        """
+        row = self._begin if rows_taken is None else rows_taken
+        return {"row": row, "mixture": self._about, "order": self._before(row)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration begins at the row that the state names; nothing before it is read again, but for a buffer of
+        each stream.
+
+        Raises:
+            ConfigError: no state of a mixture, or one of another; says what differs.
+        """
+        super().load_state_dict(state)
+        if "mixture" not in state:
+            raise ConfigError("the state is not one of a mixture; it was made on other data")
+        if different := _difference(state["mixture"], self._about):
+            raise ConfigError(f"the state is of another mixture: {'; '.join(different)}")
+        self._resumed, self._follower = state["order"], None
+
+    def _before(self, row: int) -> State | None:
+        """A state of the order from which row `row` is reached without much ado; None for the begin."""
+        block = self._block_of(row)
+        if block is None:
+            return self._resumed
+        if self._packer is not None or self._journal is not None:
+            return block.before
+        order = self._order(block.before)
+        if row > block.row:
+            order.block(row - block.row)
+        return order.state()
+
+    def _block_of(self, row: int) -> Block | None:
+        """The block with row `row`; the last one at the end, None at the begin of a stream that nobody has read."""
+        if self._journal is not None:
+            block = self._journal.find(row)
+            if block is None and row != self._begin:
+                raise ConfigError(
+                    f"row {row:,} of a mixture with streams was not read here; it goes on at {self._begin:,}"
+                )
+            return block
+        if self._follower is None or (self._follower[1] is not None and row < self._follower[1].row):
+            resumed = self._resumed if self._resumed is not None and row >= self._resumed["row"] else None
+            order = self._order(resumed)
+            self._follower = order, order.block()
+        order, block = self._follower
+        while block is not None and row >= block.row + block.num_rows and (following := order.block()) is not None:
+            block = following
+        self._follower = order, block
+        return block
+
+    # -- what happens --------------------------------------------------------------------------------------------
+
+    def at(self, n: int) -> Draw:
+        """Draw n of the order: packed across sources the n-th document, else row n.
+
+        Raises:
+            ConfigError: a mixture with a stream, which cannot be looked up, or an end before n.
+        """
+        for feed in self.feeds:
+            if not isinstance(feed, MappedFeed):
+                raise ConfigError(f"source {feed.name!r} is a stream, whose rows cannot be looked up")
+        number = 0
+        order = self._order()
+        if self._kept:
+            number = max(i for i, state in enumerate(self._kept) if state["draws"] <= n)
+            order = self._order(self._kept[number])
+            number *= _KEPT_EVERY
+        while (block := order.block()) is not None:
+            if number % _KEPT_EVERY == 0 and number // _KEPT_EVERY == len(self._kept):
+                self._kept.append(block.before)
+            number += 1
+            if n < block.draw + len(block.sources):
+                i = n - block.draw
+                feed = self.feeds[int(block.sources[i])]
+                assert isinstance(feed, MappedFeed)
+                return Draw(feed.name, int(block.drawn.epochs[i]), feed.row_id(int(block.drawn.numbers[i])))
+        raise ConfigError(
+            f"the mixture has {order.draws:,} draws, then every source has reached its max_epochs; asked for {n:,}"
+        )
+
+    def report(self, rows_taken: int | None = None) -> MixtureReport:
+        """Shares asked for and realised, tokens, examples and epochs by source.
+
+        Args:
+            rows_taken: rows that all ranks have taken, from row 0; None for where iteration begins.
+        """
+        row = self._begin if rows_taken is None else rows_taken
+        block = self._block_of(row)
+        if block is None:
+            none = np.zeros(len(self.feeds))
+            given, due = Given(none, none, none, none), self.plan.weights
+        else:
+            given = block.given(row)
+            schedule = Schedule(self.plan.weights, self.plan.pieces())
+            schedule.load_state_dict(block.before["schedule"])
+            due = schedule.due_at(given.amounts.sum()) if row else self.plan.weights
+        counted = {"tokens": given.tokens, "examples": given.examples}.get(self.unit, given.amounts)
+        share, asked = (of / max(of.sum(), 1e-300) for of in (counted, due))
+        return MixtureReport(
+            row,
+            self.unit,
+            [
+                SourceReport(
+                    feed.name,
+                    float(asked[i]),
+                    float(share[i]),
+                    int(given.tokens[i]),
+                    int(given.examples[i]),
+                    float(given.passes[i]),
+                )
+                for i, feed in enumerate(self.feeds)
+            ],
+        )
+
+    def expect(self, rows: int) -> None:
+        """Look ahead at a run that takes so many rows, before it begins: a source that will be repeated more than four
+        times is a warning.
+
+        Raises:
+            ConfigError: every source has `max_epochs`, and they end before.
+        """
+        self._asked_for = rows
+        for name, passes in self.passes(rows).items():
+            if passes > MANY_EPOCHS:
+                logger.warning(
+                    "source %r will be repeated %.1f times in %s rows; beyond %d passes repeated data teaches less and "
+                    "less: lower its weight, give it max_epochs, or add data",
+                    *(name, passes, f"{rows:,}", MANY_EPOCHS),
+                )
+        if self.is_mapped and all(feed.max_epochs is not None for feed in self.feeds):
+            order = self._order()
+            while order.row < rows and order.block() is not None:
+                pass
+            self._check_end(order.row)
+
+    def passes(self, rows: int) -> dict[str, float]:
+        """How often each source will have been gone through after so many rows, nearly; streams, whose size is not known,
+        are left out."""
+        block = self._block_of(self._begin) if self.is_mapped else None
+        if block is None:
+            return {}
+        sizes = np.array([feed.pass_size() for feed in self.feeds], float)
+        most = sizes * [feed.max_epochs or np.inf for feed in self.feeds]
+        of_pass = [feed.size if self._packer is None else feed.tokens for feed in self.feeds]
+        per_row = 1.0 if self._packer is None else block.drawn.tokens.sum() / block.num_rows
+        rows_of_unit = np.array(of_pass, float) / sizes / per_row
+        low, high = 0.0, rows / rows_of_unit.min()  # units drawn in all, between which as many rows are reached
+        for _ in range(60):
+            middle = (low + high) / 2
+            given = _capped(self.plan.due(middle), most)
+            low, high = (middle, high) if given @ rows_of_unit < rows else (low, middle)
+        return dict(zip(self.names, (_capped(self.plan.due(high), most) / sizes).tolist(), strict=True))
+
+    def _check_end(self, row: int) -> None:
+        if self._asked_for is not None and row < self._asked_for:
+            raise ConfigError(
+                f"every source reaches its max_epochs after {row:,} rows, and the run takes {self._asked_for:,}; raise "
+                f"max_epochs ({', '.join(f'{feed.name} {feed.max_epochs:g}' for feed in self.feeds if feed.max_epochs)}), "
+                "add a source, or train for less"
+            )
+
+
+def _capped(due: NDArray[np.float64], most: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What is due to each source, where what goes beyond the most that it has goes to the others in proportion."""
+    while (over := np.maximum(due - most, 0).sum()) > 1e-9 * due.sum():
+        free = np.where(due < most, due, 0)
+        if not free.any():
+            break
+        due = np.minimum(due, most) + over * free / free.sum()
+    return np.minimum(due, most)
+
+
+def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What two mixtures disagree on, a line each."""
+    lines = []
+    for key in dict.fromkeys([*expected, *found]):
+        there, here = found.get(key), expected.get(key)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            names = [name for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
+            lines += [
+                f"{key} of {name!r}: {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+                for name in names
+            ]
+        elif there != here:
+            lines.append(f"{key}: {there} there, {here} here")
+    return lines

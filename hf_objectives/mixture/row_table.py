@@ -1,0 +1,174 @@
+"""Rows of a mapped dataset by number, many at a time, without a formatter in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from hf_objectives.errors import ConfigError
+
+Row = dict[str, Any]
+INTEGERS = "lists of integers"  # whatever their width
+# For one column, the values of some rows of a chunk.
+_Read = Callable[[NDArray[np.int64]], list[Any]]
+
+
+class RowTable:
+    """A table, or a `datasets.Dataset`, as the mixture reads it.
+
+    Lists of integers come as views of the table (integer arrays [tokens], not writable), numbers and strings as Python
+    values. A dataset with features that are decoded, or nested columns, is read through `datasets`.
+
+    Args:
+        rows: the rows; a dataset's format is left aside.
+
+    Raises:
+        ConfigError: a dataset with a transform, which would be left out.
+    """
+
+    def __init__(self, rows: Dataset | pa.Table) -> None:
+        self._dataset: Dataset | None = None
+        self._indices: NDArray | None = None
+        table: pa.Table
+        if isinstance(rows, Dataset):
+            if rows.format["type"] == "custom":
+                raise ConfigError("the dataset has a transform (set_transform), which is not applied here; use map")
+            self.names: list[str] = list(rows.format["columns"])
+            table = rows.data.table
+            if rows._indices is not None:  # the rows that select, filter and shuffle left
+                self._indices = rows._indices.column(0).to_numpy()
+            if not all(is_direct(table[n].type) for n in self.names) or any(
+                rows.features._column_requires_decoding[name] for name in self.names
+            ):
+                self._dataset = rows.with_format(None, columns=self.names)
+        else:
+            table, self.names = rows, rows.column_names
+        self._size = len(rows)
+        self._columns: dict[str, pa.ChunkedArray] = {name: table[name] for name in self.names}
+        chunks = self._columns[self.names[0]].chunks if self.names else []
+        self._begins = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        self._reads: dict[tuple[str, int], _Read] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
+        """The first row that has other columns than these, and which."""
+        return None if set(self.names) == set(names) else (0, self.names)
+
+    def types(self) -> dict[str, str]:
+        """The columns, each with its type."""
+        kinds = {name: column.type for name, column in self._columns.items()}
+        return {name: INTEGERS if _is_list(kind) else str(kind) for name, kind in kinds.items()}
+
+    def lengths(self, name: str) -> NDArray[np.int64]:
+        """Lengths of the lists of a column, int64 [rows]; no values are read."""
+        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._columns[name].chunks]
+        lengths = np.concatenate([np.zeros(0, np.int64), *chunks]).astype(np.int64)
+        return lengths if self._indices is None else lengths[self._indices]
+
+    def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
+        """How many values of each list `counted` says yes to, int64 [rows]."""
+        parts = [np.zeros(0, np.int64)]
+        for chunk in self._columns[name].chunks:
+            ends = np.concatenate(([0], np.cumsum(counted(chunk.flatten().to_numpy()))))
+            offsets = chunk.offsets.to_numpy().astype(np.int64)
+            parts.append(np.diff(ends[offsets - offsets[0]]))
+        counts = np.concatenate(parts)
+        return counts if self._indices is None else counts[self._indices]
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column, in the order of the rows."""
+        column = self._columns[name]
+        return column if self._indices is None else column.take(pa.array(self._indices))
+
+    def read(self, rows: NDArray[np.int64]) -> list[Row]:
+        """Rows by their numbers."""
+        if self._dataset is not None:
+            return self._dataset.__getitems__(rows.tolist())
+        places = rows if self._indices is None else self._indices[rows].astype(np.int64)
+        if len(self._begins) == 2:
+            return self._from_chunk(0, places)
+        chunks = np.searchsorted(self._begins, places, "right") - 1
+        order = np.argsort(chunks, kind="stable")
+        found: list[Row] = [{}] * len(rows)
+        for part in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1) if len(rows) else []:
+            chunk = int(chunks[part[0]])
+            for at, row in zip(part.tolist(), self._from_chunk(chunk, places[part] - self._begins[chunk]), strict=True):
+                found[at] = row
+        return found
+
+    def _from_chunk(self, chunk: int, rows: NDArray[np.int64]) -> list[Row]:
+        columns = []
+        for name in self.names:
+            if (name, chunk) not in self._reads:
+                self._reads[name, chunk] = _reader(self._columns[name].chunk(chunk))
+            columns.append(self._reads[name, chunk](rows))
+        names = self.names
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {**self.__dict__, "_reads": {}}  # views, which each process makes for itself
+
+
+class RowList:
+    """Rows that are Python mappings already, with the methods of `RowTable`."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._rows = rows
+        self.names = list(rows[0]) if len(rows) else []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
+        """See `RowTable`."""
+        expected = set(names)
+        return next(((i, list(row)) for i, row in enumerate(self._rows) if set(row) != expected), None)
+
+    def types(self) -> dict[str, str]:
+        """See `RowTable`; types that Python values do not tell are empty."""
+        kinds = {str: "string", int: "int64", float: "double", bool: "bool"}
+        return {name: kinds.get(type(value), "") for name, value in self._rows[0].items()}
+
+    def lengths(self, name: str) -> NDArray[np.int64]:
+        """See `RowTable`."""
+        return np.array([len(row[name]) for row in self._rows], np.int64)
+
+    def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
+        """See `RowTable`."""
+        return np.array([int(counted(np.asarray(row[name])).sum()) for row in self._rows], np.int64)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """See `RowTable`."""
+        return pa.chunked_array([pa.array([row[name] for row in self._rows])])
+
+    def read(self, rows: NDArray[np.int64]) -> list[Row]:
+        """See `RowTable`."""
+        return [dict(self._rows[i]) for i in rows.tolist()]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+
+
+def is_direct(kind: pa.DataType) -> bool:
+    """Whether a column's values are lists of integers, or no lists or mappings at all."""
+    return _is_list(kind) or not pa.types.is_nested(kind)
+
+
+def _reader(chunk: pa.Array) -> _Read:
+    if not _is_list(chunk.type) or chunk.null_count:
+        return lambda rows: chunk.take(pa.array(rows)).to_pylist()
+    offsets = chunk.offsets.to_numpy().astype(np.int64)
+    values = chunk.values.to_numpy(zero_copy_only=False)
+
+    def read(rows: NDArray[np.int64]) -> list[NDArray]:
+        return [values[a:b] for a, b in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)]
+
+    return read
