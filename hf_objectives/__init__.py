@@ -31,9 +31,11 @@ _HOMES = {
     "DatasetMixture": "mixture.dataset",
     "compute_perplexity": "evaluation",
     "probe_isolation": "isolation",
+    "OrderedStreamCallback": "trainers",
     "PerplexityTrainer": "trainers",
     "PerplexityTrainingArguments": "trainers",
     "plot_training_metrics": "diagnostics.plot",
+    "plot_mixture": "diagnostics.mixture",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "DataCollatorWithEosPacking",
     "DatasetMixture",
     "MixtureConfig",
+    "OrderedStreamCallback",
     "PerplexityTrainer",
     "PerplexityTrainingArguments",
     "SourceConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "mixture_schedule",
     "pack_dataset",
     "pack_lengths",
+    "plot_mixture",
     "plot_training_metrics",
     "prepare_corpus",
     "prepare_dataset",
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
     from hf_objectives.corpus.build import load_prepared, prepare_corpus
     from hf_objectives.corpus.config import CorpusSettings
     from hf_objectives.dataset_packing import pack_dataset
+    from hf_objectives.diagnostics.mixture import plot_mixture
     from hf_objectives.diagnostics.plot import plot_training_metrics
     from hf_objectives.encode import encode_row
     from hf_objectives.evaluation import compute_perplexity
@@ -79,7 +84,7 @@ if TYPE_CHECKING:
     from hf_objectives.prepare import prepare_dataset
     from hf_objectives.schedule import mixture_schedule
     from hf_objectives.stream_packing import StreamPacker
-    from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+    from hf_objectives.trainers import OrderedStreamCallback, PerplexityTrainer, PerplexityTrainingArguments
 
 
 def __getattr__(name: str) -> Any:

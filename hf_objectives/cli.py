@@ -1,22 +1,30 @@
 """`hf-objectives`: the command line.
 
 hf-objectives prepare --config corpus.yaml [--option value ...]
+hf-objectives mixture --mixture mixture.yaml [--tokens 1000000000] [--plot mixture.png]
+hf-objectives mixture --run runs/base [--plot mixture.png]
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from hf_objectives.cli_args import named_sources, parse_config, read_template
 from hf_objectives.corpus.build import prepare_corpus
 from hf_objectives.corpus.config import CorpusSettings
+from hf_objectives.diagnostics.mixture import plot_mixture, report_of_log
+from hf_objectives.diagnostics.plot import read_log
 from hf_objectives.errors import ConfigError, HFObjectivesError, nearest
+from hf_objectives.mixture.build import build_mixture
+from hf_objectives.preview import mixture_table
 
 
 @dataclass
@@ -57,8 +65,52 @@ def prepare(argv: Sequence[str]) -> None:
     )
 
 
+@dataclass
+class MixtureArguments:
+    """What `hf-objectives mixture` takes: a mixture to look ahead at, or a run to look back on."""
+
+    mixture: str | None = field(default=None, metadata={"help": "YAML file of a mixture."})
+    run: str | None = field(default=None, metadata={"help": "Output folder of a run on a mixture."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder; encodes raw rows."})
+    tokens: float | None = field(default=None, metadata={"help": "How far to look, in tokens."})
+    rows: int = field(default=10_000, metadata={"help": "How far to look, in rows."})
+    seed: int = field(default=0, metadata={"help": "Of the order."})
+    plot: str | None = field(default=None, metadata={"help": "A picture of the shares (png, svg, pdf)."})
+
+    def __post_init__(self) -> None:
+        if (self.mixture is None) == (self.run is None):
+            raise ConfigError("give mixture or run, one of the two")
+        if self.rows < 1 or (self.tokens is not None and self.tokens < 1):
+            raise ConfigError(f"rows is {self.rows} and tokens {self.tokens}; expected at least 1")
+
+
+def mixture(argv: Sequence[str]) -> None:
+    """Say what a mixture will give, or has given, and draw it."""
+    (given,), _ = parse_config((MixtureArguments,), argv)
+    console = Console(stderr=False)
+    if given.run is not None:
+        log = read_log(given.run)
+        console.print(mixture_table(report_of_log(log)))
+        if given.plot:
+            print(plot_mixture(log, given.plot))
+        return
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else None
+    made = build_mixture(given.mixture, tokenizer=tokenizer, seed=given.seed)
+    rows = given.rows
+    if given.tokens is not None:
+        some, tokens = made.first_rows()
+        rows = math.ceil(given.tokens * some / tokens) if tokens else rows
+    reports = [made.report(rows * i // _POINTS) for i in range(1, _POINTS + 1)]
+    console.print(mixture_table(reports[-1]))
+    for line in made.expect(reports[-1].row):
+        console.print(line, highlight=False, markup=False)
+    if given.plot:
+        print(plot_mixture(reports, given.plot))
+
+
+_POINTS = 60  # of a curve
 #: The commands, by name.
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "mixture": mixture}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,12 +38,24 @@ class OrderedStream(IterableDataset):
         # One reader alone may take several turns at a time.
         size = self.batch_rows * (max(1, _AHEAD // self.batch_rows) if workers == 1 else 1)
         begins = (self._begin + turn * size for turn in itertools.count(mine, workers))
-        return self.read(range(begin, begin + size) for begin in begins)
+        return self.read_turns(range(begin, begin + size) for begin in begins)
 
-    def read(self, turns: Iterable[range]) -> Iterator[Mapping[str, Any]]:
+    def read_turns(self, turns: Iterable[range]) -> Iterator[Mapping[str, Any]]:
         """The rows of ascending ranges of the order."""
         for turn in turns:
             yield from self.rows(turn.start, turn.stop)
+
+    def expect(self, rows: int) -> list[str]:
+        """What there is to say before a run takes so many rows, from row 0.
+
+        Raises:
+            ConfigError: the stream ends before.
+        """
+        return []
+
+    def metrics(self, rows_taken: int) -> dict[str, float]:
+        """What a training log says of the rows up to here."""
+        return {}
 
     def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
         """Where to go on.

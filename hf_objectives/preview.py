@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from hf_objectives.ledger import Ledger
+from hf_objectives.mixture.report import MixtureReport
 from hf_objectives.trainers.guards import ends_of_runs
 
 _CHARACTERS = 700
@@ -77,3 +79,18 @@ def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Con
         console.print(Text(line, style="bold red"))
     else:
         console.print(line, highlight=False, markup=False)
+
+
+def mixture_table(report: MixtureReport) -> Table:
+    """What each source of a mixture was to give and gave."""
+    table = Table(
+        title=f"The mixture after {report.row:,} {report.counted}, shares of {report.unit}",
+        title_justify="left",
+        header_style="bold",
+    )
+    for column in ("", "asked", "share", "tokens", "examples", "epochs"):
+        table.add_column(column, justify="right" if column else "left")
+    for one in report:
+        shares = f"{one.asked:.2%}", f"{one.share:.2%}"
+        table.add_row(one.name, *shares, f"{one.tokens:,}", f"{one.examples:,}", f"{one.epochs:.2f}")
+    return table

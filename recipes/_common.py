@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _mixture import HELP, read_mixture
 from datasets import load_from_disk
 from rich.console import Console
 from rich.table import Table
@@ -27,12 +28,15 @@ from hf_objectives.corpus.config import tokenizer_digest
 from hf_objectives.corpus.files import list_files
 from hf_objectives.corpus.lock import exclusive
 from hf_objectives.data_files import hold_out, is_hub_id, load_rows
+from hf_objectives.diagnostics.mixture import plot_mixture
 from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.distributed import rank
 from hf_objectives.errors import ConfigError
 from hf_objectives.hub import push, write_card
 from hf_objectives.ledger import Ledger
+from hf_objectives.mixture.report import MixtureReport
 from hf_objectives.prepare import prepare_dataset
+from hf_objectives.preview import mixture_table
 
 logger = logging.getLogger(__name__)
 BUILT_IN = "builtin"
@@ -48,8 +52,10 @@ class DataArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     sources: str | None = field(
-        default=None, metadata={"help": "Several named sources, a mapping of name to dataset_name (JSON)."}
+        default=None,
+        metadata={"help": "Several named sources, a mapping of name to dataset_name, or to a mapping (JSON)."},
     )
+    mixture: str | None = field(default=None, metadata={"help": HELP})
     eval_share: float = field(default=0.1, metadata={"help": "Share of each source that is held out."})
     max_length: int = field(default=1024, metadata={"help": "Tokens of a row."})
     packing: bool = field(default=True, metadata={"help": "Pack several documents into a row."})
@@ -62,7 +68,7 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare data."})
 
     def __post_init__(self) -> None:
-        self.named_sources()
+        read_mixture(self.mixture, self.named_sources())
 
     def named_sources(self) -> Mapping[str, Any]:
         """Source names and where each is."""
@@ -153,8 +159,11 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) 
         tokenizer.chat_template = template  # saved with the model, so that inference renders what was trained
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _prepare(data, tokenizer, seed=seed)
-    settings = {**asdict(data), "num_proc": None, "chat_template": tokenizer.chat_template}
-    versions = [_version(where, data.dataset_split) for where in data.named_sources().values()]
+    # Weights change no token.
+    of_rows = {name: where_of(about) for name, about in data.named_sources().items()}
+    settings = {**asdict(data), "num_proc": None, "chat_template": tokenizer.chat_template, "sources": of_rows}
+    settings["mixture"] = is_mixed(data)
+    versions = [_version(where, data.dataset_split) for where in of_rows.values()]
     about = [settings, seed, tokenizer_digest(tokenizer), versions]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(output_dir) / "prepared" / key
@@ -178,7 +187,8 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     """Load, split, encode and pack every source."""
     train: list[Mapping[str, Any]] = []
     held_out: list[Mapping[str, Any]] = []
-    for name, where in data.named_sources().items():
+    for name, about in data.named_sources().items():
+        where = where_of(about)
         if where == BUILT_IN:
             train += demo.chats(14_000, seed=seed)
             held_out += demo.chats(400, seed=seed, split="test")
@@ -196,10 +206,29 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     }
     ledger = Ledger()
     packed: dict[str, Any] = {"packing": data.packing, "strategy": data.strategy, "num_proc": data.num_proc}
-    trained_rows = prepare_dataset(train, tokenizer, **settings, **packed, ledger=ledger)
+    # A mixture packs the documents that it draws.
+    for_train = {**packed, "packing": data.packing and not is_mixed(data)}
+    trained_rows = prepare_dataset(train, tokenizer, **settings, **for_train, ledger=ledger)
     few = prepare_dataset(train[:64] + train[-64:], tokenizer, **settings, packing=False)
     evaluation = prepare_dataset(held_out, tokenizer, **settings, **packed) if held_out else None
     return Prepared(trained_rows, evaluation, list(few), ledger)
+
+
+def is_mixed(data: DataArguments) -> bool:
+    """Whether the rows to train on are a mixture's."""
+    return read_mixture(data.mixture, data.named_sources()) is not None
+
+
+def where_of(source: Any) -> str:
+    """Where a source is: a path, or the path of a mapping.
+
+    Raises:
+        ConfigError: neither.
+    """
+    path = source.get("path") if isinstance(source, Mapping) else source
+    if not isinstance(path, str):
+        raise ConfigError(f"a source is {source!r}; expected a path, or a mapping with path (and weight, max_epochs)")
+    return path
 
 
 def resume_point(args: Any) -> str | None:
@@ -268,6 +297,13 @@ def print_summary(
         if key in after:
             table.add_row(name, "", _figure(before.get(key)), _figure(after[key]))
     console.print(table)
+
+
+def print_mixture(report: MixtureReport, trainer: Any, console: Console) -> None:
+    """What each source was to give and gave, and a picture of it over the run."""
+    console.print(mixture_table(report))
+    folder = Path(trainer.args.output_dir or ".")
+    plot_mixture(trainer.state.log_history, folder / "mixture.png")
 
 
 def _figure(value: float | None) -> str:

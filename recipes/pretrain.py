@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import BUILT_IN, RecipeModel, finish, load_model, on_main, resume_point
+from _common import BUILT_IN, RecipeModel, finish, load_model, on_main, print_mixture, resume_point
+from _mixture import HELP, of_folder, read_mixture
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -27,6 +28,9 @@ from hf_objectives.corpus.config import CorpusSettings
 from hf_objectives.corpus.manifest import Manifest
 from hf_objectives.distributed import leave_group, world_size
 from hf_objectives.errors import ConfigError, HFObjectivesError
+from hf_objectives.mixture.build import build_mixture
+from hf_objectives.mixture.dataset import DatasetMixture
+from hf_objectives.ordered_stream import OrderedStream
 from hf_objectives.plan import check_launch, print_plan, resolve_plan
 from hf_objectives.preview import highlight
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
@@ -52,6 +56,7 @@ class PretrainData(CorpusSettings):
     prepared: str | None = field(default=None, metadata={"help": "A folder made by hf-objectives prepare."})
     dataset_name: str | None = field(default=None, metadata={"help": "A path, a glob, a Hub id or 'builtin'."})
     sources: str | None = field(default=None, metadata={"help": "A mapping of names to paths or mappings (JSON)."})
+    mixture: str | None = field(default=None, metadata={"help": HELP})
     prepared_dir: str | None = field(default=None, metadata={"help": "Where raw sources are prepared."})
     streaming: bool = field(default=False, metadata={"help": "Stream the shards instead of mapping them."})
     isolate_documents: bool = field(default=True, metadata={"help": "No document sees another of its row."})
@@ -59,14 +64,19 @@ class PretrainData(CorpusSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.prepared:
+        if not self.prepared and not (self.mixture and not self.dataset_name and not self.sources):
             self.named_sources()
-        elif self.dataset_name or self.sources:
+        elif self.prepared and (self.dataset_name or self.sources):
             raise ConfigError("give prepared, or dataset_name or sources, not both")
 
     def named_sources(self) -> Mapping[str, Any]:
         """Raw sources by name."""
         return named_sources(self.sources, self.dataset_name)
+
+    @property
+    def is_mixture_alone(self) -> bool:
+        """Whether a mixture says where its sources are."""
+        return not (self.prepared or self.dataset_name or self.sources)
 
 
 @dataclass
@@ -96,30 +106,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_launch(args)
     set_seed(args.seed)
     model, tokenizer = build_model(model_config, args)
-    folder, manifest = prepare(data, tokenizer, args, origin)
-    train = load_prepared(folder, streaming=data.streaming, seed=args.seed)
-    held_out = load_prepared(folder, "validation") if any(s.split == "validation" for s in manifest.shards) else None
-    num_rows = sum(shard.rows for shard in manifest.shards if shard.split == "train")
-    set_length(args, manifest, streaming=data.streaming)
+    loaded = load(data, tokenizer, args, origin)
+    set_length(args, loaded)
     if args.max_tokens is not None:
         origin = {**origin, "max_steps": f"max_tokens, {origin['max_tokens']}"}
     collator = DataCollatorWithEosPacking(
         tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents
     )
     if on_main():
-        print_plan(resolve_plan(args, data, model, num_rows, origin), console)
-        first_look(next(iter(train)), collator, manifest, console)
+        print_plan(resolve_plan(args, data, model, loaded.num_rows, origin), console)
+        first_look(next(iter(loaded.train)), collator, loaded, console)
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     trainer = PerplexityTrainer(
-        model, args, collator, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        model, args, collator, train_dataset=loaded.train, eval_dataset=loaded.held_out, processing_class=tokenizer
     )
-    before = trainer.evaluate() if held_out is not None else {}
+    before = trainer.evaluate() if loaded.held_out is not None else {}
     trainer.train(resume_from_checkpoint=resume_point(args))
-    after = trainer.evaluate() if held_out is not None else {}
+    after = trainer.evaluate() if loaded.held_out is not None else {}
     trainer.save_model()
     trainer.save_state()
-    results = {"before": before, "after": after, "ledger": ledger(manifest)}
+    results = {"before": before, "after": after, "ledger": ledger(loaded.manifest) if loaded.manifest else {}}
+    if isinstance(loaded.train, DatasetMixture):
+        report = loaded.train.report(trainer.rows_taken)
+        results["mixture"] = report.to_dict()
     if on_main():
+        if isinstance(loaded.train, DatasetMixture):
+            print_mixture(report, trainer, console)
         base = None if model_config.model_config else model_config.model_name_or_path
         finish(trainer, results, base, data, console, wants_push, objective="pretraining")
     trainer.accelerator.wait_for_everyone()
@@ -159,6 +171,47 @@ def build_model(config: PretrainModel, args: Any) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **attention), tokenizer
 
 
+@dataclass
+class Loaded:
+    """What a run reads.
+
+    Attributes:
+        train: rows to train on: mapped, a stream, or a mixture.
+        held_out: rows to evaluate on, or None.
+        num_rows, num_tokens: rows to train on and their tokens; of an endless one, of its first thousands.
+        manifest: of the prepared folder, where there is one.
+    """
+
+    train: Any
+    held_out: Any
+    num_rows: int
+    num_tokens: int
+    manifest: Manifest | None
+
+
+def load(data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, str]) -> Loaded:
+    """The data of a run.
+
+    Raises:
+        ConfigError: a mixture that cannot be.
+        PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
+    """
+    if data.is_mixture_alone:
+        alone = {"packing": "within", "max_length": data.max_length, **(read_mixture(data.mixture, {}) or {})}
+        mixture = build_mixture(alone, tokenizer=tokenizer, seed=args.seed)
+        return Loaded(mixture, mixture.eval_dataset, *mixture.first_rows(), None)
+    folder, manifest = prepare(data, tokenizer, args, origin)
+    named = dict.fromkeys(manifest.sources) if data.prepared else data.named_sources()
+    settings = read_mixture(data.mixture, named)
+    held_out = load_prepared(folder, "validation") if any(s.split == "validation" for s in manifest.shards) else None
+    if settings is not None:
+        mixture = of_folder(settings, folder, tokenizer, args.seed)
+        return Loaded(mixture, held_out, *mixture.first_rows(), manifest)
+    train = [shard for shard in manifest.shards if shard.split == "train"]
+    rows, tokens = sum(shard.rows for shard in train), sum(shard.tokens for shard in train)
+    return Loaded(load_prepared(folder, streaming=data.streaming, seed=args.seed), held_out, rows, tokens, manifest)
+
+
 def prepare(data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, str]) -> tuple[Path, Manifest]:
     """The prepared folder and its manifest; raw sources are prepared by one process, the others wait on its lock.
 
@@ -182,18 +235,17 @@ def prepare(data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, 
     return folder, prepare_corpus(sources, tokenizer, folder, settings)
 
 
-def set_length(args: Any, manifest: Manifest, *, streaming: bool) -> None:
+def set_length(args: Any, loaded: Loaded) -> None:
     """Turn tokens into steps, and give the schedule its decay.
 
     Raises:
         ConfigError: a stream without an end.
     """
-    train = [shard for shard in manifest.shards if shard.split == "train"]
-    rows, tokens = sum(shard.rows for shard in train), sum(shard.tokens for shard in train)
+    rows, endless = loaded.num_rows, isinstance(loaded.train, OrderedStream)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
     if args.max_tokens is not None:
-        args.max_steps = max(1, -(-args.max_tokens * rows // (tokens * batch)))
-    if streaming and args.max_steps <= 0:
+        args.max_steps = max(1, -(-args.max_tokens * rows // (loaded.num_tokens * batch)))
+    if endless and args.max_steps <= 0:
         raise ConfigError("a stream has no length; say how long with max_tokens (or max_steps)")
     if args.lr_scheduler_type.value == _WSD:
         steps = args.max_steps if args.max_steps > 0 else -(-rows // batch) * int(args.num_train_epochs)
@@ -201,13 +253,13 @@ def set_length(args: Any, manifest: Manifest, *, streaming: bool) -> None:
         args.lr_scheduler_kwargs = {"num_decay_steps": max(1, round(steps * args.decay_share)), **given}
 
 
-def first_look(row: Mapping[str, Any], collator: Any, manifest: Manifest, console: Console) -> None:
+def first_look(row: Mapping[str, Any], collator: Any, loaded: Loaded, console: Console) -> None:
     """The begin of a packed row with its trained tokens marked, and what became of every token."""
     batch = collator([row])
     console.rule("A packed row (trained tokens marked)", align="left")
     shown = [batch[name][0, :200].tolist() for name in ("input_ids", "labels")]
     console.print(highlight(collator.tokenizer, *shown, brackets=not console.is_terminal))
-    for line in manifest.lines():
+    for line in loaded.manifest.lines() if loaded.manifest else loaded.train.notes:
         console.print(line, highlight=False, markup=False)
 
 

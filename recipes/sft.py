@@ -19,9 +19,11 @@ from _common import (
     load_model,
     on_main,
     prepare,
+    print_mixture,
     resume_point,
     with_lora,
 )
+from _mixture import of_rows, read_mixture
 from rich.console import Console
 from transformers import set_seed
 
@@ -29,7 +31,7 @@ from hf_objectives import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPac
 from hf_objectives.cli_args import parse_config
 from hf_objectives.demo.accuracy import exact_match
 from hf_objectives.distributed import leave_group
-from hf_objectives.errors import HFObjectivesError
+from hf_objectives.errors import ConfigError, HFObjectivesError
 from hf_objectives.plan import check_launch, print_plan, resolve_plan
 from hf_objectives.preview import print_preview
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
@@ -43,9 +45,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     model, tokenizer = load_model(model_config, use_cpu=args.device.type == "cpu")
     prepared = prepare(data, tokenizer, seed=args.seed, output_dir=args.output_dir)
+    train, settings = prepared.train, read_mixture(data.mixture, data.named_sources())
+    if settings is not None:
+        train = of_rows(settings, train, max_length=data.max_length, packing=data.packing, seed=args.seed)
+        if args.max_steps <= 0:
+            raise ConfigError("a mixture has no length; say how long with max_steps")
     model = with_lora(model, model_config, gradient_checkpointing=args.gradient_checkpointing)
     if on_main():
         print_plan(resolve_plan(args, data, model, len(prepared.train), origin), console)
+        for note in getattr(train, "notes", ()):
+            console.print(note, highlight=False, markup=False)
         print_preview(tokenizer, prepared.examples, prepared.ledger, console)
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     collator: Any = DataCollatorForAssistantOnlyLM(tokenizer)
@@ -55,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         model,
         args,
         collator,
-        train_dataset=prepared.train,
+        train_dataset=train,
         eval_dataset=prepared.evaluation,
         processing_class=tokenizer,
     )
@@ -66,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.save_model()
     trainer.save_state()
     results = {"before": before, "after": after, "ledger": prepared.ledger.to_dict()}
+    if settings is not None:
+        results["mixture"] = train.report(trainer.rows_taken).to_dict()
     if on_main():
+        if settings is not None:
+            print_mixture(train.report(trainer.rows_taken), trainer, console)
         finish(trainer, results, model_config.model_name_or_path, data, console, wants_push)
         for question, said in answers[:6]:
             verdict = "right" if said == question.answer else f"wrong, it is {question.answer!r}"

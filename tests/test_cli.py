@@ -33,7 +33,10 @@ def test_prepare(files, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prepair"], "ConfigError: unknown command 'prepair'; expected one of prepare; did you mean 'prepare'?"),
+        (
+            ["prepair"],
+            "ConfigError: unknown command 'prepair'; expected one of prepare, mixture; did you mean 'prepare'?",
+        ),
         (["prepare"], "ConfigError: tokenizer is missing"),
         (["prepare", "--tokenizer", "x"], "ConfigError: output_dir is missing"),
         (["prepare", "--max_lenght", "3"], "did you mean '--max_length'?"),
@@ -66,3 +69,42 @@ def test_what_is_not_there_is_one_line(files):
 def test_help(capsys):
     main([])
     assert "hf-objectives prepare --config" in capsys.readouterr().out
+
+
+def test_mixture(files, capsys, tmp_path):
+    main(["prepare", "--config", str(files / "corpus.yaml")])
+    (files / "mixture.yaml").write_text(
+        f"sources:\n  a: {{path: {files}/out, weight: 0.9}}\n  b: {{path: {files}/out, weight: 0.2}}\nunit: rows\n"
+    )
+    capsys.readouterr()
+    main(["mixture", "--mixture", str(files / "mixture.yaml"), "--rows", "110", "--plot", str(tmp_path / "plan.png")])
+    said = capsys.readouterr().out
+    assert (
+        "after 110 rows, shares of rows" in said
+        and "81.82%" in said
+        and "source 'b' will be repeated 20.0 times" in said
+    )
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    main(["mixture", "--mixture", str(files / "mixture.yaml"), "--tokens", "5e3"])
+    tokens = [int(line.split("│")[4].replace(",", "")) for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert sum(tokens) == pytest.approx(5_000, rel=0.1)
+    log = [{"step": 2, "loss": 1.0, "mixture/a/asked": 0.5, "mixture/a/share": 0.49, "mixture/a/tokens": 7,
+            "mixture/a/examples": 2, "mixture/a/epochs": 0.5}]  # fmt: skip
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    main(["mixture", "--run", str(tmp_path), "--plot", str(tmp_path / "run.svg")])
+    assert "after 2 steps" in capsys.readouterr().out and (tmp_path / "run.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "ConfigError: give mixture or run, one of the two"),
+        (["--mixture", "a", "--run", "b"], "ConfigError: give mixture or run, one of the two"),
+        (["--mixture", "none.yaml"], "ConfigError: cannot read none.yaml"),
+        (["--mixture", "a", "--rows", "0"], "ConfigError: rows is 0 and tokens None; expected at least 1"),
+        (["--run", "nowhere"], "FileFormatError: no log at nowhere"),
+    ],
+)
+def test_a_mixture_that_cannot_be_looked_at_is_a_line(words, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["mixture", *words])

@@ -45,11 +45,13 @@ TESTED_ELSEWHERE = {
     "corpus/work": "corpus/test_build.py",
     "mixture/feeds": "mixture/test_dataset.py",  # the parts of one order, tested by what they make together
     "mixture/table_feed": "mixture/test_dataset.py",
-    "mixture/prepared_feed": "mixture/test_build.py",
+    "mixture/build": "mixture/test_build_mixture.py",  # test_build is of the corpus
+    "mixture/sources": "mixture/test_build_mixture.py",
+    "mixture/prepared_feed": "mixture/test_build_mixture.py",
     "mixture/order": "mixture/test_dataset.py",
     "mixture/journal": "mixture/test_dataset.py",
     "mixture/report": "mixture/test_dataset.py",
-    "mixture/blocklist": "mixture/test_build.py",
+    "mixture/blocklist": "mixture/test_build_mixture.py",
     "distributed": "invariant/test_two_processes.py",  # needs two processes
 }
 UNTESTED = {"errors"}  # raised, and read, in the tests of everything else

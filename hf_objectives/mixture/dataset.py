@@ -102,7 +102,7 @@ class DatasetMixture(OrderedStream):
         for found in self._read([range(begin, end)]):
             yield from found
 
-    def read(self, turns: Iterable[range]) -> Iterator[Row]:
+    def read_turns(self, turns: Iterable[range]) -> Iterator[Row]:
         """The rows of ascending ranges; what does not fill `batch_rows` at the end is left out."""
         for found in self._read(turns):
             whole = len(found) - len(found) % self.batch_rows
@@ -267,26 +267,35 @@ class DatasetMixture(OrderedStream):
             ],
         )
 
-    def expect(self, rows: int) -> None:
-        """Look ahead at a run that takes so many rows, before it begins: a source that will be repeated more than four
-        times is a warning.
+    def expect(self, rows: int) -> list[str]:
+        """What there is to say before a run takes so many rows, from row 0: which source will be repeated more than four
+        times.
 
         Raises:
             ConfigError: every source has `max_epochs`, and they end before.
         """
         self._asked_for = rows
-        for name, passes in self.passes(rows).items():
-            if passes > MANY_EPOCHS:
-                logger.warning(
-                    "source %r will be repeated %.1f times in %s rows; beyond %d passes repeated data teaches less and "
-                    "less: lower its weight, give it max_epochs, or add data",
-                    *(name, passes, f"{rows:,}", MANY_EPOCHS),
-                )
         if self.is_mapped and all(feed.max_epochs is not None for feed in self.feeds):
             order = self._order()
             while order.row < rows and order.block() is not None:
                 pass
             self._check_end(order.row)
+        return [
+            f"source {name!r} will be repeated {passes:.1f} times in {rows:,} rows; beyond {MANY_EPOCHS:g} passes repeated "
+            "data teaches less and less: lower its weight, give it max_epochs, or add data"
+            for name, passes in self.passes(rows).items()
+            if passes > MANY_EPOCHS
+        ]
+
+    def metrics(self, rows_taken: int) -> dict[str, float]:
+        """What a training log says of the rows up to here, see `MixtureReport.metrics`."""
+        return self.report(rows_taken).metrics()
+
+    def first_rows(self) -> tuple[int, int]:
+        """How many rows some thousand draws from the begin make, and how many tokens those hold."""
+        block = self._order().block()
+        assert block is not None  # sources are not empty
+        return block.num_rows, int(block.drawn.tokens.sum())
 
     def passes(self, rows: int) -> dict[str, float]:
         """How often each source will have been gone through after so many rows, nearly; streams, whose size is not known,

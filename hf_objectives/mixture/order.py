@@ -16,7 +16,7 @@ from hf_objectives.schedule import Schedule
 from hf_objectives.weights import WeightPlan
 
 _DRAWS = 4096  # that are ordered at a time
-_ROWS_PACKED = 256  # rows of documents that are packed together: fewer leave rows half full
+_ROWS_PACKED = 128  # rows of documents that are packed together: fewer leave rows half full
 _CHOICES = 16  # packed rows of which the next is chosen
 State = dict[str, Any]
 
@@ -68,7 +68,13 @@ class Block:
         begun = np.unique(draws[seen])
         of = self.sources[begun]
         passes = np.array(self.before["given"]["passes"])
-        np.maximum.at(passes, of, self.drawn.passes[begun])
+        if self.packed is None:
+            np.maximum.at(passes, of, self.drawn.passes[begun])
+        else:  # in no order: of what all draws of the block move a source on, the share that is given
+            after = passes.copy()
+            np.maximum.at(after, self.sources, self.drawn.passes)
+            drawn = np.bincount(self.sources, minlength=sources)
+            passes += (after - passes) * np.bincount(of, minlength=sources) / np.maximum(drawn, 1)
         before = {name: np.array(self.before["given"][name]) for name in ("amounts", "tokens", "examples")}
         amounts = np.bincount(of, self.drawn.amounts[begun], sources)
         return Given(
@@ -156,7 +162,7 @@ class Order:
             offsets = np.concatenate(([0], np.cumsum(units.tokens)))
             packed = pack_rows(offsets, p.max_length, strategy=p.strategy, overflow=p.overflow)
             if p.strategy != "concat":  # whose rows are in the order of the draws
-                packed = packed.in_order(_balanced(packed, sources, self.row))
+                packed = packed.in_order(_balanced(packed, sources, units, self.row))
         block = Block(self.row, self.draws, sources, units, packed, before)
         self.row, self.draws = self.row + block.num_rows, self.draws + len(sources)
         self._given = block.given(self.row).state()
@@ -245,16 +251,16 @@ def _in_order(sources: NDArray[np.int64], known: Sequence[Ahead]) -> Ahead:
     return by_source.part(place)
 
 
-def _balanced(rows: PackedRows, sources: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+def _balanced(rows: PackedRows, sources: NDArray[np.int64], units: Ahead, seed: int) -> NDArray[np.int64]:
     """A random order of packed rows in which every source stays close to its share of them: of a few that are next at
     random, the row after which the shares so far are closest to those of all. In the order in which they were filled,
     the first rows hold more of the sources with short documents, which fill gaps."""
     count = len(rows.row_offsets) - 1
     of = np.unique(sources, return_inverse=True)[1][rows.documents]
     row = np.repeat(np.arange(count), np.diff(rows.piece_offsets))
-    tokens = np.zeros((count, int(of.max()) + 1))
-    np.add.at(tokens, (row, of), rows.lengths)
-    away = tokens - tokens.mean(axis=0)
+    amounts = np.zeros((count, int(of.max()) + 1))
+    np.add.at(amounts, (row, of), rows.lengths * (units.amounts / units.tokens)[rows.documents])
+    away = amounts - amounts.mean(axis=0)
     waiting = np.random.default_rng(seed).permutation(count).tolist()
     ahead = np.zeros(away.shape[1])  # of what each source should have had
     order = []

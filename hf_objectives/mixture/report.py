@@ -35,11 +35,13 @@ class MixtureReport:
         row: rows that were taken.
         unit: what the shares count.
         sources: one report a source.
+        counted: what `row` counts, "rows", or "steps" where a training log is all there is.
     """
 
     row: int
     unit: str
     sources: list[SourceReport]
+    counted: str = "rows"
 
     def __iter__(self) -> Iterator[SourceReport]:
         return iter(self.sources)
@@ -64,7 +66,7 @@ class MixtureReport:
         """A table, a line each."""
         width = max(6, *(len(source.name) for source in self.sources))
         head = f"{'source':<{width}}  {'asked':>8}  {'share':>8}  {'tokens':>15}  {'examples':>12}  {'epochs':>7}"
-        return [f"after {self.row:,} rows, shares of {self.unit}", head] + [
+        return [f"after {self.row:,} {self.counted}, shares of {self.unit}", head] + [
             f"{s.name:<{width}}  {s.asked:>8.2%}  {s.share:>8.2%}  {s.tokens:>15,}  {s.examples:>12,}  {s.epochs:>7.2f}"
             for s in self.sources
         ]

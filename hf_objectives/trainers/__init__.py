@@ -2,5 +2,6 @@
 
 from hf_objectives.trainers.causal_lm import PerplexityTrainer
 from hf_objectives.trainers.config import PerplexityTrainingArguments
+from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 
-__all__ = ["PerplexityTrainer", "PerplexityTrainingArguments"]
+__all__ = ["OrderedStreamCallback", "PerplexityTrainer", "PerplexityTrainingArguments"]

@@ -26,10 +26,10 @@ from hf_objectives.ordered_stream import OrderedStream
 from hf_objectives.projection import selected_logits
 from hf_objectives.trainers.config import PerplexityTrainingArguments
 from hf_objectives.trainers.guards import ends_of_runs, ensure_stop_tokens, stop_if_not_finite
+from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.trainers.tally import Tally
 
 logger = logging.getLogger(__name__)
-_STREAM = "train_stream"  # where its state is in that of the Trainer, which is saved whole
 
 
 class PerplexityTrainer(Trainer):
@@ -71,7 +71,7 @@ class PerplexityTrainer(Trainer):
             if settings.split_batches:
                 raise ConfigError("split_batches divides each batch of a stream among the ranks; leave it off")
             settings.dispatch_batches = False  # every rank reads, and keeps its own batches
-            args.ignore_data_skip = True  # the stream goes on by itself, see _Companion
+            args.ignore_data_skip = True  # the stream goes on by itself, see OrderedStreamCallback
         super().__init__(model, args, data_collator, **kwargs)
         self.tokenizer = tokenizer
         # The parent counts `num_items_in_batch` only for models whose forward takes it; our loss always does.
@@ -83,6 +83,10 @@ class PerplexityTrainer(Trainer):
         self._isolation_proved = False
         self._tally = Tally()
         self.add_callback(_Companion(self))
+        self._stream: OrderedStreamCallback | None = None
+        if isinstance(self.train_dataset, OrderedStream):
+            self._stream = OrderedStreamCallback(self.train_dataset)
+            self.add_callback(self._stream)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -96,6 +100,11 @@ class PerplexityTrainer(Trainer):
         # Where an iteration begins, a DataLoader without a generator of its own draws from the run's.
         loader.base_dataloader.generator = torch.Generator()
         return loader
+
+    @property
+    def rows_taken(self) -> int:
+        """Rows of an `OrderedStream` that all ranks have taken, from its row 0."""
+        return 0 if self._stream is None else self._stream.rows_taken
 
     def compute_loss(
         self,
@@ -168,9 +177,12 @@ class PerplexityTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's logs; training logs add perplexity, tokens seen and supervised, tokens per second and padding."""
+        """The parent's logs; training logs add perplexity, tokens seen and supervised, tokens per second and padding, and
+        what each source of a mixture has given."""
         if "loss" in logs:
             logs.update(self._tally.take())
+            if self._stream is not None:
+                logs.update(self._stream.stream.metrics(self._stream.rows_taken))
         super().log(logs, start_time)
 
     # -- stop tokens ---------------------------------------------------------------------------------------------
@@ -342,42 +354,20 @@ class PerplexityTrainer(Trainer):
 
 
 class _Companion(TrainerCallback):
-    """What has to happen at the parent's moments: the isolation probe once the model is placed and wrapped, and token
-    count and place in the stream that a resumed run goes on with."""
+    """What has to happen at the parent's moments: the isolation probe once the model is placed and wrapped, and the
+    count of tokens that a resumed run goes on with."""
 
     def __init__(self, trainer: PerplexityTrainer) -> None:
         self._trainer = trainer
-        self._rows_taken = 0  # by all ranks, from the stream's row 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = [log for log in state.log_history if "num_tokens_seen" in log]
         counted = (logs[-1]["num_supervised_tokens"], logs[-1]["num_tokens_seen"]) if logs else (0, 0)
         self._trainer._tally.start(*counted)
-        if self._stream is not None:
-            self._find(self._stream, state)
         if not self._trainer._isolation_proved:
             self._trainer.prove_isolation(self._trainer.model_wrapped)
 
-    @property
-    def _stream(self) -> OrderedStream | None:
-        dataset: Any = self._trainer.train_dataset
-        return dataset if isinstance(dataset, OrderedStream) else None
-
-    def _find(self, stream: OrderedStream, state: Any) -> None:
-        kept = state.stateful_callbacks.get(_STREAM)
-        if state.global_step and kept is None:
-            raise ConfigError(
-                f"the checkpoint of step {state.global_step} does not say where its stream stood; "
-                "it was made on other data"
-            )
-        stream.load_state_dict(kept or stream.state_dict(0))
-        self._rows_taken = stream.state_dict()["row"]
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stream is not None:
-            # Not by `state.train_batch_size`, which after a resume is that of the checkpoint.
-            self._rows_taken += self._stream.batch_rows * args.gradient_accumulation_steps
-            state.stateful_callbacks[_STREAM] = self._stream.state_dict(self._rows_taken)
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

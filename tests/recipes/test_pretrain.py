@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pretrain
@@ -65,7 +67,7 @@ def history(out: Path) -> list[dict]:
 
 
 def test_raw_files_to_a_model_from_scratch(corpus, tmp_path, capsys):
-    sources = {"a": str(corpus / "a.jsonl"), "b": {"path": str(corpus / "b.txt"), "weight": 2}}
+    sources = {"a": str(corpus / "a.jsonl"), "b": {"path": str(corpus / "b.txt")}}
     results = pretrain.main(
         arguments(
             corpus,
@@ -212,3 +214,110 @@ def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_p
     assert done.stdout.count("PREPARING") == 1
     seen = [log["num_tokens_seen"] for log in history(tmp_path / "run") if "num_tokens_seen" in log]
     assert 3 * 8 * 64 * 0.8 < seen[-1] <= 3 * 8 * 64
+
+
+# -- mixtures ----------------------------------------------------------------------------------------------------
+
+WEIGHTS = {"sources": {"a": {"weight": 0.25}, "b": {"weight": 0.75, "max_epochs": 40}}}
+
+
+def mixed(corpus: Path, out: Path, *more: str) -> list[str]:
+    return arguments(corpus, out, "--mixture", json.dumps(WEIGHTS), "--learning_rate", "1e-3", *more)
+
+
+def test_sources_with_weights_are_a_mixture(corpus, tmp_path, capsys):
+    sources = {"a": {"path": str(corpus / "a.jsonl"), "weight": 1}, "b": {"path": str(corpus / "b.txt"), "weight": 3}}
+    raw = ("--sources", json.dumps(sources), "--eval_share", "0.1")
+    results = pretrain.main(arguments(corpus, tmp_path / "run", "--max_tokens", "12000", data=raw))
+    shares = {one["name"]: one["share"] for one in results["mixture"]["sources"]}
+    assert shares == pytest.approx({"a": 0.25, "b": 0.75}, abs=0.01)
+    said = capsys.readouterr().out
+    assert "The mixture after" in said and (tmp_path / "run" / "mixture.png").stat().st_size > 10_000
+    last = [log for log in history(tmp_path / "run") if "loss" in log][-1]
+    assert last["mixture/b/share"] == shares["b"] and last["num_tokens_seen"] == pytest.approx(12_000, rel=0.05)
+    assert last["mixture/a/tokens"] + last["mixture/b/tokens"] == last["num_tokens_seen"]
+    # Other weights prepare nothing again.
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "prepared" / "train").iterdir()}
+    sources["b"]["weight"] = 1
+    raw = ("--sources", json.dumps(sources), "--eval_share", "0.1")
+    pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", data=raw))
+    assert shards == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "prepared" / "train").iterdir()}
+
+
+def test_a_mixture_may_bring_its_own_sources(corpus, tmp_path):
+    (tmp_path / "mixture.yaml").write_text(
+        f"sources:\n  x: {{path: {corpus}/a.jsonl, weight: 1, eval_share: 0.1}}\n  y: {{path: {corpus}/b.txt, weight: 1}}\n"
+    )
+    alone = ("--mixture", str(tmp_path / "mixture.yaml"))
+    results = pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "3", data=alone))
+    assert {one["name"] for one in results["mixture"]["sources"]} == {"x", "y"} and "eval_x_perplexity" in results[
+        "after"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "words"),
+    [
+        ({"sources": {"c": {"weight": 1}}}, "mixture names source 'c'; expected one of a, b"),
+        ({"sources": {"a": {"weight": 1}}}, "source 'b' has no weight, and others do"),
+        ({"unit": "words"}, "unit is 'words'"),
+        ({"preset": "llama3", "bind": {"web": "a"}}, "source 'b' stands for no part of preset 'llama3'"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_said_before_any_step(corpus, tmp_path, mixture, words):
+    with pytest.raises(ConfigError, match=words):
+        pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", json.dumps(mixture)))
+    with pytest.raises(ConfigError, match="mixture names a file that does not exist"):
+        pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", "none.yaml"))
+    with pytest.raises(ConfigError, match="a stream has no length; say how long with max_tokens"):
+        pretrain.main(arguments(corpus, tmp_path / "run", "--mixture", json.dumps(WEIGHTS)))
+
+
+@pytest.mark.distributed
+def test_a_run_that_is_killed_goes_on_with_the_rows_it_would_have_seen(corpus, tmp_path):
+    """Two processes with two loader workers each, killed without warning; resumed on one process with other workers."""
+    pretrain.main(mixed(corpus, tmp_path / "one", "--max_steps", "10"))
+    words = mixed(corpus, tmp_path / "two", "--max_steps", "10", "--save_strategy", "steps", "--save_steps", "2",
+                  "--save_total_limit", "2", "--dataloader_num_workers", "2")  # fmt: skip
+    words[words.index("--per_device_train_batch_size") + 1] = "2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    slow = tmp_path / "slow.py"
+    slow.write_text(SLOW_STEPS)
+    running = subprocess.Popen(
+        [*command, str(slow), *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "two" / "checkpoint-4" / "trainer_state.json").exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    latest = max(int(path.name.split("-")[1]) for path in (tmp_path / "two").glob("checkpoint-*"))
+    assert latest < 10
+    resumed = ("--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-4"), "--dataloader_num_workers", "3")
+    words = mixed(corpus, tmp_path / "two", "--max_steps", "10", *resumed)
+    pretrain.main(words)
+    one, two = ([log for log in history(tmp_path / run) if "loss" in log] for run in ("one", "two"))
+    assert [log["step"] for log in two] == [log["step"] for log in one] == list(range(1, 11))
+    for key in ("num_tokens_seen", "mixture/a/tokens", "mixture/b/tokens", "mixture/a/examples"):
+        assert [log[key] for log in two] == [log[key] for log in one]
+    assert [log["loss"] for log in two] == pytest.approx([log["loss"] for log in one], rel=1e-4)
+
+
+SLOW_STEPS = """
+import sys, time
+sys.path[:0] = ["recipes"]
+from hf_objectives.trainers import PerplexityTrainer
+whole = PerplexityTrainer.training_step
+def slow(self, *given, **more):
+    time.sleep(0.4)
+    return whole(self, *given, **more)
+PerplexityTrainer.training_step = slow
+import pretrain
+pretrain.main(sys.argv[1:])
+"""

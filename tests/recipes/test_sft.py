@@ -143,3 +143,21 @@ def test_a_real_model_learns(real_model_path, corpus, tmp_path):
     few = json.dumps({"alpaca": str(corpus / "alpaca.json")})
     results = main(arguments(corpus, tmp_path / "run", *more, *sizes, "--sources", few, "--dtype", "float32"))
     assert results["after"]["eval_perplexity"] < results["before"]["eval_perplexity"]
+
+
+def test_sources_with_weights_are_a_mixture(corpus, tmp_path, capsys):
+    sources = {
+        "chats": {"path": str(corpus / "chats.jsonl"), "weight": 0.2},
+        "alpaca": {"path": str(corpus / "alpaca.json"), "weight": 0.8},
+    }
+    more = ("--sources", json.dumps(sources), "--mixture", json.dumps({"unit": "supervised"}), "--max_steps", "20")
+    words = arguments(corpus, tmp_path / "run")
+    words[words.index("--sources") : words.index("--sources") + 2] = []
+    results = main([*words, *more])
+    shares = {one["name"]: one["share"] for one in results["mixture"]["sources"]}
+    assert shares == pytest.approx({"chats": 0.2, "alpaca": 0.8}, abs=0.03)
+    assert "shares of supervised" in capsys.readouterr().out and (tmp_path / "run" / "mixture.png").exists()
+    with pytest.raises(ConfigError, match="a mixture has no length; say how long with max_steps"):
+        main([*words, *more[:-1], "-1"])
+    with pytest.raises(ConfigError, match="a source is {'weight': 1}; expected a path, or a mapping with path"):
+        main([*words, "--sources", '{"a": {"weight": 1}}'])

@@ -1,0 +1,81 @@
+"""What carries an `OrderedStream` through a Trainer: its place in checkpoints, and what it has given in the logs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_objectives.errors import ConfigError
+from hf_objectives.ordered_stream import OrderedStream
+
+logger = logging.getLogger(__name__)
+_STATE = "train_stream"  # where a stream's state is in that of the Trainer, which is saved whole
+
+
+class OrderedStreamCallback(TrainerCallback):
+    """Keeps a stream's place with the checkpoints of a Trainer, and goes on there when one is resumed.
+
+    `PerplexityTrainer` adds it by itself. In another Trainer, transformers' or TRL's, add it and set
+    `ignore_data_skip=True`, since the stream goes on by itself.
+
+    Args:
+        stream: the `train_dataset`.
+
+    Raises (when training begins):
+        ConfigError: a checkpoint that was made on other data, or settings under which rows would be read twice.
+
+    Example:
+        mixture = build_mixture("mixture.yaml", tokenizer=tokenizer)
+        Trainer(model, args, train_dataset=mixture, callbacks=[OrderedStreamCallback(mixture)]).train()
+    """
+
+    def __init__(self, stream: OrderedStream) -> None:
+        self.stream = stream
+        self.rows_taken = 0  # by all ranks, from the stream's row 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the place, and say what is ahead."""
+        if not args.ignore_data_skip:
+            raise ConfigError(
+                "ignore_data_skip is off, so that a resumed run would skip rows that a stream skips already"
+            )
+        self.stream.batch_rows = args.train_batch_size * args.world_size
+        kept = state.stateful_callbacks.get(_STATE)
+        if state.global_step and kept is None:
+            raise ConfigError(
+                f"the checkpoint of step {state.global_step} does not say where its stream stood; "
+                "it was made on other data"
+            )
+        self.stream.load_state_dict(kept or self.stream.state_dict(0))
+        self.rows_taken = self.stream.state_dict()["row"]
+        left = (state.max_steps - state.global_step) * self._rows_per_step(args)
+        for line in self.stream.expect(self.rows_taken + left):
+            if state.is_world_process_zero:
+                logger.warning(line)
+
+    def _rows_per_step(self, args: Any) -> int:
+        # Not by `state.train_batch_size`, which after a resume is that of the checkpoint.
+        return self.stream.batch_rows * args.gradient_accumulation_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move on by what all ranks took."""
+        self.rows_taken += self._rows_per_step(args)
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the place in a checkpoint that is about to be written."""
+        if control.should_save:
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the place in the state that is saved last."""
+        state.stateful_callbacks[_STATE] = self.stream.state_dict(self.rows_taken)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add what the stream has given."""
+        if logs and "loss" in logs and state.log_history:
+            for name, value in self.stream.metrics(self.rows_taken).items():
+                logs.setdefault(name, value)
+                state.log_history[-1].setdefault(name, value)

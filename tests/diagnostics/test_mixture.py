@@ -1,0 +1,41 @@
+"""The picture of a mixture, from reports and from a run's log."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_objectives.diagnostics.mixture import plot_mixture, report_of_log
+from hf_objectives.errors import FileFormatError
+from hf_objectives.mixture.report import MixtureReport, SourceReport
+
+
+def report(row: int) -> MixtureReport:
+    sources = [
+        SourceReport("web", 0.8, 0.79, 79 * row, row, row / 10),
+        SourceReport("a/b", 0.2, 0.21, 21 * row, 1, 0.5),
+    ]
+    return MixtureReport(row, "tokens", sources)
+
+
+LOG = [{"step": row, "loss": 1.0, **report(row).metrics()} for row in (1, 2, 3)] + [{"step": 3, "train_runtime": 1.0}]
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_draws_reports_logs_and_folders(ending, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
+    for i, log in enumerate(([report(row) for row in (5, 9)], LOG, tmp_path)):
+        path = plot_mixture(log, tmp_path / "pictures" / f"{i}.{ending}")
+        assert path.stat().st_size > 3_000
+
+
+def test_the_last_log_is_a_report():
+    last = report_of_log(LOG)
+    assert last.sources == report(3).sources and last.row == 3 and "after 3 steps" in str(last)
+
+
+def test_a_log_without_a_mixture_is_named():
+    for read in (report_of_log, plot_mixture):
+        with pytest.raises(FileFormatError, match="not of a run on a mixture"):
+            read([{"step": 1, "loss": 2.0}])
