@@ -36,6 +36,7 @@ bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROW
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/corpus_preparation.py --texts $(TEXTS) --tokenizer $(MODEL)
 	$(BIN)/python benchmarks/streaming.py --texts $(TEXTS) --tokenizer $(MODEL)
+	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/training_step.py --model $(MODEL)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --rows $(ROWS)
 

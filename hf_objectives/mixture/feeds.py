@@ -65,8 +65,8 @@ class Cursor(ABC):
         """Go on behind units that `ahead` gave, from its first on."""
 
     @abstractmethod
-    def read(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Units that lie at most a block behind, by their positions; the content, without what is blocked."""
+    def read(self, units: Ahead) -> list[dict[str, Any]]:
+        """What units hold that lie at most a block behind, without what is blocked; the caller may change the rows."""
 
     @abstractmethod
     def state(self) -> Any:
@@ -144,7 +144,7 @@ class MappedFeed(Feed):
 
     @abstractmethod
     def content(self, numbers: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Units by number."""
+        """What units hold, by number; rows of the caller's own."""
 
     def start(self, state: Any = None) -> Cursor:
         """See `Feed`."""
@@ -182,10 +182,8 @@ class _MappedCursor(Cursor):
     def advance(self, taken: Ahead) -> None:
         self._position = int(taken.positions[-1]) + 1
 
-    def read(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
-        begin = int(positions.min())
-        _, numbers = self._feed.places(begin, int(positions.max()) + 1)
-        return self._feed.content(numbers[positions - begin])
+    def read(self, units: Ahead) -> list[dict[str, Any]]:
+        return self._feed.content(units.numbers)
 
     def state(self) -> int:
         return self._position

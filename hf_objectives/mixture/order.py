@@ -236,9 +236,9 @@ class Order:
         of = block.sources[draws]
         for source in np.unique(of).tolist():
             mine = np.flatnonzero(of == source)
-            positions = block.drawn.positions[draws[mine]]
-            for at, row in zip(mine.tolist(), self._cursors[source].read(positions), strict=True):
-                found[at] = dict(row)
+            rows = self._cursors[source].read(block.drawn.part(draws[mine]))
+            for at, row in zip(mine.tolist(), rows, strict=True):
+                found[at] = row
         return found
 
 

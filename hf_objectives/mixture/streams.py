@@ -216,14 +216,15 @@ class _StreamCursor(Cursor):
         while self._held and int(self._held[0].order.positions[-1]) < self._position:
             self._held.popleft()
 
-    def read(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = [{}] * len(positions)
-        for buffer in self._held:
-            within = positions - int(buffer.order.positions[0])
-            mine = np.flatnonzero((within >= 0) & (within < len(buffer.numbers)))
-            if len(mine):
-                for at, row in zip(mine.tolist(), buffer.rows.content(buffer.numbers[within[mine]]), strict=True):
-                    found[at] = row
+    def read(self, units: Ahead) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = [{}] * len(units)
+        begins = np.array([int(buffer.order.positions[0]) for buffer in self._held])
+        of = np.searchsorted(begins, units.positions, "right") - 1
+        for i in np.unique(of).tolist():
+            mine, buffer = np.flatnonzero(of == i), self._held[i]
+            rows = buffer.rows.content(buffer.numbers[units.positions[mine] - begins[i]])
+            for at, row in zip(mine.tolist(), rows, strict=True):
+                found[at] = row
         return found
 
     def state(self) -> dict[str, Any]:

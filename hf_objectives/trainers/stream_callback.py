@@ -71,11 +71,12 @@ class OrderedStreamCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the place in the state that is saved last."""
-        state.stateful_callbacks[_STATE] = self.stream.state_dict(self.rows_taken)
+        if args.should_save:  # where accelerate hands batches out, other processes read nothing
+            state.stateful_callbacks[_STATE] = self.stream.state_dict(self.rows_taken)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add what the stream has given."""
-        if logs and "loss" in logs and state.log_history:
+        if logs and "loss" in logs and state.log_history and state.is_world_process_zero:
             for name, value in self.stream.metrics(self.rows_taken).items():
                 logs.setdefault(name, value)
                 state.log_history[-1].setdefault(name, value)

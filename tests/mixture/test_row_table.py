@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
+from hf_objectives.mixture.streams import _is_shuffled
 
 ROWS = [{"ids": [i] * (i % 4), "text": f"row {i}" if i % 3 else None, "n": i, "share": i / 7} for i in range(23)]
 
@@ -71,3 +72,17 @@ def test_rows_in_a_list_have_the_same_methods():
     assert RowTable(Dataset.from_dict({"t": ["a"]}, Features({"t": Value("string")}))).types() == {"t": "string"}
     assert rows.odd(["n", "ids", "text", "share"]) is None
     assert RowList([{"a": 1}, {"b": 2}]).odd(["a"]) == (1, ["b"])
+
+
+def test_what_is_taken_from_datasets_that_is_not_public():
+    dataset = Dataset.from_list(ROWS)
+    assert dataset._indices is None and dataset.select([2, 1])._indices.column(0).to_pylist() == [2, 1], (
+        "datasets keeps the rows of a selection elsewhere; see RowTable"
+    )
+    assert set(dataset.features._column_requires_decoding) == {"ids", "text", "n", "share"}, (
+        "datasets tells elsewhere which columns are decoded; see RowTable"
+    )
+    shuffled = dataset.to_iterable_dataset().shuffle(seed=1).map(lambda row: row)
+    assert _is_shuffled(shuffled) and not _is_shuffled(dataset.to_iterable_dataset().map(lambda row: row)), (
+        "datasets keeps the shuffle buffer of a stream elsewhere; see _is_shuffled in mixture/streams.py"
+    )
