@@ -24,7 +24,7 @@ _NOT_PUSHED = ["checkpoint-*", "prepared/*"]
 def write_card(
     folder: Path, *, results: Mapping[str, Any], base_model: str | None, data: Any, args: Any, objective: str = "sft"
 ) -> Path:
-    """Write `README.md`: what was trained on how much of what, and the held-out figures before and after.
+    """Write `README.md`: what was trained on how much of what, in which mixture, and the held-out figures before and after.
 
     `objective` is "sft" or "pretraining", a `base_model` of None stands for random weights.
 
@@ -56,6 +56,11 @@ def write_card(
     for source, account in results["ledger"].items():
         dropped = sum(account["dropped_tokens"].values())
         lines.append(f"| {source} | {account['rows_in']} | {account['tokens_in']} | {account['trained']} | {dropped} |")
+    if mixture := results.get("mixture"):
+        lines += ["", f"| source | asked, {mixture['unit']} | given | tokens | epochs |", "|---|---|---|---|---|"]
+        for one in mixture["sources"]:
+            shares = f"{one['asked']:.2%} | {one['share']:.2%}"
+            lines.append(f"| {one['name']} | {shares} | {one['tokens']} | {one['epochs']:.2f} |")
     settings = {
         "max_length": data.max_length,
         "packing": data.packing,

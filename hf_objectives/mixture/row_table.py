@@ -32,6 +32,7 @@ class RowTable:
     """
 
     def __init__(self, rows: Dataset | pa.Table) -> None:
+        self._rows = rows
         self._dataset: Dataset | None = None
         self._indices: NDArray | None = None
         table: pa.Table
@@ -112,8 +113,9 @@ class RowTable:
         names = self.names
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
-    def __getstate__(self) -> Mapping[str, Any]:
-        return {**self.__dict__, "_reads": {}}  # views, which each process makes for itself
+    def __reduce__(self) -> Any:
+        # A dataset goes to another process by the files that it maps, the views of it would go by value.
+        return RowTable, (self._rows,)
 
 
 class RowList:

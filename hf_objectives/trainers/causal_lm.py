@@ -229,6 +229,8 @@ class PerplexityTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]  # type: ignore[index]
+        if isinstance(dataset, OrderedStream):
+            raise ConfigError("evaluation needs rows that end; a mixture's are in its eval_dataset")
         collate: Any = self.data_collator
         if isinstance(collate, (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking)):
             collate = dataclasses.replace(collate, allow_empty=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import PartialState
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixtures import LENGTHS, mixture, name_of, source, sources, taken
@@ -365,6 +367,24 @@ def test_a_row_can_be_blocked_when_a_run_goes_on(unit):
         now = [row for row in after if row[0] == name]
         shared = min(len(was), len(now))
         assert now[:shared] == was[:shared]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_spawned_workers_read_it_as_forked_ones_do(streams):
+    made = mixture({"unit": "examples"}, streams=streams)
+    made.batch_rows = 4
+    loader = DataLoader(made, batch_size=4, num_workers=2, collate_fn=list, multiprocessing_context="spawn")
+    rows = [name_of(row) for batch in itertools.islice(loader, 6) for row in batch]
+    assert rows == taken(mixture({"unit": "examples"}, streams=streams), 24)
+    assert made.report(24)["a"].examples == sum(name == "a" for name, _ in rows)
+
+
+def test_a_mapped_file_goes_to_another_process_by_its_name(tmp_path):
+    big = Dataset.from_dict({"input_ids": [list(range(500))] * 200})
+    big.save_to_disk(str(tmp_path / "big"))
+    made = build_mixture({"sources": {"big": Dataset.load_from_disk(str(tmp_path / "big"))}})
+    assert len(pickle.dumps(made)) < 40_000
+    assert next(iter(pickle.loads(pickle.dumps(made))))["input_ids"].tolist() == list(range(500))
 
 
 def test_a_mixture_is_a_torch_dataset():

@@ -233,6 +233,8 @@ def test_sources_with_weights_are_a_mixture(corpus, tmp_path, capsys):
     assert shares == pytest.approx({"a": 0.25, "b": 0.75}, abs=0.01)
     said = capsys.readouterr().out
     assert "The mixture after" in said and (tmp_path / "run" / "mixture.png").stat().st_size > 10_000
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| source | asked, tokens | given | tokens | epochs |" in card and "| b | 75.00% | 7" in card
     last = [log for log in history(tmp_path / "run") if "loss" in log][-1]
     assert last["mixture/b/share"] == shares["b"] and last["num_tokens_seen"] == pytest.approx(12_000, rel=0.05)
     assert last["mixture/a/tokens"] + last["mixture/b/tokens"] == last["num_tokens_seen"]

@@ -106,3 +106,9 @@ def test_a_checkpoint_of_another_mixture_is_refused(make, tmp_path):
 def test_a_trainer_that_would_skip_rows_as_well_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="ignore_data_skip is off"):
         plain(tmp_path, mixture(), Collate(), ignore_data_skip=False).train()
+
+
+def test_a_stream_without_an_end_is_no_evaluation_set(tmp_path):
+    run = ours(tmp_path, mixture(), Collate())
+    with pytest.raises(ConfigError, match="evaluation needs rows that end; a mixture's are in its eval_dataset"):
+        run.evaluate(mixture())
