@@ -19,6 +19,7 @@ from hf_objectives.packing import check_packing
 from hf_objectives.weights import PRESETS, Stage, WeightPlan, tempered
 
 PACKINGS = ("within", "across")
+_TOLD = 12  # sources in a line
 logger = logging.getLogger(__name__)
 
 
@@ -221,12 +222,10 @@ class MixtureConfig:
         if not total:
             raise ConfigError(f"the weights of {', '.join(self.names)} are all 0; expected one above 0")
         if abs(total - 1) > 1e-9 and any(source.weight is not None for source in self.sources) | bool(self.preset):
-            shares = ", ".join(f"{name} {share:.2%}" for name, share in zip(self.names, weights / total, strict=True))
-            notes.append(f"weights add to {total:g}, normalised: {shares}")
+            notes.append(f"weights add to {total:g}, normalised: {_shares(self.names, weights / total)}")
         if self.temperature != 1:
             weights = tempered(weights, self.temperature)
-            shares = ", ".join(f"{name} {share:.2%}" for name, share in zip(self.names, weights, strict=True))
-            notes.append(f"at temperature {self.temperature:g}: {shares}")
+            notes.append(f"at temperature {self.temperature:g}: {_shares(self.names, weights)}")
         stages = [_stage(i, stage, self.names) for i, stage in enumerate(self.stages)]
         return WeightPlan(weights, stages), notes
 
@@ -334,6 +333,11 @@ def _read(kind: type, given: Any, where: str) -> Any:
         return kind(**given)
     except TypeError as error:
         raise ConfigError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
+
+
+def _shares(names: Sequence[str], shares: np.ndarray) -> str:
+    told = [f"{name} {share:.2%}" for name, share in zip(names[:_TOLD], shares[:_TOLD], strict=True)]
+    return ", ".join(told) + (f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else "")
 
 
 def _stage(at: int, stage: StageConfig, names: Sequence[str]) -> Stage:

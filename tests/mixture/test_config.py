@@ -15,11 +15,16 @@ def shares(made) -> dict[str, float]:
 
 
 def test_weights_are_relative_and_a_line_says_so(caplog):
-    assert shares(mixture(weights=None) if False else mixture()) == pytest.approx({"a": 0.6, "b": 0.3, "c": 0.1})
+    assert shares(mixture()) == pytest.approx({"a": 0.6, "b": 0.3, "c": 0.1})
     assert not caplog.text
     made = build_mixture({"sources": sources((3, 1, 0))})
     assert shares(made) == {"a": 0.75, "b": 0.25, "c": 0}
     assert made.notes == ["weights add to 4, normalised: a 75.00%, b 25.00%, c 0.00%"] and made.notes[0] in caplog.text
+
+
+def test_a_line_about_many_sources_stays_a_line():
+    many = build_mixture({"sources": {f"s{i}": {"dataset": source("c"), "weight": 1} for i in range(50)}})
+    assert many.notes[0].endswith("s11 2.00% and 38 more")
 
 
 def test_without_weights_each_source_has_its_size():
