@@ -140,6 +140,9 @@ class MixtureConfig:
         object.__setattr__(
             self, "stages", [s if isinstance(s, StageConfig) else _read(StageConfig, s, "stage") for s in self.stages]
         )
+        for name in ("temperature", "buffer_size", "max_length"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name))
         if isinstance(self.blocklist, str):
             object.__setattr__(self, "blocklist", _yaml(self.blocklist))
         _check_blocklist(self.blocklist)

@@ -50,6 +50,8 @@ def open_source(source: SourceConfig, config: MixtureConfig, tokenizer: Any, see
         if isinstance(source.path, str) and (Path(source.path) / MANIFEST).is_file():
             return _open_prepared(source, config, tokenizer, seed)
         rows = _rows(source)
+        if not hasattr(rows, "__iter__"):
+            raise ConfigError(f"the dataset is {type(rows).__name__}; expected a dataset or rows")
         if isinstance(rows, OrderedStream):
             raise ConfigError("the dataset is a stream without an end; give the path of its folder")
         if isinstance(rows, (Dataset, Sequence)):
@@ -61,6 +63,8 @@ def open_source(source: SourceConfig, config: MixtureConfig, tokenizer: Any, see
         if f"source {source.name!r}" in str(error):
             raise
         raise type(error)(f"source {source.name!r}: {error}") from error
+    except OSError as error:  # the Hub does not answer, or does not have it
+        raise ConfigError(f"source {source.name!r} cannot be read: {error}") from error
 
 
 def _rows(source: SourceConfig) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hf_objectives.errors import ConfigError, DataError
 from hf_objectives.mixture.blocklist import blocked_whole, without
 from hf_objectives.mixture.feeds import MappedFeed
-from hf_objectives.mixture.row_table import RowList, RowTable
+from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
 from hf_objectives.packing import IGNORE
 from hf_objectives.permutation import permuted
 
@@ -56,6 +56,9 @@ class TableFeed(MappedFeed):
         super().__init__(
             name, len(table), seed=seed, max_epochs=max_epochs, blocked=np.concatenate(gone) if gone else None
         )
+        kind = table.types().get("input_ids", "")
+        if kind not in ("", INTEGERS):
+            raise ConfigError(f"source {name!r}: input_ids are {kind}; expected lists of token ids")
         self._tokens = table.lengths("input_ids") if "input_ids" in table.names else None
         if self._tokens is not None:
             if longest is not None:

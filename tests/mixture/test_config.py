@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from datasets import Dataset
 from mixtures import mixture, source, sources
 
 from hf_objectives.errors import ConfigError
@@ -132,6 +133,14 @@ A = {"dataset": source("a"), "weight": 1}
         ({"sources": {"a": A}, "sorces": 1}, "mixture: unknown key 'sorces'; did you mean 'sources'?"),
         ({"sources": {"a": A}, "preset": "gpt3"}, "source 'a' has a weight, and preset 'gpt3' gives one"),
         ("nowhere.yaml", "cannot read nowhere.yaml: No such file"),
+        ({"sources": {"a": 5}}, "source 'a': the dataset is int; expected a dataset or rows"),
+        ({"sources": {"a": A}, "temperature": "hot"}, "temperature is 'hot'; expected a number"),
+        ({"sources": {"a": A}, "buffer_size": "x"}, "buffer_size is 'x'; expected a number"),
+        ({"sources": {"a": "nobody/nothing"}}, "source 'a' cannot be read: .*nobody/nothing"),
+        (
+            {"sources": {"a": Dataset.from_dict({"input_ids": ["x y"]})}},
+            "source 'a': input_ids are string; expected lists of token ids",
+        ),
     ],
 )
 def test_what_cannot_work_is_named(config, words):
