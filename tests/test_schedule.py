@@ -149,6 +149,21 @@ def test_a_retired_sources_share_goes_to_the_others_in_proportion():
     assert not schedule.weights.any()
 
 
+@settings(deadline=None)
+@given(weights=st.lists(st.floats(0.01, 1), min_size=2, max_size=6), draws=st.integers(0, 200), data=st.data())
+def test_whenever_a_source_retires_all_that_was_drawn_stays_due(weights, draws, data):
+    schedule = Schedule(weights)
+    ones = [np.ones(400, np.int64)] * len(weights)
+    schedule.draw(ones, draws)
+    gone = data.draw(st.integers(0, len(weights) - 1))
+    schedule.retire(gone)
+    assert schedule.due.sum() == pytest.approx(schedule.units) and schedule.due[gone] == schedule.drawn[gone]
+    for _ in range(100):
+        schedule.draw([[] if i == gone else ones[i] for i in range(len(weights))], 1)
+        # What it left over moves the others by less than another draw.
+        assert np.abs(schedule.drawn - schedule.due).max() <= 2
+
+
 @pytest.mark.parametrize(
     ("weights", "words"),
     [

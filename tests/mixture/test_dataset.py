@@ -275,6 +275,8 @@ def test_a_source_that_ends_leaves_its_share_to_the_others(streams):
     last = len(names) - names[::-1].index("a")
     after = Counter(names[last + 3 :])
     assert after["b"] / after.total() == pytest.approx(0.75, abs=0.01)  # 0.3 of 0.4
+    for row in range(last - 30, last + 30):  # asked is what the weights up to here ask for, wherever blocks begin
+        assert all(abs(one.asked - one.share) * row <= 2 for one in made.report(row))
 
 
 @pytest.mark.parametrize("streams", [False, True])

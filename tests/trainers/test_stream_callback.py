@@ -60,6 +60,8 @@ def test_a_resumed_run_sees_the_rows_that_it_would_have_seen(make, streams, tmp_
         run = make(tmp_path, mixture(streams=streams), collate)
         run.train(resume_from_checkpoint=checkpoint and str(tmp_path / f"checkpoint-{checkpoint}"))
         runs.append((run, collate.seen))
+        state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+        assert state["stateful_callbacks"]["train_stream"]["row"] == 24
     (whole, rows), (resumed, rest) = runs
     assert rows[:24] == taken(mixture(streams=streams), 24) and rest[:8] == rows[16:24]
     losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run, _ in runs]
