@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -209,17 +210,20 @@ def _earliest_due(
     """Draws by rank, each time the lowest of those whose start has come, up to the first that is not known; and that."""
     waiting: list[int] = []
     order: list[int] = []
-    at, count = 0, len(starts)
-    while len(order) < most:
-        while at < count and starts[at] <= units:
+    take, at = order.append, 0
+    starts.append(inf)
+    for _ in range(min(most, len(rank))):
+        while starts[at] <= units:
             heappush(waiting, rank[at])
             at += 1
-        if not waiting:  # somebody is always due; rounding may put the begin a hair later
-            heappush(waiting, rank[at])
+        if waiting:
+            first = heappop(waiting)
+        else:  # somebody is always due; rounding may put the begin a hair later
+            first = rank[at]
             at += 1
-        first = heappop(waiting)
-        if not size_of[first]:
+        size = size_of[first]
+        if not size:
             return order, first
-        order.append(first)
-        units += size_of[first]
+        take(first)
+        units += size
     return order, None

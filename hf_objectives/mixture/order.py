@@ -65,7 +65,7 @@ class Block:
             draws, tokens = self.packed.documents, self.packed.lengths
         seen = rows < row - self.row
         # A document counts where its first piece lies; its tokens where they are.
-        begun = np.unique(draws[seen])
+        begun = draws[seen] if self.packed is None else np.unique(draws[seen])
         of = self.sources[begun]
         passes = np.array(self.before["given"]["passes"])
         if self.packed is None:
