@@ -37,14 +37,19 @@ def questions(n: int, *, seed: int = 0, split: Split = "train", skills: Sequence
     Raises:
         ConfigError: an unknown split or skill.
     """
+    stream = _checked(random.Random(f"{seed} {split}"), skills, split)
+    return [next(stream) for _ in range(n)]
+
+
+def _checked(rng: random.Random, skills: Sequence[str] | None, split: Split) -> Iterator[Question]:
+    """The stream of questions, once split and skills are known to exist."""
     if split not in ("train", "test"):
         raise ConfigError(f"split is {split!r}; expected 'train' or 'test'")
     names = list(skills or SKILLS)
     for name in names:
         if name not in SKILLS:
             raise ConfigError(f"unknown skill {name!r}; expected one of {', '.join(SKILLS)}{nearest(name, SKILLS)}")
-    stream = _questions(random.Random(f"{seed} {split}"), names, split)
-    return [next(stream) for _ in range(n)]
+    return _questions(rng, names, split)
 
 
 def _questions(rng: random.Random, names: list[str], split: Split) -> Iterator[Question]:
@@ -59,10 +64,16 @@ def _is_test(question: str) -> bool:
     return int.from_bytes(digest, "big") < _TEST_SHARE * 2**32
 
 
-def texts(n: int, *, seed: int = 0, split: Split = "train") -> list[dict[str, Any]]:
-    """`n` documents, `text`: a few questions with their answers each."""
+def texts(
+    n: int, *, seed: int = 0, split: Split = "train", skills: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """`n` documents, `text`: a few questions with their answers each, of all skills or of some.
+
+    Raises:
+        ConfigError: an unknown split or skill.
+    """
     rng = random.Random(f"{seed} {split} texts")
-    stream = _questions(rng, list(SKILLS), split)
+    stream = _checked(rng, skills, split)
     return [
         {"text": "\n".join(f"{q.question} {q.answer}" for q in (next(stream) for _ in range(rng.randint(2, 5))))}
         for _ in range(n)
