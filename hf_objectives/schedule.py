@@ -78,6 +78,11 @@ class Schedule:
         piece = int(np.searchsorted(self._at, units, "right")) - 1
         return self._due[piece] + self._slopes[piece] * (units - self._at[piece])
 
+    @property
+    def ever(self) -> NDArray[np.bool_]:
+        """Which sources have a weight at any time, bool [sources]; the others are never waited for."""
+        return self._slopes.any(axis=0)
+
     def retire(self, source: int) -> None:
         """Draw no more of a source; its share, and what it has not had yet, go to the others in proportion."""
         due = self.due
@@ -117,7 +122,7 @@ class Schedule:
         """When each known draw may begin and when it is due, in units drawn in all, its source and its size; and the
         first unknown draw of each source, of size 0, due as early as it can be."""
         starts, due, sources, lengths = [], [], [], []
-        for i in np.flatnonzero(self._slopes.any(axis=0)).tolist():
+        for i in np.flatnonzero(self.ever).tolist():
             known = np.asarray(sizes[i], np.int64)
             had = np.concatenate(([0], np.cumsum(known))) + self.drawn[i]
             # A draw may begin as soon as what came before it is due, and is due when all of it is.

@@ -124,6 +124,7 @@ def _about(config: MixtureConfig, feeds: Sequence[Feed], plan: WeightPlan, seed:
     """What a state must agree with. Not the blocklist: to take out a row and go on is what it is for."""
     names = config.names
     return {
+        "names": names,  # states go by their order
         "sources": {feed.name: feed.about() for feed in feeds},
         "weight": dict(zip(names, plan.weights.tolist(), strict=True)),
         "max_epochs": {source.name: source.max_epochs for source in config.sources},

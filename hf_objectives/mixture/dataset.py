@@ -115,20 +115,17 @@ class DatasetMixture(OrderedStream):
 
     def _read(self, turns: Iterable[range]) -> Iterator[list[Row]]:
         """The rows of each range."""
-        order, last = self._order(self._resumed), None
-        block = order.block()
+        order = self._order(self._resumed)
+        block = self._next(order)
         most = _READ if self._packer is None else max(1, _TOKENS_READ // self._packer.max_length)
         for turn in turns:
             found: list[Row] = []
             at = turn.start
             while at < turn.stop:
                 while block is not None and at >= block.row + block.num_rows:
-                    block = order.block()
+                    block = self._next(order)
                 if block is None:
                     break
-                if block is not last:
-                    self._note(block)
-                    last = block
                 end = min(turn.stop, block.row + block.num_rows, at + most)
                 numbers = np.arange(at - block.row, end - block.row)
                 found += order.read(block, numbers, self.names, labels=self._labels)
@@ -142,10 +139,12 @@ class DatasetMixture(OrderedStream):
     def _order(self, state: Mapping[str, Any] | None = None) -> Order:
         return Order(self.feeds, self.plan, self._packer, state)
 
-    def _note(self, block: Block) -> None:
-        worker = get_worker_info()
-        if self._journal is not None and (worker is None or worker.id == 0):
+    def _next(self, order: Order) -> Block | None:
+        """The next block, also noted where it has no row for this worker."""
+        block, worker = order.block(), get_worker_info()
+        if block is not None and self._journal is not None and (worker is None or worker.id == 0):
             self._journal.write(block)
+        return block
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -275,7 +274,7 @@ class DatasetMixture(OrderedStream):
             ConfigError: every source has `max_epochs`, and they end before.
         """
         self._asked_for = rows
-        if self.is_mapped and all(feed.max_epochs is not None for feed in self.feeds):
+        if self.is_mapped and self._may_end():
             order = self._order()
             while order.row < rows and order.block() is not None:
                 pass
@@ -315,10 +314,16 @@ class DatasetMixture(OrderedStream):
             low, high = (middle, high) if given @ rows_of_unit < rows else (low, middle)
         return dict(zip(self.names, (_capped(self.plan.due(high), most) / sizes).tolist(), strict=True))
 
+    def _may_end(self) -> bool:
+        """Whether at some time all sources with a weight have `max_epochs`."""
+        for_ever = [feed.max_epochs is None for feed in self.feeds]
+        return any(not weights[for_ever].any() for weights in (self.plan.weights, *(w for _, w in self.plan.pieces())))
+
     def _check_end(self, row: int) -> None:
         if self._asked_for is not None and row < self._asked_for:
             raise ConfigError(
-                f"every source reaches its max_epochs after {row:,} rows, and the run takes {self._asked_for:,}; raise "
+                f"every source with a weight reaches its max_epochs after {row:,} rows, and the run takes "
+                f"{self._asked_for:,}; raise "
                 f"max_epochs ({', '.join(f'{feed.name} {feed.max_epochs:g}' for feed in self.feeds if feed.max_epochs)}), "
                 "add a source, or train for less"
             )

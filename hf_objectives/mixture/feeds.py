@@ -155,9 +155,9 @@ class MappedFeed(Feed):
         return number
 
     def ahead(self, begin: int, count: int) -> Ahead:
-        """The next `count` units from a position on, or one pass."""
+        """The next `count` units from a position on, blocked ones left out."""
         assert self.size is not None
-        end = begin + min(count, self.size)
+        end = begin + count
         if self._end is not None:
             end = min(end, self._end)
         while True:

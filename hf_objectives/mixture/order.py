@@ -189,7 +189,11 @@ class Order:
         """As many units of each source as it will give in so many draws, nearly; some of those whose share comes later."""
         rates = self.schedule.weights / self._mean
         counts = np.ceil(1.1 * draws * rates / rates.sum()).astype(int) + 4
-        known = [cursor.ahead(int(count)) for cursor, count in zip(self._cursors, counts, strict=True)]
+        ever = self.schedule.ever
+        known = [
+            cursor.ahead(int(count)) if any_time else NOTHING
+            for cursor, count, any_time in zip(self._cursors, counts, ever, strict=True)
+        ]
         self._mean = np.array([units.amounts.mean() if len(units) else 1.0 for units in known])
         return known
 

@@ -50,9 +50,11 @@ class RowTable:
         else:
             table, self.names = rows, rows.column_names
         self._size = len(rows)
-        self._columns: dict[str, pa.ChunkedArray] = {name: table[name] for name in self.names}
-        chunks = self._columns[self.names[0]].chunks if self.names else []
-        self._begins = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        # Columns may be cut in different places (add_column); batches are cut where any is.
+        batches = table.select(self.names).to_batches()
+        self._types = {name: table.schema.field(name).type for name in self.names}
+        self._chunks = {name: [batch.column(name) for batch in batches] for name in self.names}
+        self._begins = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._reads: dict[tuple[str, int], _Read] = {}
 
     def __len__(self) -> int:
@@ -64,19 +66,18 @@ class RowTable:
 
     def types(self) -> dict[str, str]:
         """The columns, each with its type."""
-        kinds = {name: column.type for name, column in self._columns.items()}
-        return {name: INTEGERS if _is_list(kind) else str(kind) for name, kind in kinds.items()}
+        return {name: INTEGERS if _is_list(kind) else str(kind) for name, kind in self._types.items()}
 
     def lengths(self, name: str) -> NDArray[np.int64]:
         """Lengths of the lists of a column, int64 [rows]; no values are read."""
-        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._columns[name].chunks]
+        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._chunks[name]]
         lengths = np.concatenate([np.zeros(0, np.int64), *chunks]).astype(np.int64)
         return lengths if self._indices is None else lengths[self._indices]
 
     def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
         """How many values of each list `counted` says yes to, int64 [rows]."""
         parts = [np.zeros(0, np.int64)]
-        for chunk in self._columns[name].chunks:
+        for chunk in self._chunks[name]:
             ends = np.concatenate(([0], np.cumsum(counted(chunk.flatten().to_numpy()))))
             offsets = chunk.offsets.to_numpy().astype(np.int64)
             parts.append(np.diff(ends[offsets - offsets[0]]))
@@ -85,7 +86,7 @@ class RowTable:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column, in the order of the rows."""
-        column = self._columns[name]
+        column = pa.chunked_array(self._chunks[name], self._types[name])
         return column if self._indices is None else column.take(pa.array(self._indices))
 
     def read(self, rows: NDArray[np.int64]) -> list[Row]:
@@ -108,7 +109,7 @@ class RowTable:
         columns = []
         for name in self.names:
             if (name, chunk) not in self._reads:
-                self._reads[name, chunk] = _reader(self._columns[name].chunk(chunk))
+                self._reads[name, chunk] = _reader(self._chunks[name][chunk])
             columns.append(self._reads[name, chunk](rows))
         names = self.names
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -153,7 +153,8 @@ class _StreamCursor(Cursor):
     """`Cursor` of a stream. `passes` of its units are broken ones once the length of a pass is known, whole before."""
 
     def __init__(self, feed: StreamFeed, state: Mapping[str, Any]) -> None:
-        self._feed = feed
+        self._feed, self._origin = feed, dict(state)
+        self._untouched = True
         self._size: int | None = state.get("size")  # rows of a pass
         self._position: int = state.get("position", 0)
         self._epoch: int = state.get("epoch", 0)
@@ -179,7 +180,7 @@ class _StreamCursor(Cursor):
 
     def _fill(self) -> bool:
         """Hold another buffer; False at the end of all passes."""
-        most = self._feed.max_epochs
+        most, self._untouched = self._feed.max_epochs, False
         while most is None or self._epoch < most:
             read = next(self._reading, None)
             if read is None:
@@ -228,6 +229,8 @@ class _StreamCursor(Cursor):
         return found
 
     def state(self) -> dict[str, Any]:
+        if self._untouched:  # of no weight so far, and not to be read for this
+            return self._origin
         at = {"position": self._position, "size": self._size}
         while self._end > self._position or self._fill():
             for buffer in self._held:

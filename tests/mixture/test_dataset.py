@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.build import build_mixture
+from hf_objectives.mixture.feeds import MappedFeed
 
 KINDS = {
     "tokens": {},
@@ -200,6 +201,7 @@ def test_a_state_does_not_grow():
         ({"packing": "across", "max_length": 64}, "packing: None there, "),
         ({"stages": [{"begin": 10, "weights": {"a": 1}}]}, "stages: "),
         ({"sources": {**sources(), "d": {"dataset": source("b"), "weight": 0}}}, "sources of 'd': missing there"),
+        ({"sources": dict(reversed(sources().items()))}, "names: .'a', 'b', 'c'. there, .'c', 'b', 'a'. here"),
     ],
 )
 def test_a_state_of_another_mixture_is_refused(other, words):
@@ -302,10 +304,58 @@ def test_a_run_that_asks_for_more_than_there_is_is_refused_before_it_begins():
         made.expect(112)
     stream = mixture({"unit": "examples"}, streams=True, max_epochs={"a": 1, "b": 2, "c": 3})
     stream.expect(112)
-    with pytest.raises(ConfigError, match="every source reaches its max_epochs after 111 rows"):
+    with pytest.raises(ConfigError, match="every source with a weight reaches its max_epochs after 111 rows"):
         taken(stream, 112)
     with pytest.raises(ConfigError, match="the mixture has 111 draws"):
         made.at(111)
+
+
+def test_a_stage_in_which_nothing_is_left_is_an_end():
+    stages = [{"begin": 500, "weights": {"b": 1}}]
+    made = mixture({"unit": "examples", "sources": sources((1, 0, 0), max_epochs={"a": 2}), "stages": stages})
+    made.expect(80)
+    with pytest.raises(ConfigError, match="every source with a weight reaches its max_epochs after 80 rows"):
+        made.expect(81)
+    assert len(taken(mixture({"unit": "examples", "sources": sources((1, 0, 0), max_epochs={"a": 2})}), 500)) == 80
+
+
+def test_a_stream_without_a_weight_is_never_waited_for():
+    def rows():
+        yield {"input_ids": [1], "n": 0}
+        raise AssertionError("waited for")
+
+    late = type("Late", (), {"__iter__": lambda self: rows()})()
+    made = mixture({"sources": {**sources(), "d": {"dataset": late, "weight": 0}}})
+    assert taken(made, 300) == taken(mixture(), 300)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_source_of_few_rows_is_looked_ahead_for_many_passes(size, monkeypatch):
+    asked = []
+    whole = MappedFeed.ahead
+    monkeypatch.setattr(MappedFeed, "ahead", lambda self, *given: asked.append(1) or whole(self, *given))
+    few = {"a": source("a"), "z": source("c").select(range(size))}
+    weighed = {name: {"dataset": rows, "weight": 1} for name, rows in few.items()}
+    made = build_mixture({"sources": weighed, "unit": "examples"})
+    rows = taken(made, 130)
+    assert len(asked) < 20 and Counter(name for name, _ in rows) == {"a": 65, "z": 65}
+    numbers = [number for name, number in rows if name == "z"]
+    assert all(sorted(numbers[i : i + size]) == list(range(size)) for i in range(0, 64 - size, size))
+
+
+@pytest.mark.parametrize("kind", ["streams", "streams across"])
+def test_a_trainer_finds_every_row_that_workers_have_read(kind):
+    """Blocks may be shorter than what the workers take between them, so that none of their rows is the first worker's."""
+    made = of_kind(kind)
+    made.batch_rows = 64
+    loader = iter(DataLoader(made, batch_size=64, num_workers=4, collate_fn=list))
+    expected, seen = taken(of_kind(kind), 1_300), []
+    for _ in range(18):
+        seen += [name_of(row) for row in next(loader)]
+        resumed = of_kind(kind)
+        resumed.load_state_dict(json.loads(json.dumps(made.state_dict(len(seen)))))
+        assert taken(resumed, 3) == expected[len(seen) : len(seen) + 3]
+    assert seen == expected[: len(seen)]
 
 
 def test_a_source_that_will_be_repeated_often_is_told():

@@ -44,6 +44,17 @@ def test_rows_are_those_of_the_dataset(dataset, expected):
     assert table.column("n").to_pylist() == [row["n"] for row in expected]
 
 
+def test_columns_that_are_cut_in_different_places():
+    ids = concatenate_datasets([Dataset.from_dict({"ids": [[i]]}) for i in range(9)])
+    labels = concatenate_datasets(
+        [Dataset.from_dict({"labels": [[-i] for i in part]}) for part in (range(4), range(4, 9))]
+    )
+    for dataset in (concatenate_datasets([ids, labels], axis=1), ids.add_column("labels", [[-i] for i in range(9)])):
+        rows = RowTable(dataset).read(np.arange(9))
+        assert [(row["ids"].tolist(), row["labels"].tolist()) for row in rows] == [([i], [-i]) for i in range(9)]
+        assert RowTable(dataset).counts("labels", lambda values: values < -3).tolist() == [int(i > 3) for i in range(9)]
+
+
 def test_lists_of_integers_are_views():
     (row,) = RowTable(Dataset.from_list(ROWS)).read(np.array([3]))
     assert isinstance(row["ids"], np.ndarray) and not row["ids"].flags.writeable

@@ -94,7 +94,9 @@ def test_what_will_happen_is_said_before_the_first_step(make, tmp_path, caplog):
     assert "source 'c' will be repeated" in caplog.text and "times in 600 rows" in caplog.text
     finite = mixture({"unit": "examples"}, max_epochs={"a": 1, "b": 1, "c": 1})
     run = make(tmp_path, finite, collate := Collate(), max_steps=19)
-    with pytest.raises(ConfigError, match="every source reaches its max_epochs after 72 rows, and the run takes 76"):
+    with pytest.raises(
+        ConfigError, match="every source with a weight reaches its max_epochs after 72 rows, and the run takes 76"
+    ):
         run.train()
     assert not collate.seen or run.state.global_step == 0
 
