@@ -46,7 +46,7 @@ class DatasetMixture(OrderedStream):
     state, which does not grow, resumes at the next row at once, under any number of them.
 
     Made by `build_mixture`. A `train_dataset` of `PerplexityTrainer`, which carries its state in checkpoints and reports
-    shares in its logs; in other Trainers add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows` to the
+    shares in its logs; to transformers' Trainer add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows` to the
     batch size, so that workers take turns by batches.
 
     Args:

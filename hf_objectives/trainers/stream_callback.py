@@ -17,8 +17,8 @@ _STATE = "train_stream"  # where a stream's state is in that of the Trainer, whi
 class OrderedStreamCallback(TrainerCallback):
     """Keeps a stream's place with the checkpoints of a Trainer, and goes on there when one is resumed.
 
-    `PerplexityTrainer` adds it by itself. In another Trainer, transformers' or TRL's, add it and set
-    `ignore_data_skip=True`, since the stream goes on by itself.
+    `PerplexityTrainer` adds it by itself. To transformers' own Trainer add it, and set `ignore_data_skip=True`, since the
+    stream goes on by itself. TRL's `SFTTrainer` takes datasets of `datasets` alone (1.16).
 
     Args:
         stream: the `train_dataset`.
