@@ -40,10 +40,17 @@ def read_mixture(given: str | None, sources: Mapping[str, Any]) -> dict[str, Any
     settings: Any = {}
     if given:
         text = given if given.lstrip().startswith("{") else _file(given)
-        settings = json.loads(text) if text is given else yaml.safe_load(text)
+        try:
+            settings = json.loads(text) if text is given else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"mixture cannot be read: {error}") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"mixture is {type(settings).__name__}; expected a mapping, see MixtureConfig")
-    own = settings.get("sources", {})
+    own = settings.get("sources") or {}
+    if sources and not (
+        isinstance(own, dict) and all(about is None or isinstance(about, dict) for about in own.values())
+    ):
+        raise ConfigError(f"mixture: sources is {own!r}; expected names with weight and max_epochs")
     if sources:
         for name in own:
             if name not in sources:

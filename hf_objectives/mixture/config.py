@@ -56,6 +56,10 @@ class SourceConfig:
     eval_share: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", str(self.name))
+        if self.path is not None and not isinstance(self.path, (str, list, tuple)):
+            raise ConfigError(f"source {self.name!r}: path is {self.path!r}; expected a path or a list of them")
+        object.__setattr__(self, "eval_share", number(f"source {self.name!r}: eval_share", self.eval_share))
         for name in ("weight", "max_epochs"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, number(f"source {self.name!r}: {name}", getattr(self, name)))
@@ -140,9 +144,14 @@ class MixtureConfig:
         object.__setattr__(
             self, "stages", [s if isinstance(s, StageConfig) else _read(StageConfig, s, "stage") for s in self.stages]
         )
-        for name in ("temperature", "buffer_size", "max_length"):
-            if getattr(self, name) is not None:
-                number(name, getattr(self, name))
+        object.__setattr__(self, "temperature", number("temperature", self.temperature))
+        object.__setattr__(self, "buffer_size", int(number("buffer_size", self.buffer_size)))
+        if self.max_length is not None:
+            object.__setattr__(self, "max_length", int(number("max_length", self.max_length)))
+        if self.bind is not None and not isinstance(self.bind, Mapping):
+            raise ConfigError(
+                f"bind is {type(self.bind).__name__}; expected a mapping of parts of the preset to sources"
+            )
         if isinstance(self.blocklist, str):
             object.__setattr__(self, "blocklist", _yaml(self.blocklist))
         _check_blocklist(self.blocklist)
@@ -278,6 +287,8 @@ class MixtureConfig:
 
 
 def _sources(given: Any) -> list[SourceConfig]:
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise ConfigError(f"sources is {given!r}; expected a mapping of names to sources, or a list of them")
     if isinstance(given, Mapping):
         made = []
         for name, about in given.items():
@@ -368,6 +379,6 @@ def number(what: str, value: Any) -> float:
         read = float(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{what} is {value!r}; expected a number") from error
-    if read != read:
-        raise ConfigError(f"{what} is NaN; expected a number")
+    if read != read or read in (float("inf"), float("-inf")):
+        raise ConfigError(f"{what} is {'NaN' if read != read else value}; expected a number")
     return read

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch.utils.data import get_worker_info
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.feeds import Feed, MappedFeed, Row
@@ -46,8 +45,8 @@ class DatasetMixture(OrderedStream):
     state, which does not grow, resumes at the next row at once, under any number of them.
 
     Made by `build_mixture`. A `train_dataset` of `PerplexityTrainer`, which carries its state in checkpoints and reports
-    shares in its logs; to transformers' Trainer add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows` to the
-    batch size, so that workers take turns by batches.
+    shares in its logs; to transformers' Trainer add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows`
+    to the batch size, so that workers take turns by batches.
 
     Args:
         feeds: the sources.
@@ -140,9 +139,9 @@ class DatasetMixture(OrderedStream):
         return Order(self.feeds, self.plan, self._packer, state)
 
     def _next(self, order: Order) -> Block | None:
-        """The next block, also noted where it has no row for this worker."""
-        block, worker = order.block(), get_worker_info()
-        if block is not None and self._journal is not None and (worker is None or worker.id == 0):
+        """The next block, noted for the process that trains."""
+        block = order.block()
+        if block is not None and self._journal is not None:
             self._journal.write(block)
         return block
 
@@ -165,7 +164,7 @@ class DatasetMixture(OrderedStream):
             ConfigError: no state of a mixture, or one of another; says what differs.
         """
         super().load_state_dict(state)
-        if "mixture" not in state:
+        if not isinstance(state.get("mixture"), Mapping) or "order" not in state:
             raise ConfigError("the state is not one of a mixture; it was made on other data")
         if different := _difference(state["mixture"], self._about):
             raise ConfigError(f"the state is of another mixture: {'; '.join(different)}")
@@ -240,14 +239,19 @@ class DatasetMixture(OrderedStream):
         """
         row = self._begin if rows_taken is None else rows_taken
         block = self._block_of(row)
-        if block is None:
-            none = np.zeros(len(self.feeds))
-            given, due = Given(none, none, none, none), self.plan.weights
-        else:
+        before = self._resumed if block is None else block.before
+        if block is not None:
+            row = min(row, block.row + block.num_rows)  # where the mixture ends
             given = block.given(row)
-            schedule = Schedule(self.plan.weights, self.plan.pieces())
-            schedule.load_state_dict(block.before["schedule"])
-            due = schedule.due_at(given.amounts.sum()) if row else self.plan.weights
+        elif before is not None:
+            given = Given(**{name: np.array(values) for name, values in before["given"].items()})
+        else:
+            given = Given(*np.zeros((4, len(self.feeds))))
+        schedule = Schedule(self.plan.weights, self.plan.pieces())
+        if before is not None:
+            schedule.load_state_dict(before["schedule"])
+        drawn = given.amounts.sum()
+        due = schedule.due_at(drawn) if drawn else self.plan.weights
         counted = {"tokens": given.tokens, "examples": given.examples}.get(self.unit, given.amounts)
         share, asked = (of / max(of.sum(), 1e-300) for of in (counted, due))
         return MixtureReport(

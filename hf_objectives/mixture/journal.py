@@ -22,11 +22,17 @@ class Journal:
         weakref.finalize(self, _remove, self._folder, os.getpid())
 
     def write(self, block: Block) -> None:
-        """Keep a block, and no more than the last few."""
+        """Keep a block, and no more than the last few before it.
+
+        Every worker writes: who has made a row has then noted its block, whoever is ahead. All write the same.
+        """
+        path = self._folder / f"{block.row:020d}-{block.num_rows}"
+        if path.exists():
+            return
         draft = self._folder / f"draft-{os.getpid()}"
         draft.write_bytes(pickle.dumps(block))
-        draft.replace(self._folder / f"{block.row:020d}-{block.num_rows}")
-        for old in self._blocks()[:-_KEPT]:
+        draft.replace(path)
+        for old in [other for other in self._blocks() if other.name < path.name][:-_KEPT]:
             old.unlink(missing_ok=True)
 
     def find(self, row: int) -> Block | None:

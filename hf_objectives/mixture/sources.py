@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 from hf_objectives.batches import BatchEncoder
 from hf_objectives.corpus.build import load_prepared
@@ -144,6 +144,10 @@ def _open_mapped(
     if config.packing and not encoded:
         raise ConfigError("its rows have no input_ids, and there is no tokenizer to encode them; packing needs one")
     table: RowTable | RowList = RowTable(rows) if isinstance(rows, Dataset) else RowList(rows)
+    if (odd := table.odd(table.names)) is not None:
+        raise DataError(
+            f"columns {', '.join(odd[1])}; expected {', '.join(table.names)}, as in the first row", row=odd[0]
+        )
     packed = "seq_lengths" in table.names
     if config.packing == "within" and not packed:
         whole = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
@@ -213,7 +217,11 @@ def _encoded(
 
 
 def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokenizer: Any, seed: int) -> Opened:
+    resumable = hasattr(rows, "state_dict") and hasattr(rows, "load_state_dict")
+    place = rows.state_dict() if resumable and not isinstance(rows, IterableDataset) else None
     first = next(iter(rows), None)
+    if place is not None:  # a look does not take the row
+        rows.load_state_dict(place)
     if first is None:
         raise DataError("it holds no row; expected one at least", source=source.name)
     if source.eval_share or source.eval_split:

@@ -65,6 +65,10 @@ class TableFeed(MappedFeed):
                 self._tokens = np.minimum(self._tokens, longest)
             if not self._tokens.all():
                 raise DataError("no token; expected one at least", source=name, row=int(np.argmin(self._tokens)))
+        if "labels" in table.names and self._tokens is not None:
+            wrong = np.flatnonzero(table.lengths("labels") != table.lengths("input_ids"))
+            if len(wrong):
+                raise DataError("labels and input_ids have different lengths", source=name, row=int(wrong[0]))
         self._examples = table.lengths("seq_lengths") if "seq_lengths" in table.names else None
         self._amounts = _amounts(name, table, unit, self._tokens, self._examples)
         self.tokens = None if self._tokens is None else int(self._tokens.sum())

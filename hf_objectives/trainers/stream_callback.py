@@ -41,6 +41,15 @@ class OrderedStreamCallback(TrainerCallback):
             raise ConfigError(
                 "ignore_data_skip is off, so that a resumed run would skip rows that a stream skips already"
             )
+        if (
+            args.accelerator_config.dispatch_batches is not False
+            and args.world_size > 1
+            and args.dataloader_num_workers > 1
+        ):
+            raise ConfigError(
+                "accelerate hands out the batches of one process, whose loader workers take turns by all ranks' rows; set "
+                "accelerator_config={'dispatch_batches': False}, or dataloader_num_workers to 0 or 1"
+            )
         self.stream.batch_rows = args.train_batch_size * args.world_size
         kept = state.stateful_callbacks.get(_STATE)
         if state.global_step and kept is None:

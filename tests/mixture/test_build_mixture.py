@@ -261,6 +261,10 @@ def test_other_bad_sources_are_named(tmp_path):
         build_mixture({"sources": {"a": {"dataset": source("a").to_iterable_dataset(), "max_epochs": 1.5, **one}}})
     with pytest.raises(ConfigError, match="source 'a' is a stream of unknown size; give every source a weight"):
         build_mixture({"sources": {"a": source("a").to_iterable_dataset()}})
+    with pytest.raises(DataError, match="source 'a', row 1: columns body; expected text, as in the first row"):
+        build_mixture({"sources": {"a": {"dataset": [{"text": "x"}, {"body": "y"}], **one}}, "unit": "examples"})
+    with pytest.raises(DataError, match="source 'a', row 1: labels and input_ids have different lengths"):
+        build_mixture({"sources": {"a": Dataset.from_dict({"input_ids": [[1], [2, 3]], "labels": [[1], [2]]})}})
     packed = Dataset.from_dict({"input_ids": [[1, 2]], "seq_lengths": [[1, 1]]})
     with pytest.raises(ConfigError, match="source 'a': its rows are packed already"):
         build_mixture({"sources": {"a": packed}, "packing": "across", "max_length": 8})

@@ -212,6 +212,8 @@ def test_a_state_of_another_mixture_is_refused(other, words):
 def test_what_is_no_state_of_a_mixture_is_refused():
     with pytest.raises(ConfigError, match="not one of a mixture; it was made on other data"):
         mixture().load_state_dict({"row": 5})
+    with pytest.raises(ConfigError, match="not one of a mixture; it was made on other data"):
+        mixture().load_state_dict({"row": 5, "mixture": mixture().state_dict(0)["mixture"]})
     with pytest.raises(ConfigError, match="seed: 0 there, 1 here"):
         mixture(seed=1).load_state_dict(mixture().state_dict(5))
     with pytest.raises(ConfigError, match="row 9 of a mixture with streams was not read here"):
@@ -356,6 +358,33 @@ def test_a_trainer_finds_every_row_that_workers_have_read(kind):
         resumed.load_state_dict(json.loads(json.dumps(made.state_dict(len(seen)))))
         assert taken(resumed, 3) == expected[len(seen) : len(seen) + 3]
     assert seen == expected[: len(seen)]
+
+
+def test_every_worker_leaves_its_blocks_and_old_ones_go_by_age(monkeypatch):
+    monkeypatch.setattr("hf_objectives.mixture.journal._KEPT", 3)
+    made = mixture({"unit": "examples"}, streams=True)
+    monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: None)
+    taken(made, 2_000)
+    assert made.state_dict(1_990)["order"]["row"] <= 1_990
+    fresh = mixture({"unit": "examples"}, streams=True)
+    made.load_state_dict(fresh.state_dict(0))  # from the begin again: what is written now stays
+    taken(made, 300)
+    resumed = mixture({"unit": "examples"}, streams=True)
+    resumed.load_state_dict(json.loads(json.dumps(made.state_dict(270))))
+    assert taken(resumed, 20) == taken(mixture({"unit": "examples"}, streams=True), 290)[270:]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_report_after_the_end_and_after_a_resume(streams):
+    made = mixture({"unit": "examples"}, streams=streams, max_epochs={"a": 1, "b": 1, "c": 1})
+    taken(made, 100)
+    assert made.report(72).row == 72 and made.report(72)["a"].examples == 40
+    if not streams:
+        assert made.report(500).to_dict() == made.report(72).to_dict()
+    resumed = mixture({"unit": "examples"}, streams=streams, max_epochs={"a": 1, "b": 1, "c": 1})
+    resumed.load_state_dict(json.loads(json.dumps(made.state_dict(72))))
+    assert resumed.report()["a"].examples >= (40 if not streams else 0) and resumed.report(72).row <= 72
+    assert [one.asked for one in resumed.report()] != [0.6, 0.3, 0.1] or streams
 
 
 def test_a_source_that_will_be_repeated_often_is_told():

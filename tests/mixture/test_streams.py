@@ -27,7 +27,7 @@ class Counting:
     """A stream of its own kind, which counts what is read of it."""
 
     def __init__(self, size: int = 40, resumes: bool = True):
-        self.size, self.read, self.begin = size, 0, 0
+        self.size, self.read, self.begin, self.at = size, 0, 0, -1
         if not resumes:
             self.state_dict = None  # type: ignore[assignment]
 
@@ -151,3 +151,27 @@ def test_a_row_with_other_columns_is_named():
 def test_nothing_is_held_out_of_a_stream():
     with pytest.raises(ConfigError, match="source 's': it is a stream, of which nothing is held out"):
         build_mixture(config(source("a").to_iterable_dataset(), eval_share=0.1))
+
+
+class Going:
+    """Goes on where it stands when it is iterated, as streams of torch often do."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        while self.at < 40:
+            self.at += 1
+            yield {"n": self.at - 1}
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def test_a_look_at_a_stream_does_not_take_its_first_row():
+    rows = taken(build_mixture(config(Going())), 80)
+    assert sorted(n for _, n in rows[:40]) == sorted(n for _, n in rows[40:]) == list(range(40))

@@ -269,6 +269,9 @@ def test_a_mixture_may_bring_its_own_sources(corpus, tmp_path):
 def test_a_mixture_that_cannot_be_is_said_before_any_step(corpus, tmp_path, mixture, words):
     with pytest.raises(ConfigError, match=words):
         pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", json.dumps(mixture)))
+    for broken in ("{", '{"sources": ["a"]}', '{"sources": {"a": 3}}'):
+        with pytest.raises(ConfigError, match="mixture cannot be read|expected names with weight"):
+            pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", broken))
     with pytest.raises(ConfigError, match="mixture names a file that does not exist"):
         pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", "none.yaml"))
     with pytest.raises(ConfigError, match="a stream has no length; say how long with max_tokens"):

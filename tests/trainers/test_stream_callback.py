@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,3 +117,14 @@ def test_a_stream_without_an_end_is_no_evaluation_set(tmp_path):
     run = ours(tmp_path, mixture(), Collate())
     with pytest.raises(ConfigError, match="evaluation needs rows that end; a mixture's are in its eval_dataset"):
         run.evaluate(mixture())
+
+
+def test_workers_behind_a_process_that_hands_out_batches_are_refused(tmp_path):
+    made = mixture()
+    callback = OrderedStreamCallback(made)
+    told = {"dispatch_batches": None}
+    args = SimpleNamespace(
+        ignore_data_skip=True, world_size=2, dataloader_num_workers=2, accelerator_config=SimpleNamespace(**told)
+    )
+    with pytest.raises(ConfigError, match="set accelerator_config={'dispatch_batches': False}"):
+        callback.on_train_begin(args, None, None)
