@@ -39,7 +39,7 @@ _POOL, _ROUNDS, _REFINED = 4096, 10, 512  # mixtures that are compared: at first
 
 def draw_mixtures(prior: ArrayLike, n: int, *, concentration: float = 1.0, seed: int = 0) -> Floats:
     """Mixtures to try: the prior itself, then draws of a Dirichlet distribution around it (as RegMix, arXiv
-    section 3.1).
+    2407.01492).
 
     More of them for the same seed begin with the same ones, so that a search can be made longer.
 

@@ -10,8 +10,8 @@ from hf_objectives.diagnostics.plot import Log, read_log
 from hf_objectives.errors import FileFormatError
 from hf_objectives.mixture.report import MixtureReport, SourceReport
 
-# By what x counts, then by source and figure, points (x, value).
 _NO_MIXTURE = "the log has no 'mixture/<source>/share'; it is not of a run on a mixture"
+# By source and figure, points (x, value).
 _Series = dict[str, dict[str, list[tuple[float, float]]]]
 
 

@@ -243,7 +243,8 @@ class DatasetMixture(OrderedStream):
         if block is not None:
             row = min(row, block.row + block.num_rows)  # where the mixture ends
             given = block.given(row)
-        elif before is not None:
+        elif before is not None:  # of a stream that was not read since, what the state knows
+            row = before["row"]
             given = Given(**{name: np.array(values) for name, values in before["given"].items()})
         else:
             given = Given(*np.zeros((4, len(self.feeds))))

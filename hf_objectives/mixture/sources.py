@@ -226,6 +226,8 @@ def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokeniz
         raise DataError("it holds no row; expected one at least", source=source.name)
     if source.eval_share or source.eval_split:
         raise ConfigError("it is a stream, of which nothing is held out; give its evaluation data as eval_dataset")
+    if config.packing == "across" and config.overflow == "drop":
+        raise ConfigError("it is a stream, of which overflow='drop' would drop unseen; expected 'split' or 'truncate'")
     encoded = _check_format(source, first)
     encode = None
     columns = dict.fromkeys(first, "")  # types are known when it is read

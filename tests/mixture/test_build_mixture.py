@@ -276,5 +276,8 @@ def test_documents_that_are_too_long_are_cut_or_left_out_with_a_line(caplog):
     dropped = build_mixture({**config, "overflow": "drop"})
     assert f"source 'b': {len(long)} of 25 documents are longer than 64 and left out" in caplog.text
     assert {piece[1] for row in taken(dropped, 100) for piece in row} == set(range(25)) - long
+    with pytest.raises(ConfigError, match="source 'b': it is a stream, of which overflow='drop' would drop unseen"):
+        stream = {"b": {"dataset": source("b").to_iterable_dataset(), "weight": 1}}
+        build_mixture({**config, "sources": stream, "overflow": "drop"})
     cut = build_mixture({**config, "overflow": "truncate"})
     assert {piece[2] for row in taken(cut, 100) for piece in row if piece[1] in long} == {64}
