@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch.nn import Parameter
 
 
 def world_size() -> int:
@@ -30,6 +32,17 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def average_gradients(parameters: Iterable[Parameter]) -> None:
+    """The mean over all processes of each gradient, in place; one that is missing counts as 0."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world_size()
 
 
 def any_rank(flag: bool) -> bool:

@@ -1,0 +1,183 @@
+"""The critic of PPO: a value head on the policy's backbone or on one of its own, with an optimizer of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, get_scheduler
+
+from hf_objectives.distributed import average_gradients
+from hf_objectives.errors import ConfigError
+
+_FILE = "critic.pt"
+
+
+class Critic(nn.Module):
+    """Values of the states before each token of an answer.
+
+    The head begins at 0, so that a first value is 0 whatever the backbone. Every process holds the whole critic; gradients
+    are averaged over processes when the optimizer steps.
+
+    Args:
+        policy: the causal language model; with adapters, the whole of it.
+        backbone: a decoder of the critic's own; None for a head on the policy's.
+    """
+
+    backbone: Any
+
+    def __init__(self, policy: nn.Module, backbone: Any = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        decoder: Any = decoder_of(policy)
+        reads: Any = backbone or decoder
+        width = reads.config.get_text_config().hidden_size
+        weight = next(decoder.parameters())
+        self.head = nn.Linear(width, 1, device=weight.device, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def of(cls, policy: Any, kind: str, model: Any = None) -> Critic | None:
+        """The critic that `PPOConfig.critic` names.
+
+        Args:
+            policy: the causal language model.
+            kind: "separate", "shared" or "none".
+            model: a model (a reward model, say) whose backbone and, if it has one, score head a separate critic begins with;
+                None for a copy of the policy's backbone.
+
+        Raises:
+            ConfigError: `model` without a separate critic, or one that reads other tokens than the policy.
+        """
+        if model is not None and kind != "separate":
+            raise ConfigError(f"critic_model is given and critic is {kind!r}; expected 'separate'")
+        if kind == "none":
+            return None
+        if kind == "shared":
+            return cls(policy)
+        if model is None:
+            # Adapters go into the copy's weights: they are part of what the policy knows.
+            adapted = hasattr(policy, "merge_and_unload")
+            backbone = (
+                copy.deepcopy(policy).merge_and_unload().base_model  # type: ignore[operator]
+                if adapted
+                else copy.deepcopy(decoder_of(policy))
+            )
+            return cls(policy, backbone.requires_grad_(True))
+        theirs, ours = (one.get_input_embeddings().num_embeddings for one in (model, policy))
+        if theirs != ours:
+            raise ConfigError(
+                f"critic_model has {theirs:,} token embeddings, the policy {ours:,}; expected one vocabulary"
+            )
+        critic = cls(policy, model.base_model)
+        critic.backbone.requires_grad_(True)
+        if isinstance(score := getattr(model, "score", None), nn.Linear) and score.out_features == 1:
+            critic.head.weight.data.copy_(score.weight.data)
+            if score.bias is not None:
+                critic.head.bias.data.copy_(score.bias.data)
+        return critic
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., width] to values [...], float32."""
+        return self.head(hidden.float()).squeeze(-1)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        """Values under a backbone of its own: float32 [batch, keep], at the states before the last `keep` tokens."""
+        assert self.backbone is not None
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return self(before_last(out.last_hidden_state, keep))
+
+    @contextmanager
+    def watching(self, policy: nn.Module, keep: int) -> Iterator[list[Tensor]]:
+        """While the policy runs, its backbone's hidden states are read: a list of values, one tensor a forward pass."""
+        values: list[Tensor] = []
+        if self.backbone is not None:
+            yield values
+            return
+
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
+            values.append(self(before_last(output.last_hidden_state, keep)))
+
+        handle = decoder_of(policy).register_forward_hook(look)
+        try:
+            yield values
+        finally:
+            handle.remove()
+
+
+def before_last(hidden: Tensor, keep: int) -> Tensor:
+    """States from which the last `keep` tokens were chosen: [batch, length, width] to [batch, keep, width]."""
+    return hidden[:, -keep - 1 : -1]
+
+
+def decoder_of(policy: nn.Module) -> Any:
+    """The backbone of a causal language model, below adapters and its head."""
+    inner: Any = getattr(policy, "get_base_model", lambda: policy)()
+    return inner.base_model
+
+
+class CriticOptimizer:
+    """Steps the critic when the policy's optimizer has stepped, and goes to disk with it.
+
+    Args:
+        critic: the critic.
+        args: the Trainer's; optimizer, schedule and clipping are the policy's, with `critic_learning_rate`.
+        policy: for the Trainer's choice of an optimizer.
+        num_training_steps: of the run, for the schedule.
+    """
+
+    def __init__(self, critic: Critic, args: Any, policy: nn.Module, num_training_steps: int) -> None:
+        self.critic, self.args = critic, args
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, policy)  # type: ignore[arg-type]
+        settings["lr"] = args.critic_learning_rate or args.learning_rate
+        self._parameters = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+        self.optimizer = kind(self._parameters, weight_decay=args.weight_decay, **settings)
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=args.get_warmup_steps(num_training_steps),
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+
+    def step(self) -> None:
+        """Average gradients over processes, clip, step, and forget them."""
+        average_gradients(self._parameters)
+        if self.args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimizer and schedule to a file of the folder."""
+        state = {
+            "critic": self.critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        torch.save(state, folder / _FILE)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote.
+
+        Raises:
+            ConfigError: the folder has no critic, or that of another kind.
+        """
+        if not (folder / _FILE).exists():
+            raise ConfigError(f"{folder} has no {_FILE}; it is no checkpoint of a PPO run with a critic")
+        device = self.critic.head.weight.device
+        state = torch.load(folder / _FILE, map_location=device, weights_only=True)
+        missing, unexpected = self.critic.load_state_dict(state["critic"], strict=False)
+        if missing or unexpected:
+            raise ConfigError(
+                f"the critic in {folder} is of another kind: {len(missing)} weights are missing, {len(unexpected)} too many"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])

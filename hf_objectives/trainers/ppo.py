@@ -1,0 +1,420 @@
+"""Reinforcement learning from rewards with proximal policy optimisation, on TRL's generation and reward machinery."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+from trl import RLOOTrainer
+
+from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
+from hf_objectives.errors import ConfigError
+from hf_objectives.ppo_math import (
+    KL_ESTIMATORS,
+    AdaptiveKL,
+    Moments,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    generalized_advantages,
+    token_rewards,
+    whiten,
+)
+from hf_objectives.prompts import with_prompts
+from hf_objectives.trainers.critic import Critic, CriticOptimizer
+from hf_objectives.trainers.lm_evaluation import EvaluatesLanguageModels
+from hf_objectives.trainers.ppo_config import PPOConfig
+from hf_objectives.trainers.reference import frozen_copy, place_reference
+from hf_objectives.trainers.reward_functions import check_reward_model, checked
+
+_STATE = "ppo_state_rank_{rank}.pt"
+# What a step adds up over its tokens, in this order; see `_book`.
+_SUMS = ("tokens", "policy_loss", "value_loss", "entropy", "clipped", "values_clipped", "approx_kl")
+
+
+class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a language model, as in RLHF (Ziegler et al.
+    2019, arXiv 1909.08593; Ouyang et al. 2022, arXiv 2203.02155).
+
+    A batch of prompts is answered, each answer is scored and its score put on its last token, less a penalty for each
+    token's distance from the reference; advantages come from a critic by generalised advantage estimation; then policy and
+    critic take several epochs of clipped steps. Prompts, generation (vLLM too), reward models and functions, several
+    processes and logs are `trl.RLOOTrainer`'s, and so is the signature.
+
+    A step's loss is a sum over the tokens of all its micro-batches and ranks over their number, so that it does not depend
+    on how answers fall on them. The reference is the policy as it was given; under adapters, the model without them.
+
+    Args (beyond the parent's):
+        args: a `PPOConfig`.
+        train_dataset, eval_dataset: rows with a `prompt` (text or messages), or of any other format that `to_prompt` reads;
+            all columns go to the reward functions.
+        critic_model: for `critic="separate"`, a model (or its path) to begin with in place of the policy's backbone, such as
+            the reward model.
+        eval_lm_datasets: rows of texts or chats, or several by name; their perplexity joins every evaluation, see
+            `LanguageModelEvaluation`.
+
+    Logs (beyond the parent's): `reward` (mean score, weighted over the functions), `rewards/missing` (answers left out),
+    `kl` (nats per token to the reference), `kl_per_answer`, `kl_coef`, `entropy` (nats per token), `clip_fraction`,
+    `approx_kl` (to the policy that generated), `policy_loss`, `value_loss`, `explained_variance`, and
+    `completions/finished`, the share of answers that stopped by themselves.
+
+    Raises:
+        ConfigError: settings that do not fit, a reward model with another's tokenizer, a prompt too long for the model.
+        FormatError: a row without a prompt.
+        RewardError: a reward function that fails, or returns what is no reward.
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the tokens of the whole step, see _count_tokens
+    _tag_names = ["trl", "ppo"]  # noqa: RUF012, as the parent has it
+    _name = "PPO"
+    _paper = {  # noqa: RUF012
+        "title": "Proximal Policy Optimization Algorithms",
+        "id": "1707.06347",
+        "citation": textwrap.dedent("""\
+            @article{schulman2017proximal,
+                title  = {{Proximal Policy Optimization Algorithms}},
+                author = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+                year   = 2017,
+                eprint = {arXiv:1707.06347}
+            }"""),
+    }
+    args: PPOConfig
+    model: Any
+    _logs: Any
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        critic_model: Any = None,
+        eval_lm_datasets: Any = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PPOConfig(f"{name.split('/')[-1] or 'model'}-PPO")
+        if not isinstance(args, PPOConfig):
+            raise ConfigError(f"args is {type(args).__name__}; expected PPOConfig")
+        self._missing = 0
+        self._forwards: list[tuple[Tensor, Tensor | None]] | None = None
+        self._rewards: Tensor | None = None
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+        self._errors, self._returns = [Moments(0, 0, 0)], [Moments(0, 0, 0)]
+        self.kl_control = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
+        functions, tokenizers = self._checked_rewards(reward_funcs, reward_processing_classes, args)
+        # The parent would load its reference from where the policy's config says it is from, whatever the policy is now.
+        copied = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
+        reference = frozen_copy(model) if copied and args.beta and not args.sync_ref_model else None
+        beta, args.beta = args.beta, 0.0 if reference is not None else args.beta
+        super().__init__(
+            model,
+            functions,
+            args,
+            with_prompts(train_dataset, "train_dataset"),
+            with_prompts(eval_dataset, "eval_dataset"),
+            processing_class,
+            tokenizers,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+        )
+        args.beta = self.beta = beta
+        if reference is not None:
+            self.ref_model = place_reference(reference, self.accelerator, temperature=self.temperature)
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(critic_model, str):
+            critic_model = AutoModelForSequenceClassification.from_pretrained(critic_model, num_labels=1)
+        self.critic = Critic.of(policy, args.critic, critic_model)
+        if self.critic is not None:
+            self.critic.to(self.accelerator.device)
+            if args.gradient_checkpointing and self.critic.backbone is not None:
+                self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        self.critic_optimizer: CriticOptimizer | None = None
+        self.add_callback(_CriticSteps(self))
+        self.watch_language_models(
+            eval_lm_datasets,
+            self._tokenizer,
+            max_length=args.eval_lm_max_length,
+            max_increase=args.max_perplexity_increase,
+        )
+
+    def _checked_rewards(self, functions: Any, tokenizers: Any, args: PPOConfig) -> tuple[list, list]:
+        functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+        if tokenizers is None:
+            tokenizers = [None] * len(functions)
+        tokenizers = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
+        if len(tokenizers) != len(functions):
+            raise ConfigError(f"{len(tokenizers)} reward_processing_classes for {len(functions)} reward functions")
+        for i, function in enumerate(functions):
+            if isinstance(function, str):
+                function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
+            if isinstance(function, nn.Module):
+                tokenizers[i] = check_reward_model(function, tokenizers[i])
+                functions[i] = function
+            elif callable(function):
+                functions[i] = checked(function, on_error=args.reward_errors, count_missing=self._count_missing)
+            else:
+                raise ConfigError(f"reward function {i} is {type(function).__name__}; expected a function or a model")
+        return functions, tokenizers
+
+    def _count_missing(self, number: int) -> None:
+        self._missing += number
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        result = super()._tokenize_prompts(prompts)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for i, ids in enumerate(result[0]):
+            if limit is not None and len(ids) + int(self.max_completion_length or 0) > limit:
+                raise ConfigError(
+                    f"prompt {i} of the batch has {len(ids)} tokens, which with max_completion_length="
+                    f"{self.max_completion_length} is over the model's {limit} positions: {prompts[i]!r:.200}"
+                )
+        return result
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; a shared critic reads the backbone's states on the way."""
+        keep = kwargs["logits_to_keep"] if "logits_to_keep" in kwargs else args[2]
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.critic is None or self.critic.backbone is not None or model is self.ref_model:
+            result, seen = super()._get_per_token_logps_and_entropies(model, *args, **kwargs), []
+        else:
+            with self.critic.watching(policy, keep) as seen:
+                result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        self._values_seen = torch.cat(seen) if seen else None
+        if self._forwards is not None:
+            self._forwards.append((result[0], self._values_seen))
+        return result
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The parent's answers and scores, with values, advantages and returns of each token."""
+        mode = "train" if self.model.training else "eval"
+        self._forwards = []
+        output = super()._generate_and_score_completions(inputs)
+        (old_logps, values), *reference = self._forwards
+        self._forwards = None
+        mask = output["completion_mask"]
+        with torch.no_grad():
+            if self.critic is not None and self.critic.backbone is not None:
+                values = torch.cat([self._read_values(part) for part in _chunks(output, self._rollout_batch(mode))])
+            values = torch.zeros_like(old_logps, dtype=torch.float32) if values is None else values
+            kl = KL_ESTIMATORS[self.args.kl_estimator](old_logps - reference[0][0]) if reference else None
+            scores, scored = self._scores(output, mode)
+            used = mask * scored[:, None]
+            rewards = token_rewards(scores, kl, used, kl_coef=self.kl_control.coef)
+            if self.args.whiten_rewards:
+                rewards = whiten(rewards, self._over_ranks(Moments.of(rewards, used)), shift_mean=False) * used
+            advantages, returns = generalized_advantages(
+                rewards, values, used, gamma=self.args.gamma, lam=self.args.lam
+            )
+            self._show_advantages(advantages, used)
+            if self.args.whiten_advantages:
+                advantages = whiten(advantages, self._over_ranks(Moments.of(advantages, used))) * used
+        self._book_answers(kl, mask, mode)
+        output.update(old_token_logps=old_logps, values=values, advantages=advantages, returns=returns, loss_mask=used)
+        return output
+
+    def _rollout_batch(self, mode: str) -> int:
+        return self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+
+    def _read_values(self, part: Mapping[str, Tensor]) -> Tensor:
+        assert self.critic is not None
+        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+        attention = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
+        with self.accelerator.autocast():
+            return self.critic.read(ids, attention, part["completion_ids"].shape[1])
+
+    def _scores(self, output: Mapping[str, Tensor], mode: str) -> tuple[Tensor, Tensor]:
+        """What this rank's answers are worth, float32 [batch], and whether they have a score at all, bool [batch]."""
+        assert self._rewards is not None
+        n = len(output["completion_ids"])
+        own = self._rewards[rank() * n : (rank() + 1) * n]  # the parent has gathered those of all ranks
+        scored = ~torch.isnan(own).all(dim=1)
+        scores = (own * self.reward_weights.to(own.device)).nansum(dim=1)
+        if self.reward_clip_range:
+            scores = scores.clamp(*self.reward_clip_range)
+        stops = torch.tensor(self.eos_token_ids, device=own.device)
+        finished = (torch.isin(output["completion_ids"], stops) & output["completion_mask"].bool()).any(dim=1)
+        scores = scores - self.args.missing_eos_penalty * ~finished
+        done, total, missing = sum_over_ranks([float(finished.sum()), float(n), float((~scored).sum())])
+        self._metrics[mode]["completions/finished"].append(done / total)
+        self._metrics[mode]["rewards/missing"].append(missing)
+        return scores, scored
+
+    def _book_answers(self, kl: Tensor | None, mask: Tensor, mode: str) -> None:
+        if kl is None:
+            return
+        nats, answers = sum_over_ranks([float((kl * mask).sum()), float(len(kl))])
+        self._metrics[mode]["kl_per_answer"].append(nats / answers)
+        self._metrics[mode]["kl_coef"].append(self.kl_control.coef)
+        if mode == "train":
+            self.kl_control.update(nats / answers, int(answers))
+
+    def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """The mean advantage of each answer in the parent's table of completions, in place of RLOO's."""
+        means = (advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
+        shown = [mean for part in gather_objects(means) for mean in part]
+        for _ in range(min(len(shown), len(self._logs["advantages"]))):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(shown)
+
+    @staticmethod
+    def _over_ranks(moments: Moments) -> Moments:
+        return Moments(*sum_over_ranks(list(moments)))
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not before:
+            self._count_tokens(self._buffered_inputs)
+        return inputs
+
+    def _count_tokens(self, batches: list[dict[str, Any]]) -> None:
+        """Write into each micro-batch how many tokens its whole step has, over its accumulation and all ranks."""
+        size = self.args.gradient_accumulation_steps
+        for begin in range(0, len(batches), size):
+            step = batches[begin : begin + size]
+            total = sum_over_ranks([float(sum(batch["loss_mask"].sum() for batch in step))])[0]
+            for batch in step:
+                batch["step_tokens"] = torch.tensor(max(total, 1.0), device=batch["loss_mask"].device)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        mask, completion = inputs["loss_mask"], inputs["completion_ids"]
+        ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logps, entropies, aux = self._get_per_token_logps_and_entropies(
+            model, ids, attention, completion.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+        )
+        policy = clipped_policy_loss(
+            logps,
+            inputs["old_token_logps"],
+            inputs["advantages"],
+            mask,
+            clip_low=self.epsilon_low,
+            clip_high=self.epsilon_high,
+        )
+        entropy = (entropies * mask).sum()
+        loss = policy.loss - self.args.entropy_coef * entropy
+        value_sums = [mask.new_zeros((), dtype=torch.float32)] * 2
+        if self.critic is not None:
+            values = self._values_seen if self.critic.backbone is None else self._read_values(inputs)
+            assert values is not None
+            value = clipped_value_loss(
+                values, inputs["values"], inputs["returns"], mask, clip=self.args.cliprange_value
+            )
+            loss = loss + self.args.vf_coef * value.loss
+            value_sums = [value.loss.detach(), value.clipped]
+            self._errors.append(Moments.of(inputs["returns"] - values, mask))
+            self._returns.append(Moments.of(inputs["returns"], mask))
+        self._book([mask.sum(), policy.loss, value_sums[0], entropy, policy.clipped, value_sums[1], policy.approx_kl])
+        if "step_tokens" not in inputs:  # evaluation
+            return loss / mask.sum().clamp(min=1)
+        # Gradients are averaged over ranks; the count is of all ranks, so the average is undone here.
+        loss = loss / inputs["step_tokens"] * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux / self.current_gradient_accumulation_steps
+        return loss
+
+    def _book(self, sums: list[Tensor]) -> None:
+        self._sums = self._sums + torch.stack([value.detach().double().cpu() for value in sums])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The parent's logs, with the figures of the steps since the last one, over all their tokens and ranks."""
+        mode = "train" if self.model.training else "eval"
+        flat = [*self._sums.tolist(), *_added(self._errors), *_added(self._returns), float(self._missing)]
+        sums = sum_over_ranks(flat)
+        tokens = sums[0]
+        if tokens:
+            figures = dict(zip(_SUMS[1:], (value / tokens for value in sums[1:7]), strict=True))
+            figures["clip_fraction"] = figures.pop("clipped")
+            figures["value_clip_fraction"] = figures.pop("values_clipped")
+            if self.critic is not None:
+                figures["explained_variance"] = explained_variance(Moments(*sums[7:10]), Moments(*sums[10:13]))
+            for name, value in figures.items():
+                self._metrics[mode][name] = [value]
+            self._metrics[mode]["rewards/failed"] = [sums[13]]
+        self._sums = torch.zeros_like(self._sums)
+        self._errors, self._returns, self._missing = [], [], 0
+        super().log(logs, start_time)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The parent's; the critic's optimizer is made here, when the number of steps is known."""
+        if self.critic is not None:
+            self.critic_optimizer = CriticOptimizer(self.critic, self.args, self.model, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.save_only_model:
+            return
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save and self.critic_optimizer is not None:
+            self.critic_optimizer.save(folder)
+        every = self.args.steps_per_generation * self.num_iterations  # type: ignore[operator]
+        state = {
+            "micro_steps": self._step,
+            "kl_coef": self.kl_control.coef,
+            # Answers that further steps are to be taken on.
+            "answers": self._buffered_inputs if self._step % every else None,
+        }
+        torch.save(state, folder / _STATE.format(rank=rank()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.load(folder)
+        file = folder / _STATE.format(rank=rank())
+        if not file.exists():
+            raise ConfigError(f"{folder} has no {file.name}; it was saved by another trainer or by fewer processes")
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        self._step, self.kl_control.coef = state["micro_steps"], state["kl_coef"]
+        self._buffered_inputs = state["answers"]
+
+
+class _CriticSteps(TrainerCallback):
+    """The critic steps when the policy does."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.critic_optimizer is not None:
+            self._trainer.critic_optimizer.step()
+
+
+def _added(parts: list[Moments]) -> list[float]:
+    return [float(sum(values)) for values in zip(*parts, strict=True)] if parts else [0.0] * 3
+
+
+def _chunks(output: Mapping[str, Any], size: int) -> list[dict[str, Tensor]]:
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    n = len(output["completion_ids"])
+    return [{name: output[name][i : i + size] for name in names} for i in range(0, n, size)]

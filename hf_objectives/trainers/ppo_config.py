@@ -1,0 +1,127 @@
+"""Arguments of PPOTrainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import RLOOConfig
+
+from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.ppo_math import KL_ESTIMATORS
+
+CRITICS = ("separate", "shared", "none")
+REWARD_ERRORS = ("error", "missing")
+
+
+@dataclass
+class PPOConfig(RLOOConfig):
+    """`trl.RLOOConfig` with what PPO adds: generation, rewards, batches and logs are the parent's.
+
+    Of the parent's, in PPO's words: `num_iterations` is the number of epochs over a batch of answers (4 here),
+    `steps_per_generation / gradient_accumulation_steps` that of its minibatches, `epsilon` and `epsilon_high` the clip of the
+    ratio, `beta` the coefficient of the KL penalty, `reward_clip_range` the clip of the score. One answer a prompt
+    (`num_generations`) is enough, and dropout is off, so that the ratio begins at 1.
+
+    Args:
+        critic: "separate": a value head on a backbone of its own, a copy of the policy's; "shared": on the policy's, whose
+            weights the value loss then moves too; "none": no critic, V = 0.
+        critic_learning_rate: that of the critic; None for `learning_rate`.
+        gamma, lam: discount and λ of generalised advantage estimation (arXiv 1506.02438).
+        vf_coef: weight of the value loss.
+        cliprange_value: how far a value may move from the old one; None for no clip.
+        entropy_coef: weight of the entropy bonus, per token.
+        kl_estimator: "k1", "k2" or "k3", see `ppo_math.KL_ESTIMATORS`.
+        kl_target: nats per answer to which an adaptive coefficient steers (arXiv 1909.08593); None keeps `beta`.
+        kl_horizon: answers over which the coefficient moves by a fifth at most.
+        whiten_advantages: scale advantages of a batch to mean 0 and variance 1.
+        whiten_rewards: scale token rewards of a batch to variance 1, their mean kept.
+        missing_eos_penalty: taken off the score of an answer that did not stop within `max_completion_length`.
+        reward_errors: "error", or "missing" to leave out, and count, answers whose reward function fails or says NaN.
+        eval_lm_max_length: tokens of a row of `eval_lm_datasets`.
+        max_perplexity_increase: stop when perplexity on one of them is over its start by more than this (0.1: ten per cent).
+
+    Raises:
+        ConfigError: an unknown name, a value out of range, or settings that contradict each other.
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Answers to each prompt in a batch."})
+    num_iterations: int = field(default=4, metadata={"help": "Epochs over each batch of answers."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Dropout off, so that the ratio begins at 1."})
+    critic: str = field(default="separate", metadata={"help": "separate, shared or none."})
+    critic_learning_rate: float | None = field(default=None, metadata={"help": "None for learning_rate."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip of the value around the old one."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, per token."})
+    kl_estimator: str = field(default="k1", metadata={"help": "k1, k2 or k3."})
+    kl_target: float | None = field(default=None, metadata={"help": "Nats per answer that an adaptive beta steers to."})
+    kl_horizon: int = field(default=10_000, metadata={"help": "Answers over which beta moves by a fifth at most."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Scale advantages to mean 0 and variance 1."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken off the score of an answer that did not stop."}
+    )
+    reward_errors: str = field(
+        default="error", metadata={"help": "error, or missing: leave out answers that could not be scored."}
+    )
+    eval_lm_max_length: int | None = field(default=1024, metadata={"help": "Tokens of a row of eval_lm_datasets."})
+    max_perplexity_increase: float | None = field(
+        default=None, metadata={"help": "Stop when perplexity on an eval_lm_dataset rose by more (0.1: 10 %)."}
+    )
+
+    def __post_init__(self) -> None:
+        single = self.num_generations == 1
+        if single:
+            self.num_generations = _Single(1)
+        super().__post_init__()
+        if single:
+            self.num_generations = 1
+        self._check()
+
+    def _check(self) -> None:
+        for name, known in (
+            ("critic", CRITICS),
+            ("kl_estimator", tuple(KL_ESTIMATORS)),
+            ("reward_errors", REWARD_ERRORS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
+                )
+        for name, low, high in (
+            ("gamma", 0, 1), ("lam", 0, 1), ("vf_coef", 0, None), ("entropy_coef", 0, None), ("beta", 0, None),
+            ("missing_eos_penalty", 0, None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                raise ConfigError(
+                    f"{name} is {value}; expected {low} or more" + (f", and {high} at most" if high else "")
+                )
+        for name in ("kl_target", "cliprange_value", "critic_learning_rate", "kl_horizon", "temperature"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}; expected more than 0")
+        if self.kl_target is not None and not self.beta:
+            raise ConfigError("kl_target moves beta, and beta is 0; give it a value to begin with, such as 0.05")
+        if self.steps_per_generation % self.gradient_accumulation_steps:  # type: ignore[operator]
+            raise ConfigError(
+                f"steps_per_generation is {self.steps_per_generation}, gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}; expected a multiple, so that a minibatch is one step"
+            )
+        if self.fp16 and self.critic != "none":
+            raise ConfigError("fp16 scales the loss of one optimizer, and a critic has its own; use bf16")
+        if self.normalize_advantages:
+            raise ConfigError("normalize_advantages is RLOO's; PPO's is whiten_advantages")
+        if self.mask_truncated_completions:
+            raise ConfigError(
+                "mask_truncated_completions takes answers that did not stop out of the loss; PPO's is missing_eos_penalty"
+            )
+
+
+class _Single(int):
+    """1, for the parent's check: RLOO needs siblings of an answer to compare it with, PPO has a critic."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
