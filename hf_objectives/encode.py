@@ -134,8 +134,8 @@ class RowEncoder:
         example = to_example(row, format=format)
         if example.kind == "tokens":
             yield _Unit(n, source, Rendered("", []), example=example)
-        elif example.kind in ("text", "prompt_completion"):
-            completion = example if example.kind == "prompt_completion" else None
+        elif example.is_plain:
+            completion = example if example.kind != "text" else None
             said = example.text[example.prompt_chars :].strip() != ""
             rendered = self._document(example) if said else Rendered(example.text, [])
             yield _Unit(n, source, rendered, document=said, example=completion)
@@ -159,8 +159,15 @@ class RowEncoder:
             template_kwargs={**self.settings.template_kwargs, **template_kwargs},
         )
 
+    def encode_texts(self, examples: Sequence[Example]) -> Labelled:
+        """Ids and labels of plain text with a prompt, as `encode` makes them, each with its BOS and EOS."""
+        return self._label([_Unit(i, "", self._document(one), True, one) for i, one in enumerate(examples)])
+
     def _document(self, example: Example) -> Rendered:
         text, at = example.text, example.prompt_chars
+        if example.kind == "preference" and self.tokenizer.eos_token:
+            # As in TRL, an answer that ends with EOS already is given no second one.
+            text = text[:at] + text[at:].removesuffix(self.tokenizer.eos_token)
         if self.settings.control_tokens == "plain":
             if self._documents is None:
                 self._documents = ControlTokens(control_tokens(self.tokenizer, ""))

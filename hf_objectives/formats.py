@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_objectives.errors import ConversationError, FormatError, VisionContentError
+from hf_objectives.pair_prompt import join_prompt, split_texts
 from hf_objectives.styles import CALL_TEXT
 
 Kind = Literal["text", "prompt_completion", "messages", "preference", "tokens"]
@@ -44,11 +45,15 @@ class Example:
 
     Attributes:
         kind: "text" (a document), "prompt_completion" (one whose beginning is a prompt), "messages" (a conversation),
-            "preference" (two of them), "tokens" (encoded already).
-        text: the document; of a prompt-completion row, the prompt and the completion, joined as they are.
+            "preference" (two conversations, or two texts), "tokens" (encoded already).
+        text: the document; of a prompt-completion row, the prompt and the completion, joined as they are; of a preference
+            row in plain text, the prompt and the chosen answer.
         prompt_chars: how much of the text is prompt.
+        rejected_text: of a preference row in plain text, the prompt and the rejected answer; None of any other row.
         messages: the conversation; of a preference row, the chosen one.
         rejected: of a preference row, the rejected conversation.
+        prompt_turns: of a preference row, how many messages of both conversations are a prompt of its own; None where
+            it has none, and what the two begin with is the prompt.
         tools: tool schemas, as the row gives them.
         input_ids, labels: of an encoded row; labels default to the ids.
         template_kwargs: `chat_template_kwargs` of the row.
@@ -57,12 +62,19 @@ class Example:
     kind: Kind
     text: str = ""
     prompt_chars: int = 0
+    rejected_text: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    prompt_turns: int | None = None
     tools: Any = None
     input_ids: Any = None
     labels: Any = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the row is text, which no chat template renders."""
+        return self.kind in ("text", "prompt_completion") or self.rejected_text is not None
 
 
 def detect_format(row: Row) -> str:
@@ -144,32 +156,45 @@ def _prompt_completion(row: Row) -> Example:
 
 
 def _preference(row: Row) -> Example:
-    """Both sides as whole conversations; a prompt of its own comes before each."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if row.get("conversations") is not None:
-        given = _system(row) + _sharegpt_messages(row["conversations"])
-        sides = [
-            given + _sharegpt_messages([side] if isinstance(side, Mapping) else side) for side in (chosen, rejected)
-        ]
-    else:
-        prompt = row.get("prompt")
-        if prompt is None and isinstance(chosen, str):
-            raise FormatError(
-                "chosen and rejected are plain text without a prompt; expected a prompt column or messages"
-            )
-        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(prompt or [], "prompt")
-        sides = [given + _side(side, name) for name, side in (("chosen", chosen), ("rejected", rejected))]
+    """Both sides as whole conversations, or as whole texts, each with the prompt before it."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    asked = row.get("conversations")
+    if asked is None and isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
+        text = chosen if prompt is None else prompt + chosen  # plain text: no template, as in TRL
+        other = rejected if prompt is None else prompt + rejected
+        at = split_texts(text, other) if prompt is None else len(prompt)
+        return Example("preference", text=text, prompt_chars=at, rejected_text=other)
+    answers = [_side(side, name) for name, side in (("chosen", chosen), ("rejected", rejected))]
+    given: list[dict[str, Any]] | None = None
+    head = _system(row)
+    if asked is not None:
+        given = _sharegpt_messages(asked)
+    elif prompt is not None:
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt, "prompt")
+    if given is not None:
+        head, answers = join_prompt(head + given, answers)
     return Example(
         "preference",
-        messages=[_arrow_clean(message) for message in sides[0]],
-        rejected=[_arrow_clean(message) for message in sides[1]],
+        messages=head + answers[0],
+        rejected=head + answers[1],
+        prompt_turns=None if given is None else len(head),
         tools=row.get("tools"),
         template_kwargs=_kwargs(row),
     )
 
 
 def _side(side: Any, name: str) -> list[dict[str, Any]]:
-    return [{"role": "assistant", "content": side}] if isinstance(side, str) else _list(side, name)
+    if isinstance(side, str):
+        return [{"role": "assistant", "content": side}]
+    return _turns([side] if isinstance(side, Mapping) else side, name)
+
+
+def _turns(value: Any, name: str) -> list[dict[str, Any]]:
+    """A list of messages, OpenAI's or ShareGPT's."""
+    turns = _list(value, name)
+    if any(isinstance(turn, Mapping) and "from" in turn for turn in turns):
+        return _sharegpt_messages(turns)
+    return [_arrow_clean(turn) for turn in turns]
 
 
 #: The formats, by name.

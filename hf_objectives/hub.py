@@ -17,6 +17,22 @@ from hf_objectives import __version__
 logger = logging.getLogger(__name__)
 
 
+# What a run of each objective did to its base model, and the task of the result.
+_MADE = {
+    "sft": ("Fine-tuned", "text-generation"),
+    "pretraining": ("Pretrained further", "text-generation"),
+    "dpo": ("Aligned with preference pairs (DPO)", "text-generation"),
+    "reward": ("A reward model, trained on preference pairs", "text-classification"),
+    "ppo": ("Trained by reward (PPO)", "text-generation"),
+    "rloo": ("Trained by reward (RLOO)", "text-generation"),
+    "grpo": ("Trained by reward (GRPO)", "text-generation"),
+}
+_SETTINGS = (
+    *("max_length", "packing", "overlength", "train_on", "max_completion_length", "loss_type", "beta"),
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+)
+
+
 # Of a run's folder: checkpoints, and the data that it was trained on, which is not ours to publish.
 _NOT_PUSHED = ["checkpoint-*", "prepared/*"]
 
@@ -26,17 +42,18 @@ def write_card(
 ) -> Path:
     """Write `README.md`: what was trained on how much of what, in which mixture, and the held-out figures before and after.
 
-    `objective` is "sft" or "pretraining", a `base_model` of None stands for random weights.
+    `objective` is a key of _MADE, a `base_model` of None stands for random weights. Beside perplexities the table holds the
+    figures that `results["figures"]` names; an account of tokens is given where there is a `ledger`.
 
     The licence is the base model's own card's, where a folder holds one; it is left out otherwise, not invented.
     """
     local = Path(base_model or "")
-    made = "Fine-tuned" if objective == "sft" else "Pretrained further"
+    made, task = _MADE[objective]
     made = f"{made} from `{local.name if local.exists() else base_model}`" if base_model else "Pretrained from scratch"
     metadata = ModelCardData(
         base_model=base_model if base_model and not local.exists() and "/" in base_model else None,
         library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["hf-objectives", objective],
         license=_licence(local) if base_model else None,
     )
@@ -48,29 +65,23 @@ def write_card(
     ]
     lines += ["| held out | tokens | before | after |", "|---|---|---|---|"]
     for key, after in results["after"].items():
-        if key.endswith("_perplexity"):
-            tokens = results["after"].get(key.replace("_perplexity", "_num_tokens"), "")
+        if key.endswith("_perplexity") or key in results.get("figures", ()):
+            tokens = results["after"].get(f"{key.removesuffix('_perplexity')}_num_tokens", "")
             before = results["before"].get(key)
             lines.append(f"| {key.removeprefix('eval_')} | {tokens} | {_number(before)} | {_number(after)} |")
-    lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
-    for source, account in results["ledger"].items():
-        dropped = sum(account["dropped_tokens"].values())
-        lines.append(f"| {source} | {account['rows_in']} | {account['tokens_in']} | {account['trained']} | {dropped} |")
+    if ledger := results.get("ledger"):
+        lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
+        for source, account in ledger.items():
+            dropped = sum(account["dropped_tokens"].values())
+            about = (source, account["rows_in"], account["tokens_in"], account["trained"], dropped)
+            lines.append(f"| {' | '.join(map(str, about))} |")
     if mixture := results.get("mixture"):
         lines += ["", f"| source | asked, {mixture['unit']} | given | tokens | epochs |", "|---|---|---|---|---|"]
         for one in mixture["sources"]:
             shares = f"{one['asked']:.2%} | {one['share']:.2%}"
             lines.append(f"| {one['name']} | {shares} | {one['tokens']} | {one['epochs']:.2f} |")
-    settings = {
-        "max_length": data.max_length,
-        "packing": data.packing,
-        "overlength": data.overlength,
-        "train_on": data.train_on,
-        "learning_rate": args.learning_rate,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "seed": args.seed,
-    }
+    chosen = [(name, holder) for name in _SETTINGS for holder in (data, args) if hasattr(holder, name)]
+    settings = {name: getattr(holder, name) for name, holder in chosen}
     lines += [
         "",
         "Settings:",

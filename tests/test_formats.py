@@ -37,7 +37,15 @@ EXCHANGE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
             "prompt_completion",
             [*({**m, "train": False} for m in [*EXCHANGE, EXCHANGE[0]]), EXCHANGE[1]],
         ),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference", EXCHANGE),
+        ({"prompt": EXCHANGE[:1], "chosen": "a", "rejected": "b"}, "preference", EXCHANGE),
+        (
+            {
+                "chosen": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "rejected": [EXCHANGE[0], {"role": "assistant", "content": "b"}],
+            },
+            "preference",
+            EXCHANGE,
+        ),
         (
             {"chosen": EXCHANGE, "rejected": [EXCHANGE[0], {"role": "assistant", "content": "b"}]},
             "preference",
@@ -67,6 +75,21 @@ def test_rows_that_are_no_conversation():
     example = to_example({"prompt": "What? ", "completion": "That."})
     assert (example.kind, example.text, example.prompt_chars) == ("prompt_completion", "What? That.", 6)
     assert to_example({"input_ids": [1, 2], "labels": [-100, 2]}).labels == [-100, 2]
+    example = to_example({"prompt": "What? ", "chosen": "That.", "rejected": "This."})
+    assert (example.kind, example.text, example.rejected_text) == ("preference", "What? That.", "What? This.")
+    assert example.prompt_chars == 6 and example.is_plain and not example.messages
+    example = to_example({"chosen": "What? That.", "rejected": "What? Thus."})
+    assert (example.text, example.rejected_text, example.prompt_chars) == ("What? That.", "What? Thus.", 8)
+
+
+def test_a_preference_row_is_fine_tuned_on_its_chosen_answer():
+    tokenizer = byte_tokenizer()
+    plain = encode_row(tokenizer, {"prompt": "What? ", "chosen": "That.<|im_end|>", "rejected": "This."})
+    assert tokenizer.decode(plain["input_ids"]) == "What? That.<|im_end|>"  # one EOS, whether the row has it or not
+    assert trained_text(tokenizer, plain) == "That.<|im_end|>"
+    earlier = [*EXCHANGE, {"role": "user", "content": "and?"}]
+    asked = {"prompt": earlier, "chosen": [EXCHANGE[1]], "rejected": [EXCHANGE[1] | {"content": "b"}]}
+    assert trained_text(tokenizer, encode_row(tokenizer, asked)) == "a<|im_end|>"
 
 
 def test_sharegpt_tools():
@@ -108,7 +131,7 @@ def test_sharegpt_tools():
         ({"conversations": [{"value": "x"}]}, ConversationError, "expected"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, ConversationError, "not JSON"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, ConversationError, "has no name"),
-        ({"chosen": "a", "rejected": "b"}, FormatError, "without a prompt"),
+        ({"chosen": "a", "rejected": EXCHANGE, "prompt": "c"}, FormatError, "repeats the prompt|prompts differ"),
     ],
 )
 def test_rows_that_cannot_be_read(row, error, words):

@@ -31,26 +31,26 @@ def plot_training_metrics(log: str | Path | Log, output: str | Path = "training_
     from matplotlib.ticker import LogFormatter
 
     history = read_log(log)
-    train = _series(history, "loss")
-    evaluation = _series(history, "eval_loss")
+    train = series(history, "loss")
+    evaluation = series(history, "eval_loss")
     if not train and not evaluation:
         raise FileFormatError("the log has neither a 'loss' nor an 'eval_loss'; nothing to draw")
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     (loss, perplexity), (rate, norm) = figure.subplots(2, 2, sharex=True)
-    _draw(loss, train, "training", mean=fmean)
-    _draw(loss, evaluation, "evaluation", marker="o")
+    draw(loss, train, "training", mean=fmean)
+    draw(loss, evaluation, "evaluation", marker="o")
     loss.set(title="Loss (nats per token)")
-    _draw(perplexity, _series(history, "perplexity"), "training", mean=geometric_mean)
-    _draw(perplexity, _series(history, "eval_perplexity"), "evaluation", marker="o")
+    draw(perplexity, series(history, "perplexity"), "training", mean=geometric_mean)
+    draw(perplexity, series(history, "eval_perplexity"), "evaluation", marker="o")
     for source in _sources(history):
-        _draw(perplexity, _series(history, f"eval_{source}_perplexity"), source, marker=".", style="--")
+        draw(perplexity, series(history, f"eval_{source}_perplexity"), source, marker=".", style="--")
     perplexity.set(title="Perplexity (log scale)", yscale="log")
     # Plain numbers instead of powers of ten, and between the decades only where the range is short.
     perplexity.yaxis.set_major_formatter(LogFormatter())
     perplexity.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.5)))
-    _draw(rate, _series(history, "learning_rate"), "learning rate")
+    draw(rate, series(history, "learning_rate"), "learning rate")
     rate.set(title="Learning rate", xlabel="step")
-    _draw(norm, _series(history, "grad_norm"), "gradient norm", mean=fmean)
+    draw(norm, series(history, "grad_norm"), "gradient norm", mean=fmean)
     norm.set(title="Gradient norm", xlabel="step")
     for axes in (loss, perplexity, rate, norm):
         axes.grid(alpha=0.25)
@@ -85,8 +85,9 @@ def read_log(log: str | Path | Log) -> Log:
         raise FileFormatError(f"{path} is not a trainer_state.json with a log_history ({error!r})") from error
 
 
-def _series(history: Log, key: str) -> list[tuple[float, float]]:
-    return [(entry["step"], float(entry[key])) for entry in history if key in entry and "step" in entry]
+def series(history: Log, key: str) -> list[tuple[float, float]]:
+    """Steps and values of a key, where a log line has it."""
+    return [(entry["step"], float(entry[key])) for entry in history if entry.get(key) is not None and "step" in entry]
 
 
 def _sources(history: Log) -> list[str]:
@@ -99,7 +100,7 @@ def _sources(history: Log) -> list[str]:
     )
 
 
-def _draw(
+def draw(
     axes: Any,
     points: list[tuple[float, float]],
     label: str,
@@ -108,6 +109,7 @@ def _draw(
     marker: str = "",
     style: str = "-",
 ) -> None:
+    """One curve; a long one, where it has a `mean`, as the values in pale and their moving mean over them."""
     if not points:
         return
     steps, values = zip(*points, strict=True)
