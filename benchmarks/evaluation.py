@@ -1,7 +1,9 @@
-"""Perplexity of the same texts: compute_perplexity against evaluate's metric, interleaved.
+"""Perplexity of the same texts: compute_perplexity against evaluate's metric, interleaved; and what the exact figures cost
+an evaluation of preference pairs.
 
     python benchmarks/evaluation.py --model FOLDER_OR_ID [--rows alpaca.json] [--texts 24] [--rounds 5]
         [--metric perplexity.py]
+    python benchmarks/evaluation.py --model FOLDER_OR_ID --dpo [--rows pairs.json] [--texts 64] [--rounds 5]
 
 evaluate loads its metric from the Hub. `--metric` names a copy of it (metrics/perplexity/perplexity.py of
 huggingface/evaluate), which is then run as it is; without one the metric is loaded by name.
@@ -15,13 +17,23 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import torch
 from _machine import describe, table
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 
-from hf_objectives import compute_perplexity, demo
+from hf_objectives import (
+    DataCollatorForPreferencePairs,
+    PerplexityDPOConfig,
+    PerplexityDPOTrainer,
+    compute_perplexity,
+    demo,
+)
+from hf_objectives.preferences import encode_pair
 
 
 def one_by_one(model, tokenizer, texts: list[str]) -> float:
@@ -36,6 +48,52 @@ def one_by_one(model, tokenizer, texts: list[str]) -> float:
     return nats / tokens
 
 
+def preference_pairs(options: argparse.Namespace) -> None:
+    """`evaluate` of PerplexityDPOTrainer and of trl.DPOTrainer on the same encoded pairs, in turn."""
+    rows = json.loads(Path(options.rows).read_text()) if options.rows else demo.preferences(options.texts, split="test")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    encoded = [encode_pair(tokenizer, row, max_length=256, row_index=i) for i, row in enumerate(rows[: options.texts])]
+    pairs = Dataset.from_list([{**pair, "row": i} for i, pair in enumerate(encoded)])
+    trainers: dict[str, Any] = {}
+    for name, kind, config in (
+        ("trl.DPOTrainer", DPOTrainer, DPOConfig),
+        ("PerplexityDPOTrainer", PerplexityDPOTrainer, PerplexityDPOConfig),
+    ):
+        settings = config(
+            tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_length=256
+        )
+        policy, reference = (AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32) for _ in range(2))
+        trainers[name] = kind(
+            policy,
+            reference,
+            settings,
+            # Both are given the same rows and masks; the parent's own preparation is no part of an evaluation.
+            data_collator=DataCollatorForPreferencePairs(tokenizer),
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+            processing_class=tokenizer,
+        )
+        trainers[name].eval_dataset = pairs
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    values: dict[str, float] = {}
+    for turn in range(options.rounds + 1):  # the first warms up
+        for name in [*trainers] if turn % 2 else [*trainers][::-1]:
+            begin = time.perf_counter()
+            values[name] = trainers[name].evaluate()["eval_loss"]
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+    theirs, ours = times.values()
+    against = [a / b for a, b in zip(ours, theirs, strict=True)]
+    print(describe(), "\n")
+    print(f"{len(pairs)} pairs, {options.rounds} rounds in turn, medians\n")
+    lines = [
+        [name, f"{statistics.median(t):.3f}", f"{min(t):.3f} to {max(t):.3f}", f"{values[name]:.6f}"]
+        for name, t in times.items()
+    ]
+    print(table(["", "seconds", "range", "loss"], lines))
+    print(f"\nPerplexityDPOTrainer / trl.DPOTrainer, round by round: median {statistics.median(against):.3f} "
+          f"({min(against):.3f} to {max(against):.3f})")  # fmt: skip
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -44,7 +102,11 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--metric", default="perplexity")
+    parser.add_argument("--dpo", action="store_true", help="time an evaluation of preference pairs")
     options = parser.parse_args()
+    if options.dpo:
+        preference_pairs(options)
+        return
     if options.rows:
         texts = [row["output"] for row in json.loads(Path(options.rows).read_text())[: options.texts]]
     else:

@@ -16,6 +16,7 @@ _HOMES = {
     "encode_row": "encode",
     "DataCollatorForAssistantOnlyLM": "collators",
     "DataCollatorWithEosPacking": "collators",
+    "DataCollatorForPreferencePairs": "preference_collator",
     "pack_lengths": "packing",
     "pack_dataset": "dataset_packing",
     "StreamPacker": "stream_packing",
@@ -32,6 +33,12 @@ _HOMES = {
     "compute_perplexity": "evaluation",
     "probe_isolation": "isolation",
     "OrderedStreamCallback": "trainers",
+    "PPOConfig": "trainers.ppo_config",
+    "PPOTrainer": "trainers.ppo",
+    "RewardModelTrainer": "trainers.reward",
+    "RewardModelConfig": "trainers.reward_config",
+    "PerplexityDPOConfig": "trainers.dpo_config",
+    "PerplexityDPOTrainer": "trainers.dpo",
     "PerplexityTrainer": "trainers",
     "PerplexityTrainingArguments": "trainers",
     "plot_training_metrics": "diagnostics.plot",
@@ -41,12 +48,19 @@ _HOMES = {
 __all__ = [
     "CorpusSettings",
     "DataCollatorForAssistantOnlyLM",
+    "DataCollatorForPreferencePairs",
     "DataCollatorWithEosPacking",
     "DatasetMixture",
     "MixtureConfig",
     "OrderedStreamCallback",
+    "PPOConfig",
+    "PPOTrainer",
+    "PerplexityDPOConfig",
+    "PerplexityDPOTrainer",
     "PerplexityTrainer",
     "PerplexityTrainingArguments",
+    "RewardModelConfig",
+    "RewardModelTrainer",
     "SourceConfig",
     "StageConfig",
     "StreamPacker",
@@ -81,10 +95,17 @@ if TYPE_CHECKING:
     from hf_objectives.mixture.config import MixtureConfig, SourceConfig, StageConfig
     from hf_objectives.mixture.dataset import DatasetMixture
     from hf_objectives.packing import pack_lengths
+    from hf_objectives.preference_collator import DataCollatorForPreferencePairs
     from hf_objectives.prepare import prepare_dataset
     from hf_objectives.schedule import mixture_schedule
     from hf_objectives.stream_packing import StreamPacker
     from hf_objectives.trainers import OrderedStreamCallback, PerplexityTrainer, PerplexityTrainingArguments
+    from hf_objectives.trainers.dpo import PerplexityDPOTrainer
+    from hf_objectives.trainers.dpo_config import PerplexityDPOConfig
+    from hf_objectives.trainers.ppo import PPOTrainer
+    from hf_objectives.trainers.ppo_config import PPOConfig
+    from hf_objectives.trainers.reward import RewardModelTrainer
+    from hf_objectives.trainers.reward_config import RewardModelConfig
 
 
 def __getattr__(name: str) -> Any:

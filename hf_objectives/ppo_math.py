@@ -51,7 +51,7 @@ class Moments(NamedTuple):
 
 
 def whiten(values: Tensor, moments: Moments, *, shift_mean: bool = True) -> Tensor:
-    """Values scaled to variance 1, and to mean 0 unless `shift_mean` is off (Huang et al. 2024, arXiv 2403.17031, section 4).
+    """Values scaled to variance 1, and to mean 0 unless `shift_mean` is off (Huang et al. 2024, arXiv 2403.17031, section 7).
 
     Args:
         values: float, any shape.
@@ -106,7 +106,7 @@ def generalized_advantages(
     mask = mask.float()
     rewards, values = rewards.float() * mask, values.float() * mask
     advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])
+    following = rewards.new_zeros(rewards.shape[0])
     next_value = torch.zeros_like(following)
     for t in range(rewards.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -182,7 +182,7 @@ def clipped_value_loss(
     error = (values - returns).square()
     if clip is None:
         return ValueLoss((error * mask).sum() / 2, mask.new_zeros(()))
-    kept = old_values + (values - old_values).clamp(-clip, clip)
+    kept = values.clamp(old_values - clip, old_values + clip)  # exactly V where it is within, so that none counts there
     held = (kept - returns).square()
     return ValueLoss((torch.maximum(error, held) * mask).sum() / 2, ((held > error) * mask).sum().detach())
 
@@ -203,6 +203,8 @@ class AdaptiveKL:
 
         e = clip((KL - target) / target, -0.2, 0.2),    β ← β (1 + e n / horizon)
 
+    n counts as the horizon at most: one large batch moves β by no more than a fifth, and never below 0.
+
     Args:
         coef: β now.
         target: nats per answer; None keeps β as it is.
@@ -217,5 +219,5 @@ class AdaptiveKL:
         """Move β by what `answers` answers with a mean KL of `kl` nats say; returns β."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * answers / self.horizon
+            self.coef *= 1 + error * min(answers / self.horizon, 1.0)
         return self.coef

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from trl.trainer.utils import RepeatSampler
 
 from hf_objectives.errors import ConfigError, DataError, FormatError
 from hf_objectives.formats import Row, to_example
@@ -55,8 +56,8 @@ def _read(row: Row) -> str | list[dict[str, Any]]:
         last = max((i for i, message in enumerate(example.messages) if _role(message) in _ASKING), default=-1)
         return [_plain(message) for message in example.messages[: last + 1]]
     if example.kind == "preference":
-        if isinstance(given, str) and isinstance(row["chosen"], str):
-            return given
+        if example.is_plain:
+            return example.text[: example.prompt_chars]
         shared = common_turns(example.messages, example.rejected)
         return [_plain(message) for message in example.messages[:shared]]
     raise FormatError(f"a row of {example.kind} has no prompt; expected prompt, or a conversation")
@@ -82,7 +83,7 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_prompts(dataset: Any, name: str) -> Any:
-    """Rows with their prompt in a column `prompt`, in one form: all text or all conversations.
+    """Rows with their prompt in a column `prompt`, in one form, all text or all conversations, and their number in `row`.
 
     Args:
         dataset: a Dataset, an IterableDataset, a list of rows, or a mapping of names to these; None stays None.
@@ -101,7 +102,9 @@ def with_prompts(dataset: Any, name: str) -> Any:
             raise ConfigError(
                 f"{name} is {type(dataset).__name__}; expected a Dataset, an IterableDataset or a list of rows"
             )
-        dataset = Dataset.from_list([dict(row) for row in dataset])
+        rows = [dict(row) for row in dataset]
+        columns = list(dict.fromkeys(key for row in rows for key in row))  # from_list knows those of the first row only
+        dataset = Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
     form: list[str] = []
 
     def read(row: dict[str, Any], i: int) -> dict[str, Any]:
@@ -110,6 +113,22 @@ def with_prompts(dataset: Any, name: str) -> Any:
         form[:] = form or [kind]
         if kind != form[0]:
             raise FormatError(f"the prompt is {kind} among prompts that are {form[0]}", source=name, row=i)
-        return {"prompt": prompt}
+        return {"prompt": prompt, "row": row.get("row", i)}
 
     return dataset.map(read, with_indices=True)
+
+
+class PromptOrder(RepeatSampler):
+    """TRL's order of prompts, with a shuffle that depends on the epoch and not on how many this process has seen."""
+
+    @classmethod
+    def like(cls, other: RepeatSampler) -> PromptOrder:
+        """One with the settings of another."""
+        return cls(
+            other.data_source, other.mini_repeat_count, other.batch_size, other.repeat_count, other.shuffle, other.seed
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Told by the loader before each epoch; the first has TRL's own shuffle."""
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)

@@ -42,6 +42,13 @@ def test_every_public_name_imports():
         _ = hf_objectives.nothing
 
 
+def test_reward_trainer_is_trls():
+    from trl import RewardConfig, RewardTrainer
+
+    assert issubclass(hf_objectives.RewardModelTrainer, RewardTrainer)
+    assert issubclass(hf_objectives.RewardModelConfig, RewardConfig)
+
+
 def test_trainer_is_a_trainer():
     from transformers import Trainer, TrainingArguments
 

@@ -65,9 +65,7 @@ class Critic(nn.Module):
             # Adapters go into the copy's weights: they are part of what the policy knows.
             adapted = hasattr(policy, "merge_and_unload")
             backbone = (
-                copy.deepcopy(policy).merge_and_unload().base_model  # type: ignore[operator]
-                if adapted
-                else copy.deepcopy(decoder_of(policy))
+                copy.deepcopy(policy).merge_and_unload().base_model if adapted else copy.deepcopy(decoder_of(policy))
             )
             return cls(policy, backbone.requires_grad_(True))
         theirs, ours = (one.get_input_embeddings().num_embeddings for one in (model, policy))
@@ -75,8 +73,8 @@ class Critic(nn.Module):
             raise ConfigError(
                 f"critic_model has {theirs:,} token embeddings, the policy {ours:,}; expected one vocabulary"
             )
-        critic = cls(policy, model.base_model)
-        critic.backbone.requires_grad_(True)
+        # A copy, because the same model may be what gives the rewards.
+        critic = cls(policy, copy.deepcopy(model.base_model).requires_grad_(True))
         if isinstance(score := getattr(model, "score", None), nn.Linear) and score.out_features == 1:
             critic.head.weight.data.copy_(score.weight.data)
             if score.bias is not None:
@@ -84,8 +82,9 @@ class Critic(nn.Module):
         return critic
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., width] to values [...], float32."""
-        return self.head(hidden.float()).squeeze(-1)
+        """Hidden states [..., width] to values [...], float32 under autocast too: bfloat16 has three digits."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.float()).squeeze(-1)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
         """Values under a backbone of its own: float32 [batch, keep], at the states before the last `keep` tokens."""

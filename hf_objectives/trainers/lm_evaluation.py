@@ -87,15 +87,22 @@ class LanguageModelEvaluation:
     def recall(self, log_history: Iterable[Mapping[str, Any]]) -> None:
         """Take the start of a resumed run from its log."""
         for entry in log_history:
-            for name in self._rows:
-                for key, value in entry.items():
-                    if key.endswith(f"_{name}{_START}"):
-                        self.start[name] = value
+            for key, value in entry.items():
+                # One name may end with another: the longest is meant.
+                told = [name for name in self._rows if key.endswith(f"_{name}{_START}")]
+                if told:
+                    self.start[max(told, key=len)] = value
 
-    def worst(self, figures: Mapping[str, float]) -> tuple[str, float]:
-        """The dataset whose perplexity rose most, and its increase."""
-        name = max(self._rows, key=lambda name: _increase(figures, name))
-        return name, _increase(figures, name)
+    def worst(self, figures: Mapping[str, float], *, prefix: str = "eval") -> tuple[str, float]:
+        """The dataset whose perplexity rose most, and its increase.
+
+        Args:
+            figures: from `measure`.
+            prefix: what it was called with.
+        """
+        increases = {name: figures[f"{prefix}_{name}_perplexity_increase"] for name in self._rows}
+        name = max(increases, key=increases.__getitem__)
+        return name, increases[name]
 
     def _count(self, model: Any, rows: Dataset, sharded: bool) -> EvaluationCounts:
         counts = EvaluationCounts()
@@ -115,10 +122,6 @@ class LanguageModelEvaluation:
             if mine:
                 counts.add(counted)
         return counts
-
-
-def _increase(figures: Mapping[str, float], name: str) -> float:
-    return next(value for key, value in figures.items() if key.endswith(f"_{name}_perplexity_increase"))
 
 
 def _encoded(rows: Rows, name: str, tokenizer: Any, max_length: int | None) -> Dataset:
@@ -196,7 +199,7 @@ class EvaluatesLanguageModels:
                 trainer.model_wrapped if sharded else trainer.model, prefix=prefix, sharded=sharded
             )
         Trainer.log(trainer, dict(figures))  # TRL's own log would empty what it has gathered of the step
-        name, increase = self.lm_evaluation.worst(figures)
+        name, increase = self.lm_evaluation.worst(figures, prefix=prefix)
         if self._max_increase is not None and increase > self._max_increase and trainer.is_in_train:
             trainer.control.should_training_stop = True
             logger.warning(

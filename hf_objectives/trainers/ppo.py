@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, TrainerCallback
-from trl import RLOOTrainer
+from transformers import TrainerCallback
+from trl import RLOOTrainer, SyncRefModelCallback
+from trl.trainer.utils import disable_dropout_in_model
 
 from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
 from hf_objectives.errors import ConfigError
@@ -20,21 +22,19 @@ from hf_objectives.ppo_math import (
     Moments,
     clipped_policy_loss,
     clipped_value_loss,
-    explained_variance,
     generalized_advantages,
     token_rewards,
     whiten,
 )
-from hf_objectives.prompts import with_prompts
+from hf_objectives.prompts import PromptOrder, with_prompts
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
 from hf_objectives.trainers.lm_evaluation import EvaluatesLanguageModels
 from hf_objectives.trainers.ppo_config import PPOConfig
+from hf_objectives.trainers.ppo_figures import StepFigures
 from hf_objectives.trainers.reference import frozen_copy, place_reference
-from hf_objectives.trainers.reward_functions import check_reward_model, checked
+from hf_objectives.trainers.reward_functions import check_finite, check_reward_model, checked, load_scorer
 
 _STATE = "ppo_state_rank_{rank}.pt"
-# What a step adds up over its tokens, in this order; see `_book`.
-_SUMS = ("tokens", "policy_loss", "value_loss", "entropy", "clipped", "values_clipped", "approx_kl")
 
 
 class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
@@ -59,9 +59,9 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             `LanguageModelEvaluation`.
 
     Logs (beyond the parent's): `reward` (mean score, weighted over the functions), `rewards/missing` (answers left out),
-    `kl` (nats per token to the reference), `kl_per_answer`, `kl_coef`, `entropy` (nats per token), `clip_fraction`,
-    `approx_kl` (to the policy that generated), `policy_loss`, `value_loss`, `explained_variance`, and
-    `completions/finished`, the share of answers that stopped by themselves.
+    `rewards/failed` (of these, those whose reward failed), `kl` (nats per token to the reference, k1), `kl_per_answer`,
+    `kl_coef`, `entropy` (nats per token), `clip_fraction`, `approx_kl` (to the policy that generated), `policy_loss`,
+    `value_loss`, `explained_variance`, and `completions/finished`, the share of answers that stopped by themselves.
 
     Raises:
         ConfigError: settings that do not fit, a reward model with another's tokenizer, a prompt too long for the model.
@@ -109,17 +109,19 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             args = PPOConfig(f"{name.split('/')[-1] or 'model'}-PPO")
         if not isinstance(args, PPOConfig):
             raise ConfigError(f"args is {type(args).__name__}; expected PPOConfig")
-        self._missing = 0
+        self._figures = {"train": StepFigures(), "eval": StepFigures()}
+        self._failed: set[int] = set()
         self._forwards: list[tuple[Tensor, Tensor | None]] | None = None
         self._rewards: Tensor | None = None
-        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-        self._errors, self._returns = [Moments(0, 0, 0)], [Moments(0, 0, 0)]
+        self._rows: list[Any] = []
         self.kl_control = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
         functions, tokenizers = self._checked_rewards(reward_funcs, reward_processing_classes, args)
         # The parent would load its reference from where the policy's config says it is from, whatever the policy is now.
         copied = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
-        reference = frozen_copy(model) if copied and args.beta and not args.sync_ref_model else None
-        beta, args.beta = args.beta, 0.0 if reference is not None else args.beta
+        reference = frozen_copy(model) if copied and args.beta else None
+        beta, sync = args.beta, args.sync_ref_model
+        if reference is not None:
+            args.beta, args.sync_ref_model = 0.0, False
         super().__init__(
             model,
             functions,
@@ -133,17 +135,21 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             quantization_config,
             peft_config,
         )
-        args.beta = self.beta = beta
+        args.beta, args.sync_ref_model, self.beta = beta, sync, beta
+        if self._is_vlm:
+            raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
+        needed = args.generation_batch_size // args.num_generations  # type: ignore[operator]
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__len__") and len(rows) < needed:
+            raise ConfigError(
+                f"train_dataset has {len(rows)} prompts and a batch of answers takes {needed} "
+                "(per_device_train_batch_size x steps_per_generation x processes); expected at least as many"
+            )
         if reference is not None:
             self.ref_model = place_reference(reference, self.accelerator, temperature=self.temperature)
-        policy = self.accelerator.unwrap_model(self.model)
-        if isinstance(critic_model, str):
-            critic_model = AutoModelForSequenceClassification.from_pretrained(critic_model, num_labels=1)
-        self.critic = Critic.of(policy, args.critic, critic_model)
-        if self.critic is not None:
-            self.critic.to(self.accelerator.device)
-            if args.gradient_checkpointing and self.critic.backbone is not None:
-                self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            if sync:
+                self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        self.critic = self._make_critic(critic_model)
         self.critic_optimizer: CriticOptimizer | None = None
         self.add_callback(_CriticSteps(self))
         self.watch_language_models(
@@ -152,6 +158,20 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             max_length=args.eval_lm_max_length,
             max_increase=args.max_perplexity_increase,
         )
+
+    def _make_critic(self, model: Any) -> Critic | None:
+        if isinstance(model, str):
+            model, has_head = load_scorer(model)
+            if not has_head and hasattr(model, "score"):
+                nn.init.zeros_(model.score.weight)
+        critic = Critic.of(self.accelerator.unwrap_model(self.model), self.args.critic, model)
+        if critic is None:
+            return None
+        if self.args.disable_dropout:
+            disable_dropout_in_model(critic)
+        if self.args.gradient_checkpointing and critic.backbone is not None:
+            critic.backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        return critic.to(self.accelerator.device).train()  # in evaluation mode it would not checkpoint
 
     def _checked_rewards(self, functions: Any, tokenizers: Any, args: PPOConfig) -> tuple[list, list]:
         functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
@@ -162,18 +182,21 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             raise ConfigError(f"{len(tokenizers)} reward_processing_classes for {len(functions)} reward functions")
         for i, function in enumerate(functions):
             if isinstance(function, str):
-                function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
+                path = function
+                function, has_head = load_scorer(path)
+                if not has_head:
+                    raise ConfigError(f"{path} has no score head; expected a reward model")
             if isinstance(function, nn.Module):
                 tokenizers[i] = check_reward_model(function, tokenizers[i])
-                functions[i] = function
+                functions[i] = function.eval()  # dropout would make a reward of chance
             elif callable(function):
-                functions[i] = checked(function, on_error=args.reward_errors, count_missing=self._count_missing)
+                functions[i] = checked(function, on_error=args.reward_errors, tell_failed=self._tell_failed)
             else:
                 raise ConfigError(f"reward function {i} is {type(function).__name__}; expected a function or a model")
         return functions, tokenizers
 
-    def _count_missing(self, number: int) -> None:
-        self._missing += number
+    def _tell_failed(self, answers: set[int]) -> None:
+        self._failed |= answers
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -183,7 +206,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         for i, ids in enumerate(result[0]):
             if limit is not None and len(ids) + int(self.max_completion_length or 0) > limit:
                 raise ConfigError(
-                    f"prompt {i} of the batch has {len(ids)} tokens, which with max_completion_length="
+                    f"the prompt of row {self._rows[i]} has {len(ids)} tokens, which with max_completion_length="
                     f"{self.max_completion_length} is over the model's {limit} positions: {prompts[i]!r:.200}"
                 )
         return result
@@ -202,14 +225,27 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             self._forwards.append((result[0], self._values_seen))
         return result
 
-    def _calculate_rewards(self, *args: Any) -> Tensor:
-        self._rewards = super()._calculate_rewards(*args)
-        return self._rewards
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *args: Any) -> Tensor:
+        """The parent's; an answer that one function failed on has no reward at all, for a part of it would be another."""
+        self._failed = set()
+        rewards = super()._calculate_rewards(inputs, prompts, completions, *args)
+        n = len(completions)
+        own = rewards[rank() * n : (rank() + 1) * n]
+        for i, function in enumerate(self.reward_funcs):
+            if isinstance(function, nn.Module):
+                if self.args.reward_errors == "error":
+                    check_finite(own[:, i], self.reward_func_names[i], completions)
+                self._failed |= set((~torch.isfinite(own[:, i])).nonzero().flatten().tolist())
+        self._figures["train" if self.model.training else "eval"].failures += len(self._failed)
+        failed = [i + part * n for part, those in enumerate(gather_objects(self._failed)) for i in those]
+        rewards[failed] = torch.nan
+        self._rewards = rewards
+        return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The parent's answers and scores, with values, advantages and returns of each token."""
         mode = "train" if self.model.training else "eval"
-        self._forwards = []
+        self._forwards, self._rows = [], [one.get("row") for one in inputs]
         output = super()._generate_and_score_completions(inputs)
         (old_logps, values), *reference = self._forwards
         self._forwards = None
@@ -317,7 +353,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         )
         entropy = (entropies * mask).sum()
         loss = policy.loss - self.args.entropy_coef * entropy
-        value_sums = [mask.new_zeros((), dtype=torch.float32)] * 2
+        value = None
+        figures = self._figures["train" if self.model.training else "eval"]
         if self.critic is not None:
             values = self._values_seen if self.critic.backbone is None else self._read_values(inputs)
             assert values is not None
@@ -325,10 +362,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
                 values, inputs["values"], inputs["returns"], mask, clip=self.args.cliprange_value
             )
             loss = loss + self.args.vf_coef * value.loss
-            value_sums = [value.loss.detach(), value.clipped]
-            self._errors.append(Moments.of(inputs["returns"] - values, mask))
-            self._returns.append(Moments.of(inputs["returns"], mask))
-        self._book([mask.sum(), policy.loss, value_sums[0], entropy, policy.clipped, value_sums[1], policy.approx_kl])
+            figures.add_returns(inputs["returns"], values, mask)
+        figures.add(mask, entropy, policy, value)
         if "step_tokens" not in inputs:  # evaluation
             return loss / mask.sum().clamp(min=1)
         # Gradients are averaged over ranks; the count is of all ranks, so the average is undone here.
@@ -337,27 +372,16 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             loss = loss + self.router_aux_loss_coef * aux / self.current_gradient_accumulation_steps
         return loss
 
-    def _book(self, sums: list[Tensor]) -> None:
-        self._sums = self._sums + torch.stack([value.detach().double().cpu() for value in sums])
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's logs, with the figures of the steps since the last one, over all their tokens and ranks."""
         mode = "train" if self.model.training else "eval"
-        flat = [*self._sums.tolist(), *_added(self._errors), *_added(self._returns), float(self._missing)]
-        sums = sum_over_ranks(flat)
-        tokens = sums[0]
-        if tokens:
-            figures = dict(zip(_SUMS[1:], (value / tokens for value in sums[1:7]), strict=True))
-            figures["clip_fraction"] = figures.pop("clipped")
-            figures["value_clip_fraction"] = figures.pop("values_clipped")
-            if self.critic is not None:
-                figures["explained_variance"] = explained_variance(Moments(*sums[7:10]), Moments(*sums[10:13]))
-            for name, value in figures.items():
-                self._metrics[mode][name] = [value]
-            self._metrics[mode]["rewards/failed"] = [sums[13]]
-        self._sums = torch.zeros_like(self._sums)
-        self._errors, self._returns, self._missing = [], [], 0
+        for name, value in self._figures[mode].take().items():
+            self._metrics[mode][name] = [value]
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """The parent's, in an order that a resumed run finds again in later epochs too."""
+        return PromptOrder.like(cast(Any, super()._get_train_sampler(dataset)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The parent's; the critic's optimizer is made here, when the number of steps is known."""
@@ -381,6 +405,9 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             "kl_coef": self.kl_control.coef,
             # Answers that further steps are to be taken on.
             "answers": self._buffered_inputs if self._step % every else None,
+            "reference": self.accelerator.unwrap_model(self.ref_model).state_dict()
+            if self.args.sync_ref_model
+            else None,
         }
         torch.save(state, folder / _STATE.format(rank=rank()))
 
@@ -394,9 +421,11 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         file = folder / _STATE.format(rank=rank())
         if not file.exists():
             raise ConfigError(f"{folder} has no {file.name}; it was saved by another trainer or by fewer processes")
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         self._step, self.kl_control.coef = state["micro_steps"], state["kl_coef"]
-        self._buffered_inputs = state["answers"]
+        self._buffered_inputs = send_to_device(state["answers"], self.accelerator.device)
+        if state["reference"] is not None:  # it moves, see sync_ref_model
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(state["reference"])
 
 
 class _CriticSteps(TrainerCallback):
@@ -408,10 +437,6 @@ class _CriticSteps(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.critic_optimizer is not None:
             self._trainer.critic_optimizer.step()
-
-
-def _added(parts: list[Moments]) -> list[float]:
-    return [float(sum(values)) for values in zip(*parts, strict=True)] if parts else [0.0] * 3
 
 
 def _chunks(output: Mapping[str, Any], size: int) -> list[dict[str, Tensor]]:

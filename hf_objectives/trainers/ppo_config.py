@@ -99,10 +99,15 @@ class PPOConfig(RLOOConfig):
                 raise ConfigError(
                     f"{name} is {value}; expected {low} or more" + (f", and {high} at most" if high else "")
                 )
-        for name in ("kl_target", "cliprange_value", "critic_learning_rate", "kl_horizon", "temperature"):
+        for name in (
+            *("kl_target", "cliprange_value", "critic_learning_rate", "kl_horizon", "temperature"),
+            *("epsilon", "epsilon_high", "num_iterations"),
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}; expected more than 0")
+        if self.reward_clip_range and self.reward_clip_range[0] >= self.reward_clip_range[1]:
+            raise ConfigError(f"reward_clip_range is {self.reward_clip_range}; expected a lower and a higher bound")
         if self.kl_target is not None and not self.beta:
             raise ConfigError("kl_target moves beta, and beta is 0; give it a value to begin with, such as 0.05")
         if self.steps_per_generation % self.gradient_accumulation_steps:  # type: ignore[operator]

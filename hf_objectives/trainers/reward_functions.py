@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import AutoTokenizer
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_objectives.errors import ConfigError, HFObjectivesError
 
@@ -21,7 +22,7 @@ class RewardError(HFObjectivesError, RuntimeError):
     """A reward function that failed, or returned what is no reward; names the function and the answer."""
 
 
-def checked(function: RewardFunction, *, on_error: str, count_missing: Callable[[int], None]) -> RewardFunction:
+def checked(function: RewardFunction, *, on_error: str, tell_failed: Callable[[set[int]], None]) -> RewardFunction:
     """The function, for TRL's trainers, with its rewards checked.
 
     None stays what it is in TRL: this function has nothing to say on this answer.
@@ -29,8 +30,8 @@ def checked(function: RewardFunction, *, on_error: str, count_missing: Callable[
     Args:
         function: called with `prompts`, `completions`, `completion_ids` and the columns of the rows, as lists; it returns one
             number or None an answer: a list, an array, or a tensor on any device. It may be a coroutine function.
-        on_error: "error", or "missing" to take what fails for None.
-        count_missing: is told how many answers were.
+        on_error: "error", or "missing" to take what fails for None, and tell of it.
+        tell_failed: is told which answers these were, at every call.
 
     Raises (from a call):
         RewardError: it raised, or returned another number of rewards, or a reward that is no finite number.
@@ -50,11 +51,10 @@ def checked(function: RewardFunction, *, on_error: str, count_missing: Callable[
                 f"reward function {name!r} raised {type(error).__name__}: {error}; for {where} "
                 "(reward_errors='missing' leaves such answers out)"
             ) from error
-        count_missing(len(failures))
         known = [None if isinstance(single, Exception) else _as_list(single, name, 1)[0] for single in singles]
-        return verdict(known, arguments)
+        return verdict(known, arguments, set(failures))
 
-    def verdict(rewards: list[Any], arguments: dict[str, Any]) -> list[float | None]:
+    def verdict(rewards: list[Any], arguments: dict[str, Any], failed: Set[int] = frozenset()) -> list[float | None]:
         bad = {i for i, reward in enumerate(rewards) if reward is not None and not _is_number(reward)}
         if bad and on_error == "error":
             i = min(bad)
@@ -62,7 +62,7 @@ def checked(function: RewardFunction, *, on_error: str, count_missing: Callable[
                 f"reward function {name!r} returned {rewards[i]!r} for {_answer(arguments, i)}; expected a finite number, or "
                 "None where it has nothing to say (reward_errors='missing' leaves such answers out)"
             )
-        count_missing(len(bad))
+        tell_failed(bad | failed)
         return [None if reward is None or i in bad else float(reward) for i, reward in enumerate(rewards)]
 
     def attempt(arguments: dict[str, Any]) -> Any:
@@ -99,7 +99,10 @@ def is_async_callable(function: RewardFunction) -> bool:
 
 
 def _as_list(output: Any, name: str, expected: int) -> list[Any]:
-    rewards = output.tolist() if hasattr(output, "tolist") else output  # tensors of any device, arrays
+    try:
+        rewards = output.tolist() if hasattr(output, "tolist") else output  # tensors of any device, arrays
+    except NotImplementedError as error:
+        raise RewardError(f"reward function {name!r} returned a tensor without values: {error}") from error
     if isinstance(rewards, (str, bytes)) or not isinstance(rewards, Sequence):
         raise RewardError(
             f"reward function {name!r} returned {type(output).__name__}; expected a list of {expected} rewards"
@@ -134,6 +137,32 @@ def _answer(arguments: dict[str, Any], i: int) -> str:
     completions, prompts = arguments["completions"], arguments.get("prompts")
     asked = f", prompt {quoted(prompts[i])}" if prompts else ""
     return f"{row}answer {i} of {len(completions)}{asked}, answered {quoted(completions[i])}"
+
+
+def check_finite(rewards: Tensor, name: str, answers: Sequence[Any]) -> None:
+    """Raise where a reward model says NaN or infinity.
+
+    Args:
+        rewards: float [batch], one an answer.
+        name: of the model.
+        answers: completions, for the error.
+
+    Raises:
+        RewardError: names the first such answer.
+    """
+    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if bad:
+        answer = _answer({"completions": answers}, bad[0])
+        raise RewardError(
+            f"reward model {name!r} says {float(rewards[bad[0]])} for {answer}; expected a finite number "
+            "(reward_errors='missing' leaves such answers out)"
+        )
+
+
+def load_scorer(path: str) -> tuple[Any, bool]:
+    """A sequence classifier with one label from a folder, and whether the folder has its score head too."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
+    return model, not info["missing_keys"]
 
 
 def check_reward_model(model: nn.Module, tokenizer: Any) -> Any:

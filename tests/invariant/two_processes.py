@@ -1,4 +1,4 @@
-"""Run by test_two_processes.py under torchrun: one act of PerplexityTrainer, its outcome written as JSON per rank."""
+"""Run by test_two_processes.py under torchrun: one act of a trainer, its outcome written as JSON per rank."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "trainers")]
 
 from chat_corpus import byte_tokenizer
+from ppo_acts import ppo_steps
 from test_causal_lm import arguments, chats
 from test_collators import llama
 from test_guards import poisoned, rows_with_a_bad_one
@@ -136,7 +137,7 @@ def not_finite_sharded(folder: Path) -> dict:
     return not_finite(folder, on_shards)
 
 
-ACTS = {act.__name__: act for act in (evaluate, gradient, not_finite, sharded, not_finite_sharded)}
+ACTS = {act.__name__: act for act in (evaluate, gradient, not_finite, sharded, not_finite_sharded, ppo_steps)}
 
 
 def main() -> None:

@@ -1,0 +1,79 @@
+"""Arguments of PerplexityDPOTrainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+from hf_objectives.chat import CONTROL_TOKENS, TRAIN_ON
+from hf_objectives.errors import ConfigError, nearest
+
+
+@dataclass
+class PerplexityDPOConfig(DPOConfig):
+    """`trl.DPOConfig` with what is measured, and two cures for chosen answers that become less likely.
+
+    Args:
+        nll_weight: adds this many times the negative log-likelihood per chosen token to the loss (RPO, Pang et al., arXiv
+            2404.19733, equations 1 and 2, with the mean over the tokens of the micro-batch where the paper divides each
+            answer by its own length).
+        dpop_lambda: penalty on a chosen answer that is less likely than under the reference (DPO-Positive, Pal et al., arXiv
+            2402.13228, equation 3): −log σ(β (Δw − Δl − λ max(0, −Δw))) with Δ the log ratio of an answer to the reference.
+        warn_chosen_drop: warn once when the chosen answers have lost more than this many nats per token since the start
+            while the margin grows; None for never.
+        max_perplexity_increase: stop training when the perplexity of one of `eval_lm_datasets` is this share over its
+            start (0.1: ten per cent); None for no bound.
+        train_on, control_tokens: how rows are encoded, see `encode_pair`.
+
+    Raises:
+        ConfigError: a setting out of its range, or `dpop_lambda` with a loss that it is not defined for.
+    """
+
+    nll_weight: float = field(default=0.0, metadata={"help": "Weight of the NLL of chosen answers (RPO); 0 for none."})
+    dpop_lambda: float = field(default=0.0, metadata={"help": "Penalty of DPO-Positive; 0 for none."})
+    warn_chosen_drop: float | None = field(
+        default=0.1,
+        metadata={"help": "Warn when chosen answers lose more nats per token than this while the margin grows."},
+    )
+    max_perplexity_increase: float | None = field(
+        default=None, metadata={"help": "Stop when a dataset of eval_lm_datasets is this share over its start."}
+    )
+    train_on: str = field(default="assistant", metadata={"help": "Turns of the answers that are compared."})
+    control_tokens: str = field(default="plain", metadata={"help": "How control tokens in texts are read."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, known in (
+            ("train_on", self.train_on, TRAIN_ON),
+            ("control_tokens", self.control_tokens, CONTROL_TOKENS),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
+                )
+        for name in ("nll_weight", "dpop_lambda"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.warn_chosen_drop is not None and not self.warn_chosen_drop >= 0:
+            raise ConfigError(f"warn_chosen_drop is {self.warn_chosen_drop}; expected 0 or more, or None")
+        if self.max_perplexity_increase is not None and not self.max_perplexity_increase > 0:
+            raise ConfigError(
+                f"max_perplexity_increase is {self.max_perplexity_increase}; expected more than 0, or None"
+            )
+        if self.dpop_lambda:
+            self._check_dpop()
+
+    def _check_dpop(self) -> None:
+        settings: dict[str, tuple[Any, Any]] = {
+            "loss_type": (self.loss_type, ["sigmoid"]),
+            "f_divergence_type": (self.f_divergence_type, "reverse_kl"),
+            "use_weighting": (self.use_weighting, False),
+            "ld_alpha": (self.ld_alpha, None),
+        }
+        for name, (value, needed) in settings.items():
+            if value != needed:
+                raise ConfigError(
+                    f"dpop_lambda changes the sigmoid loss of DPO alone: {name} is {value!r}; expected {needed!r}"
+                )

@@ -1,0 +1,269 @@
+"""Train a policy by reward with PPO, or with TRL's RLOO or GRPO from the same config, and report before and after.
+
+    accelerate launch recipes/ppo.py --config recipes/configs/ppo_quickstart.yaml --model_name_or_path runs/quickstart
+    accelerate launch recipes/ppo.py --config recipes/configs/ppo_quickstart.yaml --algorithm rloo ...
+    accelerate launch recipes/ppo.py --model_name_or_path path/or/id --dataset_name prompts.jsonl \\
+        --reward_funcs rewards.py:my_reward runs/reward --reward_weights 1.0 0.5 --output_dir runs/mine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _common import BUILT_IN, RecipeModel, load_model, on_main, resume_point, with_lora
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from hf_objectives import demo
+from hf_objectives.cli_args import parse_config
+from hf_objectives.data_files import hold_out, load_rows
+from hf_objectives.demo.accuracy import exact_match
+from hf_objectives.diagnostics.rewards import plot_rewards
+from hf_objectives.distributed import leave_group
+from hf_objectives.errors import ConfigError, HFObjectivesError, nearest
+from hf_objectives.hub import push, write_card
+from hf_objectives.plan import check_launch
+from hf_objectives.prompts import with_prompts
+from hf_objectives.trainers.lm_evaluation import LanguageModelEvaluation
+from hf_objectives.trainers.ppo import PPOTrainer
+from hf_objectives.trainers.ppo_config import PPOConfig
+
+TRL_TRAINERS: dict[str, tuple[type, type]] = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
+ALGORITHMS = ("ppo", *TRL_TRAINERS)
+FIGURES = {
+    "eval_reward": "mean reward",
+    "eval_exact_match": "exact match",
+    "eval_kl": "KL to the reference (nats per token)",
+    "eval_kl_per_answer": "KL to the reference (nats per answer)",
+    "eval_completions/mean_length": "tokens of an answer",
+    "eval_completions/finished": "finished answers",
+}
+
+
+@dataclass
+class RewardArguments:
+    """Prompts, rewards and the algorithm."""
+
+    algorithm: str = field(default="ppo", metadata={"help": "ppo, or TRL's rloo or grpo from the same config."})
+    dataset_name: str = field(default=BUILT_IN, metadata={"help": "Rows with prompts: Hub id, file, or 'builtin'."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    eval_share: float = field(default=0.05, metadata={"help": "Share of the rows that is held out."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: [BUILT_IN],
+        metadata={"help": "'builtin', file.py:function in TRL's signature, or the folder or id of a reward model."},
+    )
+    lm_datasets: str | None = field(
+        default=None,
+        metadata={"help": "Rows whose perplexity is watched: a mapping of name to file, Hub id or 'builtin' (JSON)."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            near = nearest(self.algorithm, ALGORITHMS)
+            raise ConfigError(f"algorithm is {self.algorithm!r}; expected one of {', '.join(ALGORITHMS)}{near}")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns the held-out figures before and after."""
+    (model_config, data, args), _ = parse_config((RecipeModel, RewardArguments, PPOConfig), argv)
+    console = Console(stderr=False, soft_wrap=False)
+    check_launch(args)
+    set_seed(args.seed)
+    model, tokenizer = load_model(model_config, use_cpu=args.device.type == "cpu")
+    model = with_lora(model, model_config, gradient_checkpointing=args.gradient_checkpointing)
+    train, held_out = prompts(data, seed=args.seed)
+    rewards = [read_reward(name) for name in data.reward_funcs]
+    wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
+    watched = lm_datasets(data.lm_datasets)
+    trainer = build_trainer(data.algorithm, model, rewards, args, train, held_out, tokenizer, watched)
+    if on_main():
+        print_plan(data, trainer, len(train), console)
+    asked = demo.questions(200, split="test") if data.dataset_name == BUILT_IN else []
+    before = evaluate(trainer, tokenizer, asked)
+    trainer.train(resume_from_checkpoint=resume_point(args))
+    after = evaluate(trainer, tokenizer, asked)
+    trainer.save_model()
+    trainer.save_state()
+    results = {"before": before, "after": after, "figures": list(FIGURES), "algorithm": data.algorithm}
+    if on_main():
+        folder = Path(args.output_dir)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+        picture = plot_rewards(trainer.state.log_history, folder / "training_curves.png")
+        write_card(
+            folder,
+            results=results,
+            base_model=model_config.model_name_or_path,
+            data=data,
+            args=args,
+            objective=data.algorithm,
+        )
+        print_figures(data.algorithm, before, after, console)
+        console.print(f"Model, {picture.name}, results.json and README.md are in {folder}", highlight=False)
+        if wants_push:
+            push(folder, args.hub_model_id, private=bool(args.hub_private_repo), console=console)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def build_trainer(
+    algorithm: str,
+    model: Any,
+    rewards: list[Any],
+    args: PPOConfig,
+    train: Any,
+    held_out: Any,
+    tokenizer: Any,
+    watched: dict[str, Any] | None,
+) -> Any:
+    """The trainer of an algorithm, all from one PPOConfig."""
+    if algorithm == "ppo":
+        return PPOTrainer(
+            model,
+            rewards,
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            eval_lm_datasets=watched,
+        )
+    trainer_class, config_class = TRL_TRAINERS[algorithm]
+    trainer = trainer_class(
+        model,
+        rewards,
+        as_config(config_class, args),
+        train_dataset=with_prompts(train, "train_dataset"),
+        eval_dataset=with_prompts(held_out, "eval_dataset"),
+        processing_class=tokenizer,
+    )
+    if watched is not None:
+        trainer.lm_evaluation = LanguageModelEvaluation(
+            watched, tokenizer, max_length=args.eval_lm_max_length, batch_size=args.per_device_eval_batch_size
+        )
+    return trainer
+
+
+def as_config(config_class: type, args: PPOConfig) -> Any:
+    """TRL's config with the values of a PPOConfig, as far as it has them.
+
+    Raises:
+        ConfigError: one answer a prompt, which the algorithm has nothing to compare with.
+    """
+    if args.num_generations < 2:
+        raise ConfigError(
+            f"num_generations is {args.num_generations}; RLOO and GRPO compare answers, expected 2 or more"
+        )
+    known = {one.name for one in dataclasses.fields(config_class) if one.init} - {"generation_batch_size"}
+    return config_class(**{one.name: getattr(args, one.name) for one in dataclasses.fields(args) if one.name in known})
+
+
+def prompts(data: RewardArguments, *, seed: int) -> tuple[list[dict], list[dict] | None]:
+    """Rows to train on and rows held out."""
+    if data.dataset_name == BUILT_IN:
+        return demo.preferences(8_000, seed=seed), demo.preferences(200, seed=seed, split="test")
+    rows = load_rows(data.dataset_name, split=data.dataset_split)
+    keep, out = hold_out(rows, data.eval_share, seed=seed)
+    return [{**rows[i], "row": i} for i in keep], [{**rows[i], "row": i} for i in out] or None
+
+
+def read_reward(name: str) -> str | Callable[..., Any]:
+    """A reward by its name: the built-in one, a function of a file, or the folder or id of a reward model.
+
+    Raises:
+        ConfigError: no such file or function.
+    """
+    if name == BUILT_IN:
+        return demo.answer_reward
+    path, _, function = name.partition(".py:")
+    if not function:
+        return name
+    file = Path(f"{path}.py")
+    if not file.exists():
+        raise ConfigError(f"reward_funcs names a file that does not exist: {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(found := getattr(module, function, None)):
+        names = [key for key, value in vars(module).items() if callable(value)]
+        raise ConfigError(f"{file} has no function {function!r}{nearest(function, names)}")
+    return found
+
+
+def lm_datasets(given: str | None) -> dict[str, Any] | None:
+    """Rows by name whose perplexity is watched.
+
+    Raises:
+        ConfigError: not a mapping.
+    """
+    if not given:
+        return None
+    try:
+        named = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"lm_datasets is not a mapping of names to files ({error})") from error
+    if not isinstance(named, dict):
+        raise ConfigError("lm_datasets is not a mapping of names to files")
+    built_in = {"texts": demo.texts, "chats": demo.chats}
+    rows = {}
+    for name, where in named.items():
+        if where == BUILT_IN and name not in built_in:
+            raise ConfigError(f"lm_datasets: {name!r} is 'builtin'; the built-in corpus has {' and '.join(built_in)}")
+        rows[name] = built_in[name](200, split="test") if where == BUILT_IN else load_rows(where)
+    return rows
+
+
+def evaluate(trainer: Any, tokenizer: Any, asked: list[demo.Question]) -> dict[str, float]:
+    """Held-out figures now."""
+    figures: dict[str, float] = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if not isinstance(trainer, PPOTrainer) and hasattr(trainer, "lm_evaluation"):
+        figures |= trainer.lm_evaluation.measure(trainer.model)
+    if asked:
+        plain = [question for question in asked if not question.expression]
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        figures["eval_exact_match"] = exact_match(policy, tokenizer, plain)[0]
+    return figures
+
+
+def print_plan(data: RewardArguments, trainer: Any, rows: int, console: Console) -> None:
+    """What will run, before it does."""
+    args = trainer.args
+    steps = args.steps_per_generation // args.gradient_accumulation_steps
+    console.print(
+        f"{data.algorithm}: {rows:,} prompts; {args.generation_batch_size} answers of at most {args.max_completion_length} "
+        f"tokens a batch, {args.num_generations} a prompt; {args.num_iterations} epoch(s) of {steps} minibatch(es) on each; "
+        f"KL coefficient {args.beta}; rewards {', '.join(trainer.reward_func_names)}",
+        highlight=False,
+    )
+
+
+def print_figures(algorithm: str, before: dict[str, float], after: dict[str, float], console: Console) -> None:
+    """Held-out figures before and after."""
+    table = Table(title=f"Held out, before and after {algorithm}", title_justify="left", header_style="bold")
+    for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    names = dict(FIGURES)
+    ending = "_perplexity"
+    names |= {key: f"perplexity, {key[5 : -len(ending)]}" for key in sorted(after) if key.endswith(ending)}
+    for key, name in names.items():
+        if after.get(key) is not None:
+            earlier = before.get(key)
+            table.add_row(name, "-" if earlier is None else f"{earlier:.4g}", f"{after[key]:.4g}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HFObjectivesError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    finally:
+        leave_group()

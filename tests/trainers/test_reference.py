@@ -1,0 +1,54 @@
+"""The reference that a policy is held close to: the policy as it was given, whatever its folder holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from ppo_worlds import logged, ppo, small_model
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_the_reference_is_the_policy_as_given_and_not_its_folder(tmp_path, sync):
+    small_model().save_pretrained(tmp_path / "saved")
+    model = type(small_model()).from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-3.0)
+    given = {name: value.clone() for name, value in model.state_dict().items()}
+    run = ppo(tmp_path, model=model, beta=0.1, learning_rate=1e-2, num_iterations=1, max_steps=3, sync_ref_model=sync,
+              ref_model_sync_steps=2, ref_model_mixup_alpha=1.0)  # fmt: skip
+    assert run.args.beta == run.beta == 0.1 and run.args.sync_ref_model is sync
+    assert all(torch.equal(run.ref_model.state_dict()[name], value) for name, value in given.items())
+    assert not any(parameter.requires_grad for parameter in run.ref_model.parameters()) and not run.ref_model.training
+    run.train()
+    assert logged(run, "kl")[0] == 0 and abs(logged(run, "kl")[1]) > 0
+    same = [torch.equal(run.ref_model.state_dict()[name], value) for name, value in given.items()]
+    assert not all(same) if sync else all(same)
+
+
+@pytest.mark.parametrize("kind", ["new", "trained"])
+def test_under_adapters_the_reference_is_the_model_without_what_is_trained(tmp_path, kind):
+    model = small_model()
+    if kind == "trained":
+        model = get_peft_model(model, LORA)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+    run = ppo(tmp_path, model=model, peft_config=LORA if kind == "new" else None, beta=0.1, learning_rate=0.1,
+              num_iterations=1, max_steps=3)  # fmt: skip
+    base = run.model.get_base_model().lm_head.weight.clone()
+    assert run.ref_model is None
+    run.train()
+    kls = logged(run, "kl")
+    assert kls[0] == 0 and abs(kls[1]) > 0
+    assert torch.equal(run.model.get_base_model().lm_head.weight, base)
+
+
+def test_no_penalty_no_reference(tmp_path):
+    run = ppo(tmp_path, beta=0.0)
+    assert run.ref_model is None
+    run.train()
+    assert not logged(run, "kl") and not logged(run, "kl_coef")
