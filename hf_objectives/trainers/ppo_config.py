@@ -36,7 +36,8 @@ class PPOConfig(RLOOConfig):
         whiten_advantages: scale advantages of a batch to mean 0 and variance 1.
         whiten_rewards: scale token rewards of a batch to variance 1, their mean kept.
         missing_eos_penalty: taken off the score of an answer that did not stop within `max_completion_length`.
-        reward_errors: "error", or "missing" to leave out, and count, answers whose reward function fails or says NaN.
+        reward_errors: "error", or "missing" to leave out, and count, answers on which one of the functions or models fails or
+            says NaN, whatever the others say of them.
         eval_lm_max_length: tokens of a row of `eval_lm_datasets`.
         max_perplexity_increase: stop when perplexity on one of them is over its start by more than this (0.1: ten per cent).
 
