@@ -20,6 +20,7 @@ SIGNATURES = {
 CONTAINED = {
     "DataCollatorForAssistantOnlyLM": "tokenizer max_length train_on pad_to_multiple_of",
     "DataCollatorWithEosPacking": "tokenizer max_length strategy isolate_documents",
+    "DataCollatorForPreferencePairs": "tokenizer max_length pad_to_multiple_of",
     "prepare_dataset": "dataset tokenizer max_length packing num_proc engine",
 }
 

@@ -32,7 +32,7 @@ from hf_objectives.trainers.lm_evaluation import EvaluatesLanguageModels
 from hf_objectives.trainers.ppo_config import PPOConfig
 from hf_objectives.trainers.ppo_figures import StepFigures
 from hf_objectives.trainers.reference import frozen_copy, place_reference
-from hf_objectives.trainers.reward_functions import check_finite, check_reward_model, checked, load_scorer
+from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
 
 _STATE = "ppo_state_rank_{rank}.pt"
 
@@ -115,7 +115,9 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         self._rewards: Tensor | None = None
         self._rows: list[Any] = []
         self.kl_control = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
-        functions, tokenizers = self._checked_rewards(reward_funcs, reward_processing_classes, args)
+        functions, tokenizers = checked_rewards(
+            reward_funcs, reward_processing_classes, on_error=args.reward_errors, tell_failed=self._tell_failed
+        )
         # The parent would load its reference from where the policy's config says it is from, whatever the policy is now.
         copied = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
         reference = frozen_copy(model) if copied and args.beta else None
@@ -173,28 +175,6 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             critic.backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         return critic.to(self.accelerator.device).train()  # in evaluation mode it would not checkpoint
 
-    def _checked_rewards(self, functions: Any, tokenizers: Any, args: PPOConfig) -> tuple[list, list]:
-        functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
-        if tokenizers is None:
-            tokenizers = [None] * len(functions)
-        tokenizers = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
-        if len(tokenizers) != len(functions):
-            raise ConfigError(f"{len(tokenizers)} reward_processing_classes for {len(functions)} reward functions")
-        for i, function in enumerate(functions):
-            if isinstance(function, str):
-                path = function
-                function, has_head = load_scorer(path)
-                if not has_head:
-                    raise ConfigError(f"{path} has no score head; expected a reward model")
-            if isinstance(function, nn.Module):
-                tokenizers[i] = check_reward_model(function, tokenizers[i])
-                functions[i] = function.eval()  # dropout would make a reward of chance
-            elif callable(function):
-                functions[i] = checked(function, on_error=args.reward_errors, tell_failed=self._tell_failed)
-            else:
-                raise ConfigError(f"reward function {i} is {type(function).__name__}; expected a function or a model")
-        return functions, tokenizers
-
     def _tell_failed(self, answers: set[int]) -> None:
         self._failed |= answers
 
@@ -225,10 +205,15 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             self._forwards.append((result[0], self._values_seen))
         return result
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *args: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Tensor:
         """The parent's; an answer that one function failed on has no reward at all, for a part of it would be another."""
         self._failed = set()
-        rewards = super()._calculate_rewards(inputs, prompts, completions, *args)
+        for tokenizer in self.reward_processing_classes:
+            if isinstance(tokenizer, FramedTexts):
+                tokenizer.ended = (
+                    [one[-1] in self.eos_token_ids for one in ids] if isinstance(prompts[0], str) else None
+                )
+        rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
         n = len(completions)
         own = rewards[rank() * n : (rank() + 1) * n]
         for i, function in enumerate(self.reward_funcs):

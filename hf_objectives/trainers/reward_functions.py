@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_objectives.encode import RowEncoder, RowSettings
 from hf_objectives.errors import ConfigError, HFObjectivesError
 
 _QUOTED = 120  # characters of a prompt and an answer that an error quotes
@@ -91,6 +92,70 @@ def checked(function: RewardFunction, *, on_error: str, tell_failed: Callable[[s
     wrapper: RewardFunction = ask_async if is_async_callable(function) else ask
     wrapper.__name__ = name  # TRL logs under it
     return wrapper
+
+
+def checked_rewards(
+    functions: Any, tokenizers: Any, *, on_error: str, tell_failed: Callable[[set[int]], None]
+) -> tuple[list[Any], list[Any]]:
+    """Reward functions and models as TRL's trainers take them, and the tokenizer of each model.
+
+    Args:
+        functions: a function, a model, the path of one, or a list of these.
+        tokenizers: one for each, or None.
+        on_error, tell_failed: see `checked`.
+
+    Raises:
+        ConfigError: what is neither function nor model, a model that cannot give rewards (see `check_reward_model`), or
+            another number of tokenizers.
+    """
+    functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+    if tokenizers is None:
+        tokenizers = [None] * len(functions)
+    tokenizers = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
+    if len(tokenizers) != len(functions):
+        raise ConfigError(f"{len(tokenizers)} reward_processing_classes for {len(functions)} reward functions")
+    for i, function in enumerate(functions):
+        if isinstance(function, str):
+            path = function
+            function, has_head = load_scorer(path)
+            if not has_head:
+                raise ConfigError(f"{path} has no score head; expected a reward model")
+        if isinstance(function, nn.Module):
+            tokenizer = check_reward_model(function, tokenizers[i])
+            tokenizers[i] = None if tokenizer is None else FramedTexts(tokenizer)
+            functions[i] = function.eval()  # dropout would make a reward of chance
+        elif callable(function):
+            functions[i] = checked(function, on_error=on_error, tell_failed=tell_failed)
+        else:
+            raise ConfigError(f"reward function {i} is {type(function).__name__}; expected a function or a model")
+    return functions, tokenizers
+
+
+class FramedTexts:
+    """A reward model's tokenizer that frames plain texts as training on them did: BOS before, EOS after a finished answer.
+
+    TRL's RLOOTrainer gives a reward model prompt and answer bare, and a head that was trained at the EOS would be read at
+    another token. Chats have what their template gives them.
+
+    Attributes:
+        ended: whether each of the texts to come ends with a stop token; None for chats.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self._tokenizer = tokenizer
+        self.ended: list[bool] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *, text: list[str], **settings: Any) -> Any:
+        if self.ended is not None:
+            before, after = RowEncoder(self._tokenizer, RowSettings()).frame
+            begin, end = self._tokenizer.decode(before), self._tokenizer.decode(after)
+            text = [begin + one + end * done for one, done in zip(text, self.ended, strict=True)]
+        return self._tokenizer(text=text, **settings)
 
 
 def is_async_callable(function: RewardFunction) -> bool:

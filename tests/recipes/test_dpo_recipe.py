@@ -92,7 +92,7 @@ def test_lora_on_what_lora_left(corpus, tmp_path):
     tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(corpus / "model").save_pretrained(tmp_path / "adapter")
-    given = [*arguments(corpus, tmp_path / "run"), "--use_peft", "true", "--lora_target_modules", "v_proj"]
+    given = [*arguments(corpus, tmp_path / "run"), "--use_peft", "true", "--lora_target_modules", "all-linear"]
     given[given.index("--model_name_or_path") + 1] = str(tmp_path / "adapter")
     results = main(given)
     assert results["before"]["eval_rewards/margins"] == 0 and results["after"]["eval_rewards/margins"] != 0

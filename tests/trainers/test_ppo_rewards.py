@@ -210,17 +210,17 @@ def test_a_reward_model_says_of_an_answer_in_a_batch_what_it_says_alone(tmp_path
     assert len(set(expected)) == 4 and found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_reward_model_beside_a_function(tmp_path):
+def test_a_reward_model_beside_a_function_reads_texts_with_the_eos_that_it_was_trained_with(tmp_path):
+    """An answer in plain text ends in EOS where it stopped, as in `encode_pair`, and in nothing where it did not."""
     path = saved(judge(), tmp_path / "judge")
     run = scripted(tmp_path, reward=[path, count_a], reward_weights=[1.0, 100.0], **WHOLE)
     batch = generated(run)
-    model = run.reward_funcs[0]
-    with torch.no_grad():
-        expected = [
-            float(model(torch.tensor([LETTERS(f"{prompt}{answer.removesuffix(' <eos>')}")["input_ids"]])).logits[0, 0])
-            + 100 * answer.split().count("a")
-            for prompt, answer in SCRIPT.items()
-        ]
+    model, expected = run.reward_funcs[0], []
+    for prompt, answer in SCRIPT.items():
+        said = answer.removesuffix(" <eos>")
+        ids = LETTERS(f"{prompt}{said}")["input_ids"] + [EOS] * (said != answer)
+        with torch.no_grad():
+            expected.append(float(model(torch.tensor([ids])).logits[0, 0]) + 100 * said.split().count("a"))
     assert batch["advantages"][:, 0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
