@@ -38,9 +38,9 @@ class DataCollatorForPreferencePairs:
 
     Returns (from a call): `input_ids`, `attention_mask` and `completion_mask`, int64 [2 × rows, width], the chosen sides of
     all rows before the rejected ones, padded on the right whatever the tokenizer's padding side; the mask is 0 on the
-    prompt, on padding, and inside an answer on what the template or others say. `ref_chosen_logps` and `ref_rejected_logps`, float32
-    [rows], where the rows carry them. `row_ids`, int64 [rows], where asked for. An encoded row without `chosen_mask` and
-    `rejected_mask` is trained on all of its answers.
+    prompt, on padding, and inside an answer on what the template or others say. `ref_chosen_logps` and
+    `ref_rejected_logps`, float32 [rows], where the rows carry them. `row_ids`, int64 [rows], where asked for. An encoded
+    row without `chosen_mask` and `rejected_mask` is trained on all of its answers.
 
     Raises:
         ConfigError: an unknown setting, or `max_length` under 2.

@@ -133,7 +133,7 @@ def load_pairs(data: PairArguments, *, seed: int) -> tuple[Pairs, Pairs]:
         ConfigError: an `eval_share` that leaves nothing to train on.
     """
     if data.dataset_name == BUILT_IN:
-        parts = demo.preferences(6000, seed=seed), demo.preferences(400, seed=seed, split="test")
+        parts = demo.preferences(16_000, seed=seed), demo.preferences(400, seed=seed, split="test")
         return tuple([{**row, "row": i} for i, row in enumerate(part)] for part in parts)  # type: ignore[return-value]
     found = load_rows(data.dataset_name, split=data.dataset_split)
     name = Path(data.dataset_name).name

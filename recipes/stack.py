@@ -76,9 +76,9 @@ class Stage:
 STACK = {
     "pretrain": Stage(pretrain.main, "pretrain_quickstart.yaml", 800_000, unit="max_tokens"),
     "sft": Stage(sft.main, "quickstart.yaml", 600, ("pretrain",)),
-    "reward": Stage(reward.main, "reward_quickstart.yaml", 300, ("sft", "pretrain")),
-    "ppo": Stage(ppo.main, "ppo_quickstart.yaml", 300, ("sft", "pretrain")),
-    "dpo": Stage(dpo.main, "dpo_quickstart.yaml", 150, ("sft", "pretrain")),
+    "reward": Stage(reward.main, "reward_quickstart.yaml", 400, ("sft", "pretrain")),
+    "ppo": Stage(ppo.main, "ppo_quickstart.yaml", 450, ("sft", "pretrain")),
+    "dpo": Stage(dpo.main, "dpo_quickstart.yaml", 200, ("sft", "pretrain")),
 }
 
 
@@ -105,9 +105,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for name in POLICIES
         if name not in args.skip
     ]
-    rows += [
-        {"stage": "reward", "tokens": tokens_of(judge), "seconds": seconds["reward"]} for judge in [judge] if judge
-    ]
+    if judge is not None:
+        rows.append({"stage": "reward", "tokens": tokens_of(judge), "seconds": seconds["reward"]})
     rows.sort(key=lambda row: STAGES.index(row["stage"]))
     (folder / "results.json").write_text(json.dumps(rows, indent=1))
     print_table(rows, console)
@@ -167,7 +166,8 @@ def measure(policy: Path, judge: Path | None, base: Path | None, *, seed: int) -
     ]
     ids, mask, answered = sample(model, tokenizer, prompts)
     if judge is not None:
-        row["reward"] = mean_reward(judge, prompts, tokenizer.batch_decode(ids * answered, skip_special_tokens=True))
+        said = torch.where(answered.bool(), ids, tokenizer.pad_token_id)
+        row["reward"] = mean_reward(judge, prompts, tokenizer.batch_decode(said, skip_special_tokens=True))
     if base is not None:
         other = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         row["kl"] = divergence(model, other, ids, mask, answered)
@@ -177,8 +177,9 @@ def measure(policy: Path, judge: Path | None, base: Path | None, *, seed: int) -
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> tuple[Tensor, Tensor, Tensor]:
     """Sampled answers: ids and attention mask [prompts, length], and where the answer is, up to its stop token."""
+    tokenizer.padding_side = "left"
     batch = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
+        prompts, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
     begin = batch["input_ids"].shape[1]
     ids = model.generate(
@@ -197,9 +198,8 @@ def mean_reward(judge: Path, prompts: list[list[dict[str, str]]], answers: list[
     tokenizer: Any = AutoTokenizer.from_pretrained(judge)
     model = AutoModelForSequenceClassification.from_pretrained(judge, dtype=torch.float32)
     chats = [[*prompt, {"role": "assistant", "content": said}] for prompt, said in zip(prompts, answers, strict=True)]
-    batch = tokenizer.apply_chat_template(
-        chats, return_dict=True, return_tensors="pt", padding=True, padding_side="right"
-    )
+    tokenizer.padding_side = "right"
+    batch = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True)
     return model(**batch).logits[:, 0].mean().item()
 
 
@@ -211,14 +211,21 @@ def divergence(model: nn.Module, base: nn.Module, ids: Tensor, mask: Tensor, ans
     return ((ours.exp() * (ours - theirs)).sum() / len(ids)).item()
 
 
+# What the table's heads and the picture's titles stand for.
 COLUMNS = {
-    "texts": "perplexity, texts",
-    "chats": "perplexity, chats",
-    "exact_match": "exact match",
-    "reward": "mean reward",
-    "kl": "KL to fine-tuned",
+    "texts": "text ppl",
+    "chats": "chat ppl",
+    "exact_match": "exact",
+    "reward": "reward",
+    "kl": "KL",
     "tokens": "tokens",
-    "seconds": "seconds",
+    "seconds": "s",
+}
+TITLES = {
+    "perplexity": "Perplexity (log scale)",
+    "exact_match": "Exact match",
+    "reward": "Mean reward",
+    "kl": "KL to the fine-tuned model (nats per answer)",
 }
 
 
@@ -246,17 +253,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     panels = figure.subplots(2, 2)
     shown = [row for row in rows if "texts" in row]
-    for axes, (key, title) in zip(
-        panels.flat,
-        (("perplexity", "Perplexity (log scale)"), *((k, COLUMNS[k]) for k in ("exact_match", "reward", "kl"))),
-        strict=True,
-    ):
+    for axes, (key, title) in zip(panels.flat, TITLES.items(), strict=True):
         for one in ("texts", "chats") if key == "perplexity" else (key,):
             points = [(row["stage"], row[one]) for row in shown if row.get(one) is not None]
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=one)
             for x, y in points:
                 axes.annotate(f"{y:.3g}", (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
-        axes.set(title=title[0].upper() + title[1:], yscale="log" if key == "perplexity" else "linear")
+        axes.set(title=title, yscale="log" if key == "perplexity" else "linear")
         axes.margins(0.15)
         axes.grid(alpha=0.25)
     panels[0, 0].legend(frameon=False)
