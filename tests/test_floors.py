@@ -18,9 +18,9 @@ FLOORS = {
         *("permutation", "weights", "calibration", "pair_rewards"),
     },
     1: {
-        *("messages", "marks", "agreement", "templates", "styles", "turn_ends", "spans", "chat", "formats", "encode", "prompts"),
+        *("messages", "marks", "agreement", "templates", "styles", "turn_ends", "spans", "chat", "formats", "encode"),
         *("ledger", "tokenization", "byte_lengths", "collators", "dataset_packing", "prepare", "data_files", "demo"),
-        *("pair_prompt", "preferences", "preference_collator"),
+        *("prompts", "pair_prompt", "preferences", "preference_collator"),
         *("batches", "corpus", "ordered_stream", "mixture", "mixing_laws"),
     },
     2: {"distributed", "projection", "isolation", "evaluation", "trainers", "diagnostics"},
