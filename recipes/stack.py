@@ -130,7 +130,9 @@ def arguments(name: str, args: StackArguments) -> list[str]:
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     if name == "ppo" and "reward" not in args.skip:
-        return [*words, "--reward_funcs", BUILT_IN, str(Path(args.output_dir) / "reward")]
+        # The small reward model is soon exploited when it rules alone; right answers outweigh it.
+        rewards = ["--reward_funcs", BUILT_IN, str(Path(args.output_dir) / "reward"), "--reward_weights", "1", "0.1"]
+        return [*words, *rewards]
     return words
 
 
@@ -254,14 +256,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(2, 2)
     shown = [row for row in rows if "texts" in row]
     for axes, (key, title) in zip(panels.flat, TITLES.items(), strict=True):
-        for one in ("texts", "chats") if key == "perplexity" else (key,):
-            points = [(row["stage"], row[one]) for row in shown if row.get(one) is not None]
-            axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=one)
-            for x, y in points:
-                axes.annotate(f"{y:.3g}", (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+        parts = ("texts", "chats") if key == "perplexity" else (key,)
+        for i, part in enumerate(parts):
+            there = [(place, row[part]) for place, row in enumerate(shown) if row.get(part) is not None]
+            width = 0.8 / len(parts)
+            places = [place + width * (i - (len(parts) - 1) / 2) for place, _ in there]
+            bars = axes.bar(places, [value for _, value in there], width, label=part)
+            axes.bar_label(bars, fmt="%.3g", fontsize=8)
+        axes.set_xticks(range(len(shown)), [row["stage"] for row in shown])
         axes.set(title=title, yscale="log" if key == "perplexity" else "linear")
-        axes.margins(0.15)
-        axes.grid(alpha=0.25)
+        axes.margins(y=0.15)
+        axes.set_xlim(-0.6, len(shown) - 0.4)
+        axes.grid(alpha=0.25, axis="y")
     panels[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=130)
 

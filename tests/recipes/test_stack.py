@@ -29,7 +29,7 @@ def test_each_stage_starts_from_the_one_that_it_builds_on(tmp_path):
     assert starts == {"pretrain": "builtin", "sft": f"{folder}/pretrain"} | dict.fromkeys(
         ("reward", "ppo", "dpo"), f"{folder}/sft"
     )
-    assert arguments("ppo", args)[-3:] == ["--reward_funcs", "builtin", f"{folder}/reward"]
+    assert arguments("ppo", args)[-6:-3] == ["--reward_funcs", "builtin", f"{folder}/reward"]
 
 
 def test_a_skipped_stage_is_passed_over(tmp_path):
