@@ -34,7 +34,7 @@ _SETTINGS = (
 
 
 # Of a run's folder: checkpoints, and the data that it was trained on, which is not ours to publish.
-_NOT_PUSHED = ["checkpoint-*", "prepared/*"]
+_NOT_PUSHED = ["checkpoint-*", "prepared/*", "ref/*"]
 
 
 def write_card(

@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_objectives import __version__, demo
@@ -108,6 +109,20 @@ def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]
         quantization_config=quantization,
     )
     return model, tokenizer
+
+
+def load_policy(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+    """`load_model`; an adapter that fine-tuning with LoRA left becomes part of the weights, which are all trained then."""
+    name = config.model_name_or_path
+    adapter = None if not name or name == BUILT_IN else find_adapter_config_file(name, revision=config.model_revision)
+    if not name or adapter is None:
+        return load_model(config, use_cpu=use_cpu)
+    from peft import PeftModel
+
+    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+    model, _ = load_model(replace(config, model_name_or_path=base, model_revision="main"), use_cpu=use_cpu)
+    model = PeftModel.from_pretrained(model, name).merge_and_unload()
+    return model.requires_grad_(True), AutoTokenizer.from_pretrained(name)  # PEFT froze what was beneath the adapter
 
 
 def with_lora(model: Any, config: ModelConfig, *, gradient_checkpointing: bool) -> Any:

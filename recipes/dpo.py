@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from _common import BUILT_IN, RecipeModel, load_model, on_main, resume_point
+from _common import BUILT_IN, RecipeModel, load_policy, on_main, resume_point
 from datasets import Dataset
 from ppo import lm_datasets
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import get_peft_config
 
 from hf_objectives import demo
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console(stderr=False, soft_wrap=False)
     check_launch(args)
     set_seed(args.seed)
-    model, tokenizer = load(model_config, use_cpu=args.device.type == "cpu")
+    model, tokenizer = load_policy(model_config, use_cpu=args.device.type == "cpu")
     if template := read_template(data.chat_template):
         tokenizer.chat_template = template  # saved with the model, so that inference renders what was trained
     pairs, held_out = load_pairs(data, seed=args.seed)
@@ -96,9 +95,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             train_on=f"{args.train_on}, of both answers",
         )
         print_plan(resolve_plan(args, rows, trainer.model, len(pairs), origin), console)
-    before = trainer.evaluate()
+    measured = trainer.eval_dataset is not None or trainer.lm_evaluation is not None
+    before = trainer.evaluate() if measured else {}
     trainer.train(resume_from_checkpoint=resume_point(args))
-    after = trainer.evaluate()
+    after = trainer.evaluate() if measured else {}
     trainer.save_model()
     trainer.save_state()
     results = {"before": before, "after": after, "figures": list(FIGURES), "num_pairs": len(pairs)}
@@ -109,20 +109,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             push(folder, args.hub_model_id, private=bool(args.hub_private_repo), console=console)
     trainer.accelerator.wait_for_everyone()
     return results
-
-
-def load(config: RecipeModel, *, use_cpu: bool) -> tuple[Any, Any]:
-    """The model and its tokenizer; an adapter that fine-tuning with LoRA left becomes part of the weights."""
-    adapter = Path(config.model_name_or_path or "") / "adapter_config.json"
-    if not adapter.exists():
-        return load_model(config, use_cpu=use_cpu)
-    from peft import PeftModel
-
-    base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    model, _ = load_model(dataclasses.replace(config, model_name_or_path=base), use_cpu=use_cpu)
-    model = PeftModel.from_pretrained(model, str(adapter.parent)).merge_and_unload()
-    model.requires_grad_(True)  # PEFT froze what was beneath the adapter
-    return model, AutoTokenizer.from_pretrained(adapter.parent)
 
 
 def load_pairs(data: PairArguments, *, seed: int) -> tuple[Pairs, Pairs]:

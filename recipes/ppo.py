@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _common import BUILT_IN, RecipeModel, load_model, on_main, resume_point, with_lora
+from _common import BUILT_IN, RecipeModel, load_policy, on_main, resume_point
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, get_peft_config
 
 from hf_objectives import demo
 from hf_objectives.cli_args import parse_config
@@ -78,15 +78,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console(stderr=False, soft_wrap=False)
     check_launch(args)
     set_seed(args.seed)
-    model, tokenizer = load_model(model_config, use_cpu=args.device.type == "cpu")
-    model = with_lora(model, model_config, gradient_checkpointing=args.gradient_checkpointing)
+    model, tokenizer = load_policy(model_config, use_cpu=args.device.type == "cpu")
     train, held_out = prompts(data, seed=args.seed)
     rewards = [read_reward(name) for name in data.reward_funcs]
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     watched = lm_datasets(data.lm_datasets)
-    trainer = build_trainer(data.algorithm, model, rewards, args, train, held_out, tokenizer, watched)
+    trainer = build_trainer(
+        data.algorithm, model, rewards, args, train, held_out, tokenizer, watched, get_peft_config(model_config)
+    )
     if on_main():
-        print_plan(data, trainer, len(train), console)
+        print_plan(data, args, trainer, len(train), console)
     asked = demo.questions(200, split="test") if data.dataset_name == BUILT_IN else []
     before = evaluate(trainer, tokenizer, asked)
     trainer.train(resume_from_checkpoint=resume_point(args))
@@ -123,6 +124,7 @@ def build_trainer(
     held_out: Any,
     tokenizer: Any,
     watched: dict[str, Any] | None,
+    lora: Any,
 ) -> Any:
     """The trainer of an algorithm, all from one PPOConfig."""
     if algorithm == "ppo":
@@ -133,8 +135,11 @@ def build_trainer(
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            peft_config=lora,
             eval_lm_datasets=watched,
         )
+    if args.beta and lora is None and not model.config._name_or_path:
+        raise ConfigError(f"{algorithm} loads its reference by the model's name, and 'builtin' has none; set beta to 0")
     trainer_class, config_class = TRL_TRAINERS[algorithm]
     trainer = trainer_class(
         model,
@@ -143,6 +148,7 @@ def build_trainer(
         train_dataset=with_prompts(train, "train_dataset"),
         eval_dataset=with_prompts(held_out, "eval_dataset"),
         processing_class=tokenizer,
+        peft_config=lora,
     )
     if watched is not None:
         trainer.lm_evaluation = LanguageModelEvaluation(
@@ -233,7 +239,7 @@ def evaluate(trainer: Any, tokenizer: Any, asked: list[demo.Question]) -> dict[s
     return figures
 
 
-def print_plan(data: RewardArguments, trainer: Any, rows: int, console: Console) -> None:
+def print_plan(data: RewardArguments, given: PPOConfig, trainer: Any, rows: int, console: Console) -> None:
     """What will run, before it does."""
     args = trainer.args
     steps = args.steps_per_generation // args.gradient_accumulation_steps
@@ -243,6 +249,17 @@ def print_plan(data: RewardArguments, trainer: Any, rows: int, console: Console)
         f"KL coefficient {args.beta}; rewards {', '.join(trainer.reward_func_names)}",
         highlight=False,
     )
+    if data.algorithm != "ppo":
+        known = {one.name for one in dataclasses.fields(args)}
+        changed = [
+            f"{one.name}={getattr(given, one.name)}"
+            for one in dataclasses.fields(PPOConfig)
+            if one.name not in known and getattr(given, one.name) != one.default
+        ]
+        if changed:
+            console.print(
+                f"Left out, since {data.algorithm} has no such setting: {', '.join(changed)}", highlight=False
+            )
 
 
 def print_figures(algorithm: str, before: dict[str, float], after: dict[str, float], console: Console) -> None:

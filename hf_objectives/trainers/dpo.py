@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -25,6 +25,7 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.preference_collator import DataCollatorForPreferencePairs
 from hf_objectives.preferences import encode_pair
 from hf_objectives.trainers.dpo_config import PerplexityDPOConfig
+from hf_objectives.trainers.guards import check_stream
 from hf_objectives.trainers.lm_evaluation import EvaluatesLanguageModels
 from hf_objectives.trainers.pair_counts import COLUMNS, PairScores, nats_per_token, pair_figures, unique_rows
 from hf_objectives.trainers.pair_drift import Drift
@@ -129,8 +130,10 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOTrainer):
         options: dict[str, Any] = {"with_indices": True}
         if isinstance(dataset, Dataset):  # a stream takes neither
             options |= {"num_proc": args.dataset_num_proc, "desc": f"Encoding {dataset_name} dataset"}
+        if dataset_name != "train":
+            check_stream(dataset, args.dataloader_num_workers, dataset_name)
         if "prompt_ids" in first:
-            return dataset if "row" in first else dataset.map(_number, **options)
+            return dataset.map(_number, **options)
         settings = {
             "max_length": args.max_length,
             "train_on": _setting(args, "train_on"),
@@ -185,7 +188,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOTrainer):
             if not is_peft_model(self.model) or "ref" in self.model.peft_config:
                 return True
             # The base model: a new adapter adds nothing to it unless it was asked to begin elsewhere.
-            begins = getattr(self.model.peft_config[self.model.active_adapter], "init_lora_weights", True)
+            begins = getattr(self.model.peft_config[self.model.active_adapter], "init_lora_weights", False)
             return begins is True or begins == "gaussian"
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # no rank holds all weights
             return not given
@@ -304,13 +307,16 @@ class _Baseline(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
-        if (
-            state.global_step == 0
-            and trainer.eval_dataset is not None
-            and not trainer._starts
-            and not args.eval_on_start
-        ):
+        if state.global_step or trainer.eval_dataset is None:
+            return
+        if not trainer._starts and not args.eval_on_start:
             trainer.evaluate()
+            return
+        for (
+            prefix,
+            nats,
+        ) in trainer._starts.items():  # measured before: the new history has to hold it, for a resumed run
+            Trainer.log(trainer, {f"{prefix}_{side}_perplexity": math.exp(value) for side, value in nats.items()})
 
 
 def _setting(args: Any, name: str) -> Any:

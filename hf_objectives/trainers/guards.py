@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor, nn
 
-from hf_objectives.distributed import any_rank, rank
-from hf_objectives.errors import NonFiniteError, StopTokenError
+from hf_objectives.distributed import any_rank, rank, world_size
+from hf_objectives.errors import ConfigError, NonFiniteError, StopTokenError
 from hf_objectives.evaluation import split_riders
 from hf_objectives.losses import IGNORE, next_token_targets, token_nll
 from hf_objectives.projection import selected_logits
@@ -114,6 +115,20 @@ def _first_column(ids: Tensor) -> Tensor:
     starts = torch.zeros_like(ids, dtype=torch.bool)
     starts[:, 0] = True
     return starts
+
+
+def check_stream(dataset: Any, workers: int, name: str) -> None:
+    """Refuse a stream whose rows cannot be told apart: read in parts, each part counts its rows from 0.
+
+    Raises:
+        ConfigError: a stream of several shards for several ranks or loader workers.
+    """
+    shards = getattr(dataset, "num_shards", 1) if isinstance(dataset, IterableDataset) else 1
+    if shards > 1 and (workers > 1 or world_size() > 1):
+        raise ConfigError(
+            f"dataset {name!r} is a stream of {shards} shards for {world_size()} process(es) of {workers} loader worker(s), "
+            "whose rows have no common numbers; use a mapped dataset, one shard, or one process without workers"
+        )
 
 
 def ends_of_runs(labels: Tensor) -> Tensor:

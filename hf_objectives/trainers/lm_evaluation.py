@@ -101,7 +101,8 @@ class LanguageModelEvaluation:
             prefix: what it was called with.
         """
         increases = {name: figures[f"{prefix}_{name}_perplexity_increase"] for name in self._rows}
-        name = max(increases, key=increases.__getitem__)
+        # Of a model that says NaN nothing is known but that it is lost.
+        name = max(increases, key=lambda name: math.inf if math.isnan(increases[name]) else increases[name])
         return name, increases[name]
 
     def _count(self, model: Any, rows: Dataset, sharded: bool) -> EvaluationCounts:
@@ -200,7 +201,7 @@ class EvaluatesLanguageModels:
             )
         Trainer.log(trainer, dict(figures))  # TRL's own log would empty what it has gathered of the step
         name, increase = self.lm_evaluation.worst(figures, prefix=prefix)
-        if self._max_increase is not None and increase > self._max_increase and trainer.is_in_train:
+        if self._max_increase is not None and not increase <= self._max_increase and trainer.is_in_train:
             trainer.control.should_training_stop = True
             logger.warning(
                 "stopping at step %d: perplexity of %s is %.4g, %.1f %% over its start (%.4g), more than "
@@ -227,3 +228,6 @@ class _Start(TrainerCallback):
         evaluation.recall(state.log_history)
         if not evaluation.start:
             self._trainer.measure_language_models()
+        elif not state.global_step:  # measured before: the new history has to hold it, for a run that resumes this one
+            figures = {f"eval_{name}{_START}": value for name, value in evaluation.start.items()}
+            Trainer.log(self._trainer, figures)  # type: ignore[arg-type]

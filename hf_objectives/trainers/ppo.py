@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import RLOOTrainer, SyncRefModelCallback
@@ -47,7 +48,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
     processes and logs are `trl.RLOOTrainer`'s, and so is the signature.
 
     A step's loss is a sum over the tokens of all its micro-batches and ranks over their number, so that it does not depend
-    on how answers fall on them. The reference is the policy as it was given; under adapters, the model without them.
+    on how answers fall on them. The reference is the policy as it was given; with a `peft_config` the model without
+    adapters, which is the same; of a PeftModel TRL keeps a copy of its adapter as it was given.
 
     Args (beyond the parent's):
         args: a `PPOConfig`.
@@ -114,12 +116,18 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         self._forwards: list[tuple[Tensor, Tensor | None]] | None = None
         self._rewards: Tensor | None = None
         self._rows: list[Any] = []
+        self._prefix = "eval"
         self.kl_control = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
         functions, tokenizers = checked_rewards(
             reward_funcs, reward_processing_classes, on_error=args.reward_errors, tell_failed=self._tell_failed
         )
         # The parent would load its reference from where the policy's config says it is from, whatever the policy is now.
-        copied = not isinstance(model, str) and peft_config is None and not hasattr(model, "peft_config")
+        adapted = isinstance(model, PeftModel)
+        if not isinstance(model, str) and not adapted and getattr(model, "peft_config", None):
+            raise ConfigError(
+                "the model carries an adapter that transformers loaded; merge it, or load it with PeftModel"
+            )
+        copied = not isinstance(model, str) and peft_config is None and not adapted
         reference = frozen_copy(model) if copied and args.beta else None
         beta, sync = args.beta, args.sync_ref_model
         if reference is not None:
@@ -138,15 +146,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             peft_config,
         )
         args.beta, args.sync_ref_model, self.beta = beta, sync, beta
-        if self._is_vlm:
-            raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
-        needed = args.generation_batch_size // args.num_generations  # type: ignore[operator]
-        rows: Any = self.train_dataset
-        if hasattr(rows, "__len__") and len(rows) < needed:
-            raise ConfigError(
-                f"train_dataset has {len(rows)} prompts and a batch of answers takes {needed} "
-                "(per_device_train_batch_size x steps_per_generation x processes); expected at least as many"
-            )
+        self._check_policy_and_rows()
         if reference is not None:
             self.ref_model = place_reference(reference, self.accelerator, temperature=self.temperature)
             if sync:
@@ -160,6 +160,19 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             max_length=args.eval_lm_max_length,
             max_increase=args.max_perplexity_increase,
         )
+
+    def _check_policy_and_rows(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError("no parameter of the policy requires a gradient; nothing would be trained")
+        if self._is_vlm:
+            raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
+        needed = self.args.generation_batch_size // self.args.num_generations  # type: ignore[operator]
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__len__") and len(rows) < needed:
+            raise ConfigError(
+                f"train_dataset has {len(rows)} prompts and a batch of answers takes {needed} "
+                "(per_device_train_batch_size x steps_per_generation x processes); expected at least as many"
+            )
 
     def _make_critic(self, model: Any) -> Critic | None:
         if isinstance(model, str):
@@ -237,7 +250,10 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         mask = output["completion_mask"]
         with torch.no_grad():
             if self.critic is not None and self.critic.backbone is not None:
-                values = torch.cat([self._read_values(part) for part in _chunks(output, self._rollout_batch(mode))])
+                size = (
+                    self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+                )
+                values = torch.cat([self._read_values(part) for part in _chunks(output, size)])
             values = torch.zeros_like(old_logps, dtype=torch.float32) if values is None else values
             kl = KL_ESTIMATORS[self.args.kl_estimator](old_logps - reference[0][0]) if reference else None
             scores, scored = self._scores(output, mode)
@@ -254,9 +270,6 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         self._book_answers(kl, mask, mode)
         output.update(old_token_logps=old_logps, values=values, advantages=advantages, returns=returns, loss_mask=used)
         return output
-
-    def _rollout_batch(self, mode: str) -> int:
-        return self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
 
     def _read_values(self, part: Mapping[str, Tensor]) -> Tensor:
         assert self.critic is not None
@@ -362,7 +375,16 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in self._figures[mode].take().items():
             self._metrics[mode][name] = [value]
+        own = self._prefix.removeprefix("eval").removeprefix("_")
+        if mode == "eval" and own:  # of several evaluation sets the parent calls each `eval_`
+            for name in [*self._metrics[mode]]:
+                self._metrics[mode][f"{own}_{name}"] = self._metrics[mode].pop(name)
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; what it logs afterwards has the prefix of its dataset."""
+        self._prefix = kwargs.get("metric_key_prefix", "eval")
+        return super().evaluation_loop(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """The parent's, in an order that a resumed run finds again in later epochs too."""

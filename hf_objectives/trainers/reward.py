@@ -24,6 +24,7 @@ from hf_objectives.distributed import gather_objects
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.pair_rewards import PairRewards
 from hf_objectives.preferences import encode_pair
+from hf_objectives.trainers.guards import check_stream
 from hf_objectives.trainers.score_position import check_batch, check_vocabulary, read_past_end, spare_pad_token
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,11 @@ def encode_reward_row(
         f"{side}_ids": pair["prompt_ids"] + pair[f"{side}_ids"] for side in ("chosen", "rejected")
     }
     encoded |= {f"{side}_length": sum(pair[f"{side}_mask"]) for side in ("chosen", "rejected")}
-    if row.get("margin") is not None:
+    if "margin" in row:
+        if row["margin"] is None:
+            raise FormatError(
+                "margin is missing; expected a number in every row, or no such column", source=source, row=row_index
+            )
         encoded["margin"] = float(row["margin"])
     return encoded
 
@@ -168,6 +173,8 @@ class RewardModelTrainer(RewardTrainer):
             unlimited.max_length = None
             dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)  # new names only
             names = get_dataset_column_names(dataset)
+        if dataset_name != "train":
+            check_stream(dataset, args.dataloader_num_workers, dataset_name)
         described = {}
         if isinstance(dataset, Dataset):
             described = {"num_proc": args.dataset_num_proc, "desc": f"Encoding {dataset_name}"}
@@ -176,7 +183,9 @@ class RewardModelTrainer(RewardTrainer):
         remove: list[str] = []
         if not set(_SIDES) <= set(names):
             settings |= {"tokenizer": processing_class, "control_tokens": getattr(args, "control_tokens", "plain")}
-            encode, remove = _encoded, [name for name in names if name != "margin"]
+            if isinstance(dataset, Dataset) and "margin" in names and dataset.features["margin"].dtype == "null":
+                dataset = dataset.remove_columns("margin")  # of other sources, and none of these rows has one
+            encode, remove = _encoded, [name for name in get_dataset_column_names(dataset) if name != "margin"]
         with args.main_process_first(desc=f"encoding {dataset_name}"):
             return dataset.map(encode, with_indices=True, fn_kwargs=settings, remove_columns=remove, **described)
 

@@ -226,7 +226,11 @@ def check_finite(rewards: Tensor, name: str, answers: Sequence[Any]) -> None:
 
 def load_scorer(path: str) -> tuple[Any, bool]:
     """A sequence classifier with one label from a folder, and whether the folder has its score head too."""
-    model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=torch.float32, output_loading_info=True
+    )
+    if getattr(model, "peft_config", None):
+        raise ConfigError(f"{path} holds an adapter; expected a whole reward model, merge the adapter first")
     return model, not info["missing_keys"]
 
 
@@ -256,6 +260,8 @@ def check_reward_model(model: nn.Module, tokenizer: Any) -> Any:
             f"reward model {name} was given a tokenizer of {len(tokenizer):,} tokens that is not its own, of {len(own):,}; "
             "its reward would be of other words. Leave reward_processing_classes out, or give the tokenizer of its folder"
         )
+    if tokenizer is None and own is None:
+        own = AutoTokenizer.from_pretrained(config._name_or_path)
     given = tokenizer if tokenizer is not None else own
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if given is not None and len(given) > size:

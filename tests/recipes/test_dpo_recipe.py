@@ -128,3 +128,10 @@ def test_what_it_says_when_something_is_wrong(corpus, tmp_path):
     with pytest.raises(ConfigError, match="dpop_lambda"):
         main([*arguments(corpus, tmp_path / "b"), "--dpop_lambda", "-1"])
     assert torch.is_grad_enabled()
+
+
+def test_nothing_held_out(corpus, tmp_path):
+    words = arguments(corpus, tmp_path / "run", "--eval_share", "0")
+    at = words.index("--lm_datasets")
+    results = main([*words[:at], *words[at + 2 :]])
+    assert results["before"] == results["after"] == {} and results["num_pairs"] == 60

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from ppo import RewardArguments as Arguments
 from ppo import as_config, lm_datasets, main, prompts, read_reward
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
@@ -157,3 +158,27 @@ def test_an_error_is_a_line_and_no_trace(tmp_path):
     ran = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True)
     assert ran.returncode == 1 and "Traceback" not in ran.stderr
     assert ran.stderr.strip().splitlines()[-1].startswith("ConfigError: model_name_or_path is missing")
+
+
+def test_from_an_adapter_that_fine_tuning_left(corpus, tmp_path):
+    """The adapter becomes part of the weights, of the reference too, and all of them are trained."""
+    base = AutoModelForCausalLM.from_pretrained(corpus / "model")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(corpus / "model")
+    adapted.save_pretrained(tmp_path / "adapter")
+    demo.build_tokenizer().save_pretrained(tmp_path / "adapter")
+    given = ["--model_name_or_path", str(tmp_path / "adapter"), "--reward_funcs", f"{corpus}/rewards.py:short"]
+    results = main(arguments(corpus, tmp_path / "run", *given, "--max_steps", "1"))
+    assert results["before"]["eval_kl"] == 0
+    merged = adapted.merge_and_unload().state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    moved = [(after[name] - merged[name]).abs().max() for name in merged]
+    assert 0 < max(moved) < 0.02  # one step of 1e-3, from the merged weights and not from the base
+
+
+def test_what_an_algorithm_has_no_setting_for_is_said(corpus, tmp_path, capsys):
+    main(arguments(corpus, tmp_path / "run", "--algorithm", "rloo", "--missing_eos_penalty", "0.5", "--max_steps", "1"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Left out, since rloo has no such setting:" in said and "missing_eos_penalty=0.5" in said
+    with pytest.raises(ConfigError, match="loads its reference by the model's name"):
+        main(arguments(corpus, tmp_path, "--algorithm", "rloo", "--model_name_or_path", "builtin"))

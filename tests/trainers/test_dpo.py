@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, options, ours
 from peft import LoraConfig
 from trl import DPOTrainer
 
-from hf_objectives import PerplexityDPOConfig
+from hf_objectives import PerplexityDPOConfig, demo
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.preferences import encode_pair
 
@@ -180,7 +181,7 @@ def test_rows_are_encoded_by_encode_pair_and_numbered(folders, tmp_path):
         assert {name: row[name] for name in expected} == expected and row["row"] == i
     batch = next(iter(run.get_train_dataloader()))
     assert batch["row_ids"].shape == (4,)
-    assert run._prepare_dataset(run.train_dataset, TOKENIZER, run.args, "again") is run.train_dataset
+    assert list(run._prepare_dataset(run.train_dataset, TOKENIZER, run.args, "again")) == list(run.train_dataset)
 
 
 def test_rows_with_ids_keep_them(folders, tmp_path):
@@ -238,3 +239,10 @@ def test_checkpoints_hold_json_logs(folders, tmp_path):
     run.evaluate()
     run.state.save_to_json(str(tmp_path / "state.json"))
     assert "eval_chosen_perplexity" in json.loads((tmp_path / "state.json").read_text())["log_history"][-1]
+
+
+def test_encoded_sets_that_were_numbered_apart_count_every_pair(tmp_path):
+    model = demo.build_model(TOKENIZER, hidden_size=16, num_layers=1)
+    one = Dataset.from_list([{**encode_pair(TOKENIZER, row), "row": i} for i, row in enumerate(PAIRS)])
+    run = ours(model, tmp_path, tests=concatenate_datasets([one, one]), trainer={"ref_model": copy.deepcopy(model)})
+    assert run.evaluate()["eval_num_pairs"] == 2 * len(PAIRS)

@@ -8,13 +8,14 @@ import logging
 import pytest
 import torch
 from chat_corpus import byte_tokenizer
+from datasets import Dataset
 from test_causal_lm import chats, trainer
 from test_collators import llama
 from transformers import GenerationConfig, LlamaConfig, MambaConfig, MambaForCausalLM
 
 from hf_objectives.collators import DataCollatorWithEosPacking
-from hf_objectives.errors import NonFiniteError, PackingLeakError, StopTokenError
-from hf_objectives.trainers.guards import ends_of_runs, ensure_stop_tokens
+from hf_objectives.errors import ConfigError, NonFiniteError, PackingLeakError, StopTokenError
+from hf_objectives.trainers.guards import check_stream, ends_of_runs, ensure_stop_tokens
 
 TOKENIZER = byte_tokenizer()
 
@@ -103,3 +104,11 @@ def test_ensure_stop_tokens(caplog):
         ensure_stop_tokens(model, [end], TOKENIZER)
     assert ensure_stop_tokens(model, [], TOKENIZER) == []
     assert LlamaConfig is not None
+
+
+def test_a_stream_in_parts_has_no_row_numbers():
+    stream = Dataset.from_list([{"a": 1}] * 8).to_iterable_dataset(num_shards=2)
+    check_stream(stream, 1, "eval")
+    check_stream(Dataset.from_list([{"a": 1}]), 4, "eval")
+    with pytest.raises(ConfigError, match="'eval' is a stream of 2 shards"):
+        check_stream(stream, 2, "eval")

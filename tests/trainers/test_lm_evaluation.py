@@ -176,3 +176,33 @@ def test_settings_that_cannot_be(tmp_path):
         Watched(tmp_path, TEXTS, max_increase=0)
     plain = Watched(tmp_path, None, eval_dataset=True)
     assert not any("_lm_" in key for key in plain.evaluate())
+
+
+def test_a_model_that_says_nan_passes_every_bound():
+    figures = {"eval_a_perplexity_increase": float("nan"), "eval_b_perplexity_increase": 0.5}
+    both = evaluation({"a": TEXTS, "b": TEXTS})
+    assert both.worst(figures)[0] == "a"
+    figures = {"eval_a_perplexity_increase": 0.1, "eval_b_perplexity_increase": float("nan")}
+    assert both.worst(figures)[0] == "b"
+
+
+def test_a_lost_model_stops_the_run(tmp_path):
+    run = Watched(tmp_path, TEXTS, max_increase=10.0, **EVERY)
+    run.evaluate()
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("nan"))
+    run.is_in_train = True
+    run.measure_language_models()
+    assert run.control.should_training_stop
+
+
+def test_a_start_that_was_measured_before_is_in_the_new_history(tmp_path):
+    run = Watched(tmp_path, TEXTS, **{**EVERY, "eval_strategy": "no"})
+    run.evaluate()
+    start = run.lm_evaluation.start["lm"]
+    run.train()
+    assert [
+        entry["eval_lm_perplexity_at_start"]
+        for entry in run.state.log_history
+        if "eval_lm_perplexity_at_start" in entry
+    ] == [start]

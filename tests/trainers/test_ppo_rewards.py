@@ -10,6 +10,7 @@ from ppo_worlds import CHAT, EOS, LETTERS, ScriptedPPO, count_a, logged, ppo, sm
 from transformers import LlamaForSequenceClassification
 
 from hf_objectives.errors import ConfigError, FormatError
+from hf_objectives.trainers import reward_functions
 from hf_objectives.trainers.reward_functions import RewardError
 
 SCRIPT = {"ask a": "b a <eos>", "ask b": "a a a <eos>", "ask c": "c <eos>", "ask d": "a b c d"}
@@ -305,3 +306,26 @@ def test_a_prompt_that_leaves_no_room_for_an_answer(tmp_path):
     with pytest.raises(ConfigError, match=message):
         ppo(tmp_path, rows, shuffle_dataset=False).train()
     ppo(tmp_path, rows[:2] * 2).train()
+
+
+def test_several_evaluation_sets_are_told_apart(tmp_path):
+    sets = {"few": [{"prompt": "ask c", "worth": 1.0}], "many": [{"prompt": "ask d", "worth": 5.0}]}
+    worth = {"reward": lambda worth, **_: worth}
+    rows = [{"prompt": prompt, "worth": 0.0} for prompt in SCRIPT]
+    run = scripted(tmp_path, rows, per_device_eval_batch_size=1, eval_dataset=sets, **worth)
+    figures = run.evaluate()
+    assert figures["eval_few_reward"] == 1.0 and figures["eval_many_reward"] == 5.0 and "eval_reward" not in figures
+    assert run.evaluate(run.eval_dataset["many"])["eval_reward"] == 5.0
+
+
+def test_policies_that_would_not_be_trained(tmp_path):
+    with pytest.raises(ConfigError, match="no parameter of the policy requires a gradient"):
+        scripted(tmp_path, model=small_model().requires_grad_(False))
+
+
+def test_a_reward_model_by_name_gets_its_tokenizer_by_name(monkeypatch):
+    model = judge()
+    model.config._name_or_path = "org/judge"
+    asked = []
+    monkeypatch.setattr(reward_functions.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or LETTERS)
+    assert reward_functions.check_reward_model(model, None) is LETTERS and asked == ["org/judge"]

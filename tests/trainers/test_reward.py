@@ -373,3 +373,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     halves.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for a, b in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_margins_of_some_rows_or_of_none(tmp_path):
+    rows = demo.preferences(6)
+    with pytest.raises(FormatError, match="row 1: margin is missing"):
+        trainer(tmp_path, [{**row, "margin": None if i == 1 else 1.0} for i, row in enumerate(rows)])
+    run = trainer(tmp_path, [{**row, "margin": None} for row in rows])
+    assert "margin" not in run.train_dataset.column_names and run.evaluate()["eval_num_pairs"] == 6
