@@ -107,8 +107,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         eval_lm_datasets: Any = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = PPOConfig(f"{name.split('/')[-1] or 'model'}-PPO")
+            args = PPOConfig("trainer_output")
         if not isinstance(args, PPOConfig):
             raise ConfigError(f"args is {type(args).__name__}; expected PPOConfig")
         self._figures = {"train": StepFigures(), "eval": StepFigures()}
@@ -260,13 +259,13 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             used = mask * scored[:, None]
             rewards = token_rewards(scores, kl, used, kl_coef=self.kl_control.coef)
             if self.args.whiten_rewards:
-                rewards = whiten(rewards, self._over_ranks(Moments.of(rewards, used)), shift_mean=False) * used
+                rewards = whiten(rewards, _over_ranks(Moments.of(rewards, used)), shift_mean=False) * used
             advantages, returns = generalized_advantages(
                 rewards, values, used, gamma=self.args.gamma, lam=self.args.lam
             )
             self._show_advantages(advantages, used)
             if self.args.whiten_advantages:
-                advantages = whiten(advantages, self._over_ranks(Moments.of(advantages, used))) * used
+                advantages = whiten(advantages, _over_ranks(Moments.of(advantages, used))) * used
         self._book_answers(kl, mask, mode)
         output.update(old_token_logps=old_logps, values=values, advantages=advantages, returns=returns, loss_mask=used)
         return output
@@ -311,10 +310,6 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         for _ in range(min(len(shown), len(self._logs["advantages"]))):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(shown)
-
-    @staticmethod
-    def _over_ranks(moments: Moments) -> Moments:
-        return Moments(*sum_over_ranks(list(moments)))
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -410,7 +405,6 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         state = {
             "micro_steps": self._step,
             "kl_coef": self.kl_control.coef,
-            # Answers that further steps are to be taken on.
             "answers": self._buffered_inputs if self._step % every else None,
             "reference": self.accelerator.unwrap_model(self.ref_model).state_dict()
             if self.args.sync_ref_model
@@ -444,6 +438,10 @@ class _CriticSteps(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.critic_optimizer is not None:
             self._trainer.critic_optimizer.step()
+
+
+def _over_ranks(moments: Moments) -> Moments:
+    return Moments(*sum_over_ranks(list(moments)))
 
 
 def _chunks(output: Mapping[str, Any], size: int) -> list[dict[str, Tensor]]:
