@@ -39,6 +39,7 @@ bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROW
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/training_step.py --model $(MODEL)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --rows $(ROWS)
+	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --dpo
 
 clean:  ## remove the environment and runs
 	rm -rf $(VENV) runs build *.egg-info

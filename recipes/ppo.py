@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             args=args,
             objective=data.algorithm,
         )
-        print_figures(data.algorithm, before, after, console)
+        if after:
+            print_figures(data.algorithm, before, after, console)
         console.print(f"Model, {picture.name}, results.json and README.md are in {folder}", highlight=False)
         if wants_push:
             push(folder, args.hub_model_id, private=bool(args.hub_private_repo), console=console)
