@@ -60,8 +60,9 @@ def preference_pairs(options: argparse.Namespace) -> None:
         ("PerplexityDPOTrainer", PerplexityDPOTrainer, PerplexityDPOConfig),
     ):
         settings = config(
-            tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_length=256
-        )
+            tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_length=256,
+            remove_unused_columns=False,  # the parent would take the masks off the rows
+        )  # fmt: skip
         policy, reference = (AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32) for _ in range(2))
         trainers[name] = kind(
             policy,

@@ -37,6 +37,29 @@ class _Encoded:
     packed: bool
 
 
+def check_choices(train_on: str, control_tokens: str) -> None:
+    """Refuse an unknown `train_on` or `control_tokens`.
+
+    Raises:
+        ConfigError: names the setting and the known values.
+    """
+    for name, value, known in (("train_on", train_on, TRAIN_ON), ("control_tokens", control_tokens, CONTROL_TOKENS)):
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}")
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Id of the token to pad with: the pad token, EOS where there is none.
+
+    Raises:
+        TokenizerError: neither.
+    """
+    for name in ("pad_token_id", "eos_token_id"):
+        if (value := getattr(tokenizer, name, None)) is not None:
+            return int(value)
+    raise TokenizerError("the tokenizer has neither a pad nor an EOS token to pad with; set tokenizer.pad_token")
+
+
 @dataclass
 class _Collator:
     """What both collators share: encoding of raw rows, checks, and columns that ride along."""
@@ -52,14 +75,7 @@ class _Collator:
     return_source: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("train_on", self.train_on, TRAIN_ON),
-            ("control_tokens", self.control_tokens, CONTROL_TOKENS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
-                )
+        check_choices(self.train_on, self.control_tokens)
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length is {self.max_length}; expected at least 2, a token and the one that it predicts"
@@ -70,10 +86,7 @@ class _Collator:
     @property
     def pad_token_id(self) -> int:
         """The pad token's id, EOS where there is none; padding is told from a real EOS by mask and labels."""
-        for name in ("pad_token_id", "eos_token_id"):
-            if (value := getattr(self.tokenizer, name, None)) is not None:
-                return int(value)
-        raise TokenizerError("the tokenizer has neither a pad nor an EOS token to pad with; set tokenizer.pad_token")
+        return padding_id(self.tokenizer)
 
     def _read(self, row: Row, i: int, max_length: int | None) -> _Encoded:
         sources = row.get("sources") or ([row["source"]] if row.get("source") is not None else None)

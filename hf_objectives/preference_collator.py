@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_objectives.chat import CONTROL_TOKENS, TRAIN_ON
-from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError, TokenizerError, nearest
+from hf_objectives.collators import check_choices, padding_id
+from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
 from hf_objectives.pair_prompt import SIDES
 from hf_objectives.preferences import encode_pair, fit_ids
 
@@ -65,14 +65,7 @@ class DataCollatorForPreferencePairs:
     return_rows: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("train_on", self.train_on, TRAIN_ON),
-            ("control_tokens", self.control_tokens, CONTROL_TOKENS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
-                )
+        check_choices(self.train_on, self.control_tokens)
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length is {self.max_length}; expected at least 2, a token of the prompt and one of the answer"
@@ -83,10 +76,7 @@ class DataCollatorForPreferencePairs:
     @property
     def pad_token_id(self) -> int:
         """The pad token's id, EOS where there is none; padding is told from a real EOS by the masks."""
-        for name in ("pad_token_id", "eos_token_id"):
-            if (value := getattr(self.tokenizer, name, None)) is not None:
-                return int(value)
-        raise TokenizerError("the tokenizer has neither a pad nor an EOS token to pad with; set tokenizer.pad_token")
+        return padding_id(self.tokenizer)
 
     def __call__(self, features: Sequence[Row]) -> Batch:
         pairs = [self._read(row, i) for i, row in enumerate(features)]

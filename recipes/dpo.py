@@ -16,17 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from _alignment import RowArguments, Rows, lm_datasets, split_rows
 from _common import BUILT_IN, RecipeModel, load_policy, on_main, resume_point
 from datasets import Dataset
-from ppo import lm_datasets
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 from trl import get_peft_config
 
-from hf_objectives import demo
 from hf_objectives.cli_args import parse_config, read_template
-from hf_objectives.data_files import hold_out, load_rows
 from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.distributed import leave_group
 from hf_objectives.errors import HFObjectivesError
@@ -36,7 +34,6 @@ from hf_objectives.preferences import encode_pair
 from hf_objectives.trainers.dpo import PerplexityDPOTrainer
 from hf_objectives.trainers.dpo_config import PerplexityDPOConfig
 
-Pairs = list[dict[str, Any]]
 # What the table, the card and results.json say, and what each figure is.
 FIGURES = {
     "eval_chosen_perplexity": "perplexity of chosen answers",
@@ -51,12 +48,9 @@ FIGURES = {
 
 
 @dataclass
-class PairArguments:
+class PairArguments(RowArguments):
     """Where the pairs come from, and what is watched beside them."""
 
-    dataset_name: str = field(default=BUILT_IN, metadata={"help": "Pairs: a Hub id, a file, or 'builtin'."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    eval_share: float = field(default=0.1, metadata={"help": "Share of the pairs that is held out."})
     chat_template: str | None = field(default=None, metadata={"help": "A template, or the path of a .jinja file."})
     lm_datasets: str | None = field(
         default=None,
@@ -73,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model, tokenizer = load_policy(model_config, use_cpu=args.device.type == "cpu")
     if template := read_template(data.chat_template):
         tokenizer.chat_template = template  # saved with the model, so that inference renders what was trained
-    pairs, held_out = load_pairs(data, seed=args.seed)
+    pairs, held_out = split_rows(data, seed=args.seed, built_in=(16_000, 400))
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     lora = get_peft_config(model_config)
     trainer = PerplexityDPOTrainer(
@@ -111,23 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def load_pairs(data: PairArguments, *, seed: int) -> tuple[Pairs, Pairs]:
-    """Pairs to train on and to evaluate on, each with its `source` and its number there in `row`.
-
-    Raises:
-        FileFormatError: a file that cannot be read.
-        ConfigError: an `eval_share` that leaves nothing to train on.
-    """
-    if data.dataset_name == BUILT_IN:
-        parts = demo.preferences(16_000, seed=seed), demo.preferences(400, seed=seed, split="test")
-        return tuple([{**row, "row": i} for i, row in enumerate(part)] for part in parts)  # type: ignore[return-value]
-    found = load_rows(data.dataset_name, split=data.dataset_split)
-    name = Path(data.dataset_name).name
-    sides = hold_out(found, data.eval_share, seed=seed)
-    return tuple([{**found[i], "source": name, "row": i} for i in side] for side in sides)  # type: ignore[return-value]
-
-
-def encode(rows: Pairs, tokenizer: Any, args: PerplexityDPOConfig) -> Dataset:
+def encode(rows: Rows, tokenizer: Any, args: PerplexityDPOConfig) -> Dataset:
     """Pairs as ids; from Python values, so that no Arrow struct mixes the keys of two rows."""
     settings: dict[str, Any] = {
         "max_length": args.max_length,
@@ -136,7 +114,7 @@ def encode(rows: Pairs, tokenizer: Any, args: PerplexityDPOConfig) -> Dataset:
     }
     encoded = []
     for row in rows:
-        pair = encode_pair(tokenizer, row, source=row.get("source", BUILT_IN), row_index=row["row"], **settings)
+        pair = encode_pair(tokenizer, row, source=row["source"], row_index=row["row"], **settings)
         encoded.append({**pair, "row": row["row"]})
     return Dataset.from_list(encoded)
 

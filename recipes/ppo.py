@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _alignment import RowArguments, lm_datasets, split_rows
 from _common import BUILT_IN, RecipeModel, load_policy, on_main, resume_point
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,6 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, get_peft_confi
 
 from hf_objectives import demo
 from hf_objectives.cli_args import parse_config
-from hf_objectives.data_files import hold_out, load_rows
 from hf_objectives.demo.accuracy import exact_match
 from hf_objectives.diagnostics.rewards import plot_rewards
 from hf_objectives.distributed import leave_group
@@ -50,13 +50,10 @@ FIGURES = {
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(RowArguments):
     """Prompts, rewards and the algorithm."""
 
     algorithm: str = field(default="ppo", metadata={"help": "ppo, or TRL's rloo or grpo from the same config."})
-    dataset_name: str = field(default=BUILT_IN, metadata={"help": "Rows with prompts: Hub id, file, or 'builtin'."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    eval_share: float = field(default=0.05, metadata={"help": "Share of the rows that is held out."})
     reward_funcs: list[str] = field(
         default_factory=lambda: [BUILT_IN],
         metadata={"help": "'builtin', file.py:function in TRL's signature, or the folder or id of a reward model."},
@@ -79,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_launch(args)
     set_seed(args.seed)
     model, tokenizer = load_policy(model_config, use_cpu=args.device.type == "cpu")
-    train, held_out = prompts(data, seed=args.seed)
+    train, held_out = split_rows(data, seed=args.seed, built_in=(8_000, 200))
     rewards = [read_reward(name) for name in data.reward_funcs]
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     watched = lm_datasets(data.lm_datasets)
     trainer = build_trainer(
-        data.algorithm, model, rewards, args, train, held_out, tokenizer, watched, get_peft_config(model_config)
+        data.algorithm, model, rewards, args, train, held_out or None, tokenizer, watched, get_peft_config(model_config)
     )
     if on_main():
         print_plan(data, args, trainer, len(train), console)
@@ -172,15 +169,6 @@ def as_config(config_class: type, args: PPOConfig) -> Any:
     return config_class(**{one.name: getattr(args, one.name) for one in dataclasses.fields(args) if one.name in known})
 
 
-def prompts(data: RewardArguments, *, seed: int) -> tuple[list[dict], list[dict] | None]:
-    """Rows to train on and rows held out."""
-    if data.dataset_name == BUILT_IN:
-        return demo.preferences(8_000, seed=seed), demo.preferences(200, seed=seed, split="test")
-    rows = load_rows(data.dataset_name, split=data.dataset_split)
-    keep, out = hold_out(rows, data.eval_share, seed=seed)
-    return [{**rows[i], "row": i} for i in keep], [{**rows[i], "row": i} for i in out] or None
-
-
 def read_reward(name: str) -> str | Callable[..., Any]:
     """A reward by its name: the built-in one, a function of a file, or the folder or id of a reward model.
 
@@ -203,29 +191,6 @@ def read_reward(name: str) -> str | Callable[..., Any]:
         names = [key for key, value in vars(module).items() if callable(value)]
         raise ConfigError(f"{file} has no function {function!r}{nearest(function, names)}")
     return found
-
-
-def lm_datasets(given: str | None) -> dict[str, Any] | None:
-    """Rows by name whose perplexity is watched.
-
-    Raises:
-        ConfigError: not a mapping.
-    """
-    if not given:
-        return None
-    try:
-        named = json.loads(given)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"lm_datasets is not a mapping of names to files ({error})") from error
-    if not isinstance(named, dict):
-        raise ConfigError("lm_datasets is not a mapping of names to files")
-    built_in = {"texts": demo.texts, "chats": demo.chats}
-    rows = {}
-    for name, where in named.items():
-        if where == BUILT_IN and name not in built_in:
-            raise ConfigError(f"lm_datasets: {name!r} is 'builtin'; the built-in corpus has {' and '.join(built_in)}")
-        rows[name] = built_in[name](200, split="test") if where == BUILT_IN else load_rows(where)
-    return rows
 
 
 def evaluate(trainer: Any, tokenizer: Any, asked: list[demo.Question]) -> dict[str, float]:

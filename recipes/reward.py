@@ -15,18 +15,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from _alignment import RowArguments, Rows, split_rows
 from _common import BUILT_IN, RecipeModel, on_main, resume_point
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification, set_seed
+from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from hf_objectives import demo
 from hf_objectives.calibration import Reliability
 from hf_objectives.cli_args import parse_config, read_template
-from hf_objectives.data_files import hold_out, load_rows
 from hf_objectives.diagnostics.calibration_plot import plot_reward_model
 from hf_objectives.distributed import leave_group
 from hf_objectives.errors import ConfigError, HFObjectivesError
@@ -35,7 +36,6 @@ from hf_objectives.plan import check_launch, print_plan, resolve_plan
 from hf_objectives.trainers.reward import RewardModelTrainer, encode_reward_row
 from hf_objectives.trainers.reward_config import RewardModelConfig
 
-Pairs = Sequence[Mapping[str, Any]]
 # What the table, the card and results.json say, and what each figure is.
 FIGURES = {
     "eval_accuracy": "accuracy",
@@ -49,12 +49,9 @@ BASELINE = "eval_longer_accuracy"
 
 
 @dataclass
-class PairArguments:
+class PairArguments(RowArguments):
     """Where the pairs come from, and what becomes of an adapter."""
 
-    dataset_name: str = field(default=BUILT_IN, metadata={"help": "Pairs: a Hub id, a file, or 'builtin'."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    eval_share: float = field(default=0.1, metadata={"help": "Share of the pairs that is held out."})
     chat_template: str | None = field(default=None, metadata={"help": "A template, or the path of a .jinja file."})
     merge_adapter: bool = field(
         default=True, metadata={"help": "Save a LoRA run as a whole model; false saves the adapter and its head."}
@@ -70,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model, tokenizer = load(model_config, use_cpu=args.device.type == "cpu")
     if template := read_template(data.chat_template):
         tokenizer.chat_template = template  # saved with the model, so that scoring renders what was trained
-    pairs, held_out = load_pairs(data, seed=args.seed)
+    pairs, held_out = split_rows(data, seed=args.seed, built_in=(24_000, 400))
+    if not held_out:
+        raise ConfigError("eval_share is 0; a reward model that is not held against pairs says nothing")
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     model_config.lora_task_type = "SEQ_CLS"  # the score head is trained, and saved with the adapter
     trainer = RewardModelTrainer(
@@ -129,12 +128,12 @@ def load(config: RecipeModel, *, use_cpu: bool) -> tuple[Any, Any]:
         "quantization_config": get_quantization_config(config),
         "num_labels": 1,
     }
-    adapter = Path(where) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else where
-    revision = None if adapter.exists() else config.model_revision
+    adapter = find_adapter_config_file(where, revision=config.model_revision)
+    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else where
+    revision = None if adapter else config.model_revision
     with suppress_seqcls_warning():
         model = AutoModelForSequenceClassification.from_pretrained(base, revision=revision, **settings)
-    if adapter.exists():  # what fine-tuning with LoRA left: the adapter becomes part of the weights
+    if adapter:  # what fine-tuning with LoRA left: the adapter becomes part of the weights
         from peft import PeftConfig, PeftModel
 
         lora = PeftConfig.from_pretrained(where)
@@ -144,34 +143,11 @@ def load(config: RecipeModel, *, use_cpu: bool) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_pairs(data: PairArguments, *, seed: int) -> tuple[Pairs, Pairs]:
-    """Pairs to train on and to evaluate on, each with its `source` and its number there in `row`.
-
-    Raises:
-        FileFormatError: a file that cannot be read.
-        ConfigError: nothing to train or to evaluate on.
-    """
-    if data.dataset_name == BUILT_IN:
-        rows = demo.preferences(24_000, seed=seed)
-        return rows, demo.preferences(400, seed=seed, split="test")
-    found = load_rows(data.dataset_name, split=data.dataset_split)
-    keep, out = hold_out(found, data.eval_share, seed=seed)
-    if not out:
-        raise ConfigError("eval_share is 0; a reward model that is not held against pairs says nothing")
-    name = Path(data.dataset_name).name
-    return tuple([{**found[i], "source": name, "row": i} for i in part] for part in (keep, out))  # type: ignore[return-value]
-
-
-def encode(rows: Pairs, tokenizer: Any, args: RewardModelConfig) -> Dataset:
+def encode(rows: Rows, tokenizer: Any, args: RewardModelConfig) -> Dataset:
     """Pairs as ids; from Python values, so that no Arrow struct mixes the keys of two rows."""
     settings: dict[str, Any] = {"max_length": args.max_length, "control_tokens": args.control_tokens}
     return Dataset.from_list(
-        [
-            encode_reward_row(
-                tokenizer, row, source=row.get("source", BUILT_IN), row_index=row.get("row", i), **settings
-            )
-            for i, row in enumerate(rows)
-        ]
+        [encode_reward_row(tokenizer, row, source=row["source"], row_index=row["row"], **settings) for row in rows]
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_objectives.calibration import Reliability
-from hf_objectives.diagnostics.plot import Log, draw, read_log, series
+from hf_objectives.diagnostics.plot import Log, draw, read_log, save, series
 
 
 def plot_reward_model(
@@ -50,7 +50,4 @@ def plot_reward_model(
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
+    return save(figure, output)

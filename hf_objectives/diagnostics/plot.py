@@ -56,6 +56,11 @@ def plot_training_metrics(log: str | Path | Log, output: str | Path = "training_
         axes.grid(alpha=0.25)
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False)
+    return save(figure, output)
+
+
+def save(figure: Any, output: str | Path) -> Path:
+    """Write a matplotlib figure, in a folder that is made for it; returns its path."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
-from hf_objectives.diagnostics.plot import Log, draw, read_log, series
+from hf_objectives.diagnostics.plot import Log, draw, read_log, save, series
 from hf_objectives.errors import FileFormatError
 
 
@@ -48,7 +48,4 @@ def plot_rewards(log: str | Path | Log, output: str | Path = "rewards.png") -> P
         axes.grid(alpha=0.25)
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False)
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
+    return save(figure, output)

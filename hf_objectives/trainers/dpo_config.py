@@ -7,8 +7,8 @@ from typing import Any
 
 from trl import DPOConfig
 
-from hf_objectives.chat import CONTROL_TOKENS, TRAIN_ON
-from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.collators import check_choices
+from hf_objectives.errors import ConfigError
 
 
 @dataclass
@@ -45,14 +45,7 @@ class PerplexityDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, known in (
-            ("train_on", self.train_on, TRAIN_ON),
-            ("control_tokens", self.control_tokens, CONTROL_TOKENS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
-                )
+        check_choices(self.train_on, self.control_tokens)
         for name in ("nll_weight", "dpop_lambda"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")

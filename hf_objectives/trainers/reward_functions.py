@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from hf_objectives.encode import RowEncoder, RowSettings
 from hf_objectives.errors import ConfigError, HFObjectivesError
@@ -37,7 +37,7 @@ def checked(function: RewardFunction, *, on_error: str, tell_failed: Callable[[s
     Raises (from a call):
         RewardError: it raised, or returned another number of rewards, or a reward that is no finite number.
     """
-    name = getattr(function, "__name__", type(function).__name__)
+    name = get_callable_name(function)
 
     def settle(outcome: Any, singles: list[Any], arguments: dict[str, Any]) -> list[float | None]:
         """Rewards from what the function returned or raised: for all answers at once, or else for each by itself."""
@@ -156,11 +156,6 @@ class FramedTexts:
             begin, end = self._tokenizer.decode(before), self._tokenizer.decode(after)
             text = [begin + one + end * done for one, done in zip(text, self.ended, strict=True)]
         return self._tokenizer(text=text, **settings)
-
-
-def is_async_callable(function: RewardFunction) -> bool:
-    """Whether a call is to be awaited."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _as_list(output: Any, name: str, expected: int) -> list[Any]:

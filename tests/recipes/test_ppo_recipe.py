@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from _alignment import lm_datasets, split_rows
 from peft import LoraConfig, get_peft_model
 from ppo import RewardArguments as Arguments
-from ppo import as_config, lm_datasets, main, prompts, read_reward
+from ppo import as_config, main, read_reward
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from trl import RLOOConfig
 
@@ -126,7 +127,8 @@ def test_reward_functions_are_found_or_their_absence_named(corpus):
 
 
 def test_rows_held_out_are_not_trained(corpus):
-    train, held_out = prompts(Arguments(dataset_name=str(corpus / "asked.json"), eval_share=0.2), seed=0)
+    data = Arguments(dataset_name=str(corpus / "asked.json"), eval_share=0.2)
+    train, held_out = split_rows(data, seed=0, built_in=(1, 1))
     numbers = [row["row"] for row in train], [row["row"] for row in held_out]
     assert sorted(numbers[0] + numbers[1]) == list(range(60)) and len(held_out) == 12
 
