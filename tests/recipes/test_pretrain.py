@@ -180,7 +180,7 @@ from hf_objectives.corpus.work import Work
 whole = Work.__call__
 def slow(self, segment):
     print("PREPARING", flush=True)
-    time.sleep(10)
+    time.sleep(30)
     return whole(self, segment)
 Work.__call__ = slow
 import pretrain
@@ -195,11 +195,11 @@ finally:
 @pytest.mark.distributed
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_path, streaming):
-    """Ten seconds of preparation under a group whose collectives time out after eight; a busy machine needs some of these
+    """Thirty seconds of preparation under a group whose collectives time out after 25; a busy machine needs some of these
     between two collectives of the training itself. Three are enough for preparation alone: tests/corpus/test_lock.py."""
     (tmp_path / "slow.py").write_text(SLOW)
     raw = ("--sources", json.dumps({"a": str(corpus / "a.jsonl")}), "--eval_share", "0.1", "--num_proc", "1")
-    more = ("--ddp_timeout", "8", "--max_steps", "3", "--streaming", streaming)
+    more = ("--ddp_timeout", "25", "--max_steps", "3", "--streaming", streaming)
     words = arguments(corpus, tmp_path / "run", *more, data=raw)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
