@@ -43,6 +43,8 @@ _HOMES = {
     "PerplexityTrainingArguments": "trainers",
     "plot_training_metrics": "diagnostics.plot",
     "plot_mixture": "diagnostics.mixture",
+    "diagnose": "diagnostics.detect",
+    "Finding": "diagnostics.findings",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "DataCollatorForPreferencePairs",
     "DataCollatorWithEosPacking",
     "DatasetMixture",
+    "Finding",
     "MixtureConfig",
     "OrderedStreamCallback",
     "PPOConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "StreamPacker",
     "build_mixture",
     "compute_perplexity",
+    "diagnose",
     "encode_chat",
     "encode_chats",
     "encode_row",
@@ -86,6 +90,8 @@ if TYPE_CHECKING:
     from hf_objectives.corpus.build import load_prepared, prepare_corpus
     from hf_objectives.corpus.config import CorpusSettings
     from hf_objectives.dataset_packing import pack_dataset
+    from hf_objectives.diagnostics.detect import diagnose
+    from hf_objectives.diagnostics.findings import Finding
     from hf_objectives.diagnostics.mixture import plot_mixture
     from hf_objectives.diagnostics.plot import plot_training_metrics
     from hf_objectives.encode import encode_row

@@ -3,6 +3,7 @@
 hf-objectives prepare --config corpus.yaml [--option value ...]
 hf-objectives mixture --mixture mixture.yaml [--tokens 1000000000] [--plot mixture.png]
 hf-objectives mixture --run runs/base [--plot mixture.png]
+hf-objectives diagnose runs/base [more runs ...] [--json] [--fail_on warning]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from hf_objectives.cli_args import named_sources, parse_config, read_template
+from hf_objectives.cli_diagnose import diagnose
 from hf_objectives.corpus.build import prepare_corpus
 from hf_objectives.corpus.config import CorpusSettings
 from hf_objectives.diagnostics.mixture import plot_mixture, report_of_log
@@ -110,11 +112,15 @@ def mixture(argv: Sequence[str]) -> None:
 
 _POINTS = 60  # of a curve
 #: The commands, by name.
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "mixture": mixture}
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "prepare": prepare,
+    "mixture": mixture,
+    "diagnose": diagnose,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; an error of ours, or of the file system, is a line on stderr and exit code 1."""
+    """Run a command; an error of ours, or of the file system, is a line on stderr and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -125,9 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(
                 f"unknown command {words[0]!r}; expected one of {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}"
             )
-        COMMANDS[words[0]](words[1:])
+        code = COMMANDS[words[0]](words[1:])
     except (HFObjectivesError, OSError) as error:  # a tokenizer that is not found, a folder that cannot be made
-        sys.exit(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = 2
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ SIGNATURES = {
     "pack_lengths": "lengths capacity strategy",
     "pack_dataset": "dataset max_length strategy overflow",
     "compute_perplexity": "model tokenizer texts_or_dataset max_length stride batch_tokens group_by",
-    "plot_training_metrics": "log output",
+    "plot_training_metrics": "log output findings",
+    "diagnose": "log",
 }
 CONTAINED = {
     "DataCollatorForAssistantOnlyLM": "tokenizer max_length train_on pad_to_multiple_of",

@@ -1,0 +1,108 @@
+"""How well the detectors tell what is wrong with a run: generated logs, and real ones with faults put in on purpose.
+
+    python benchmarks/diagnosis.py [--half report] [--runs FOLDER] [--million] [--show]
+
+The detectors were developed on the even cases and are reported on the odd ones. `--runs` is what benchmarks/faulty_runs.py
+wrote. A finding counts from severity "warning" on. Of a case's `expected` kinds one has to be found; `allowed` kinds are its
+consequences and count neither way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from _curves import Case, generate
+from _machine import describe, table
+
+from hf_objectives.diagnostics.detect import diagnose
+from hf_objectives.diagnostics.findings import SEVERITIES
+
+PLACED = ("broken_shard", "broken_batch", "rate_jumps", "float16_overflow")  # real faults that begin at a step
+
+
+def score(cases: list[Case], *, show: bool = False) -> tuple[dict[str, Counter], Counter]:
+    """Per fault and over all: found, missed, and false alarms."""
+    per_fault: dict[str, Counter] = defaultdict(Counter)
+    for case in cases:
+        findings = [one for one in diagnose(case.log) if SEVERITIES.index(one.severity) > 0]
+        found = {one.kind for one in findings}
+        hit = int(bool(found & set(case.expected)))
+        false = found - set(case.expected) - set(case.allowed)
+        fault = case.name.split("-", 1)[0]
+        per_fault[fault].update(cases=1, found=hit, missed=int(bool(case.expected) and not hit), false=len(false))
+        if case.step is not None and hit:
+            first = min(abs(one.step - case.step) for one in findings if one.kind in case.expected)
+            per_fault[fault].update(near=first <= 5 * _every(case), placed=1)
+        if show and (false or (case.expected and not hit)):
+            print(case.name, "missed" if not hit and case.expected else "", "false:", sorted(false))
+            for one in findings:
+                print("    ", one.kind, one.steps, one.severity, one.evidence)
+    total: Counter = Counter()
+    for counts in per_fault.values():
+        total.update(counts)
+    return per_fault, total
+
+
+def _every(case: Case) -> int:
+    return case.log[0]["step"]
+
+
+def f1(counts: Counter) -> float:
+    """2 TP / (2 TP + FP + FN)."""
+    return 2 * counts["found"] / max(1, 2 * counts["found"] + counts["false"] + counts["missed"])
+
+
+def real(folder: Path, half: str) -> list[Case]:
+    """The runs that benchmarks/faulty_runs.py wrote."""
+    labels = json.loads((folder / "labels.json").read_text())
+    cases = []
+    for name, label in labels.items():
+        if half in ("both", label["half"]) and (folder / name / "trainer_state.json").exists():
+            log = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+            expected = tuple(label["expected"] or label["any_of"])
+            step = label["first_step"] if label["fault"] in PLACED else None
+            cases.append(Case(name, log, expected, tuple(label["also"]), step))
+    return cases
+
+
+def report(title: str, cases: list[Case], *, show: bool) -> None:
+    """Print the table of a set of cases."""
+    per_fault, total = score(cases, show=show)
+    rows = []
+    for fault, counts in sorted(per_fault.items()):
+        placed = f"{counts['near']}/{counts['placed']}" if counts["placed"] else ""
+        rows.append((fault, counts["cases"], counts["found"], counts["missed"], counts["false"], placed))
+    print(f"\n### {title}: {len(cases)} logs, F1 {f1(total):.3f}\n")
+    print(
+        table(
+            ["fault", "logs", "found", "missed", "false alarms", "first step within 5 lines"],
+            [[str(cell) for cell in row] for row in rows],
+        )
+    )
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--half", default="report", choices=("develop", "report", "both"))
+    parser.add_argument("--each", type=int, default=40, help="generated logs of every fault")
+    parser.add_argument("--sound", type=int, default=200, help="generated healthy logs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, help="folder of benchmarks/faulty_runs.py")
+    parser.add_argument("--show", action="store_true", help="every case that is missed or alarmed without cause")
+    given = parser.parse_args()
+    print(describe())
+    parity = {"develop": (0,), "report": (1,), "both": (0, 1)}[given.half]
+    cases = [
+        case for case in generate(given.each, given.sound, given.seed) if int(case.name.rsplit("-", 1)[1]) % 2 in parity
+    ]
+    report(f"generated, half: {given.half}", cases, show=given.show)
+    if given.runs:
+        report(f"real, half: {given.half}", real(given.runs, given.half), show=given.show)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What is wrong with a run, from its log: findings with evidence and advice.
+
+The signatures of a language model's loss (a plateau, a spike that recovers or lasts, overfitting, a loss that does not
+fall), of its gradients and schedule, of its data, and of preference and reinforcement learning. Thresholds are in standard
+deviations of the run's own noise, measured by medians; none is set for a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hf_objectives.diagnostics import detect_alignment, detect_data, detect_loss, detect_optimizer
+from hf_objectives.diagnostics.curves import Curves, Log, read_runs
+from hf_objectives.diagnostics.findings import SEVERITIES, Finding
+from hf_objectives.errors import FileFormatError
+
+Detector = Callable[[Curves], Iterable[Finding]]
+#: What finds which kinds; each is a function of a run's curves.
+DETECTORS: dict[str, Detector] = {
+    "non_finite": detect_optimizer.non_finite,
+    "spikes": detect_loss.spikes,
+    "not_decreasing": detect_loss.not_decreasing,
+    "plateau": detect_loss.plateau,
+    "overfitting": detect_loss.overfitting,
+    "too_good": detect_loss.too_good,
+    "gradient_explosion": detect_optimizer.gradient_explosion,
+    "schedule_fault": detect_optimizer.schedule_fault,
+    "sawtooth": detect_data.sawtooth,
+    "few_supervised_tokens": detect_data.few_supervised_tokens,
+    "mixture_drift": detect_data.mixture_drift,
+    "falling_chosen": detect_alignment.falling_chosen,
+    "reward_hacking": detect_alignment.reward_hacking,
+    "entropy_collapse": detect_alignment.entropy_collapse,
+    "length_growth": detect_alignment.length_growth,
+}
+
+
+def diagnose(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Finding]:
+    """Look at the log of one or several runs.
+
+    Args:
+        log: what `read_runs` takes: a path, a Trainer's `log_history`, or several paths.
+
+    Returns:
+        Findings, the gravest first and those of one severity by step; none for a healthy run. Severity "info" is worth
+        knowing and no fault.
+
+    Raises:
+        FileFormatError: there is no log, nothing in it can be read, or no curve has two points.
+        ConfigError: a package is missing that reads it.
+    """
+    runs = read_runs(log)
+    found = []
+    for run in runs:
+        longest = max(len(series.steps) for series in run.series.values())
+        if longest < 2:
+            raise FileFormatError(f"{run.name}: one point is no curve; expected at least two logged steps")
+        name = run.name if len(runs) > 1 else ""
+        found += [replace(finding, run=name) for detector in DETECTORS.values() for finding in detector(run)]
+    return sorted(_without_echoes(found), key=lambda one: (one.run, -SEVERITIES.index(one.severity), one.step))
+
+
+def _without_echoes(found: list[Finding]) -> list[Finding]:
+    """Less of what another finding says better: a run that is NaN, or that blew up, does not "plateau" after it."""
+    kept = []
+    for one in found:
+        of_run = [other for other in found if other.run == one.run]
+        broken = [
+            other for other in of_run if other.kind in ("non_finite", "spike_sustained") and other.severity == "error"
+        ]
+        if one.kind in ("plateau", "not_decreasing", "sawtooth") and any(
+            other.step <= one.last_step for other in broken
+        ):
+            continue
+        if one.kind == "plateau" and any(other.kind == "not_decreasing" for other in of_run):
+            continue
+        if one.kind in ("plateau", "not_decreasing") and any(other.kind == "sawtooth" for other in of_run):
+            continue
+        if one.kind == "spike_recovered" and any(other.kind == "sawtooth" for other in of_run):
+            one = replace(one, severity="info")  # the teeth
+        kept.append(one)
+    return kept
