@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import subprocess
+import sys
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 from _curves import Case, generate
 from _machine import describe, table
 
@@ -84,6 +89,46 @@ def report(title: str, cases: list[Case], *, show: bool) -> None:
     )
 
 
+_DIAGNOSE = """
+import resource, sys, time
+from hf_objectives import diagnose
+begin = time.perf_counter()
+found = diagnose(sys.argv[1])
+print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, len(found))
+"""
+
+
+def million(steps: int = 1_000_000, rounds: int = 5) -> None:
+    """Print seconds and peak memory of `diagnose` on a healthy log of a million steps, in every format, each in a process of
+    its own. Memory includes Python and its packages."""
+    rng = np.random.default_rng(0)
+    at = np.arange(1, steps + 1)
+    losses = 2 + 8 * at**-0.3 + rng.normal(0, 0.1, steps)
+    norms = rng.lognormal(0, 0.2, steps)
+    lines = [
+        {"epoch": i / steps, "grad_norm": norm, "learning_rate": 1e-3 * (1 - i / steps), "loss": loss, "step": i}
+        for i, loss, norm in zip(at.tolist(), losses.tolist(), norms.tolist(), strict=True)
+    ]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        state, plain = Path(folder) / "trainer_state.json", Path(folder) / "log.jsonl"
+        state.write_text(json.dumps({"log_history": lines}, indent=2, sort_keys=True))
+        plain.write_text("\n".join(map(json.dumps, lines)))
+        del lines
+        for path in (state, plain):
+            runs = [
+                subprocess.run([sys.executable, "-c", _DIAGNOSE, str(path)], capture_output=True, text=True, check=True)
+                for _ in range(rounds)
+            ]
+            seconds, memory, found = zip(*(map(float, run.stdout.split()) for run in runs), strict=True)
+            span = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+            rows.append(
+                [path.name, f"{path.stat().st_size / 1e6:.0f}", span, f"{max(memory):.0f}", f"{max(found):.0f}"]
+            )
+    print(f"\n### a log of {steps:,} steps, {rounds} rounds\n")
+    print(table(["log", "MB", "seconds", "peak memory, MiB", "findings"], rows))
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,14 +137,21 @@ def main() -> None:
     parser.add_argument("--sound", type=int, default=200, help="generated healthy logs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, help="folder of benchmarks/faulty_runs.py")
+    parser.add_argument(
+        "--million", action="store_true", help="time and memory of a log of a million steps, no accuracy"
+    )
     parser.add_argument("--show", action="store_true", help="every case that is missed or alarmed without cause")
     given = parser.parse_args()
     print(describe())
+    if given.million:
+        million()
+        return
     parity = {"develop": (0,), "report": (1,), "both": (0, 1)}[given.half]
     cases = [
         case for case in generate(given.each, given.sound, given.seed) if int(case.name.rsplit("-", 1)[1]) % 2 in parity
     ]
-    report(f"generated, half: {given.half}", cases, show=given.show)
+    if cases:
+        report(f"generated, half: {given.half}", cases, show=given.show)
     if given.runs:
         report(f"real, half: {given.half}", real(given.runs, given.half), show=given.show)
 

@@ -44,6 +44,7 @@ _HOMES = {
     "plot_training_metrics": "diagnostics.plot",
     "plot_mixture": "diagnostics.mixture",
     "diagnose": "diagnostics.detect",
+    "DiagnosticsCallback": "diagnostics.callback",
     "Finding": "diagnostics.findings",
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "DataCollatorForPreferencePairs",
     "DataCollatorWithEosPacking",
     "DatasetMixture",
+    "DiagnosticsCallback",
     "Finding",
     "MixtureConfig",
     "OrderedStreamCallback",
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from hf_objectives.corpus.build import load_prepared, prepare_corpus
     from hf_objectives.corpus.config import CorpusSettings
     from hf_objectives.dataset_packing import pack_dataset
+    from hf_objectives.diagnostics.callback import DiagnosticsCallback
     from hf_objectives.diagnostics.detect import diagnose
     from hf_objectives.diagnostics.findings import Finding
     from hf_objectives.diagnostics.mixture import plot_mixture

@@ -4,6 +4,7 @@ hf-objectives prepare --config corpus.yaml [--option value ...]
 hf-objectives mixture --mixture mixture.yaml [--tokens 1000000000] [--plot mixture.png]
 hf-objectives mixture --run runs/base [--plot mixture.png]
 hf-objectives diagnose runs/base [more runs ...] [--json] [--fail_on warning]
+hf-objectives replay runs/base/diagnostics/step_120_rank_0 [--model folder]
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 from hf_objectives.cli_args import named_sources, parse_config, read_template
 from hf_objectives.cli_diagnose import diagnose
+from hf_objectives.cli_replay import replay
 from hf_objectives.corpus.build import prepare_corpus
 from hf_objectives.corpus.config import CorpusSettings
 from hf_objectives.diagnostics.mixture import plot_mixture, report_of_log
@@ -116,6 +118,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "prepare": prepare,
     "mixture": mixture,
     "diagnose": diagnose,
+    "replay": replay,
 }
 
 

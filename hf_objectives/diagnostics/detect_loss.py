@@ -16,6 +16,7 @@ _ENOUGH = 20  # points, below which a trend is not told from noise
 _SHARE = 0.1  # of the level: a spike below that is worth knowing, no more
 _FALL = 0.02  # of the loss that a run begins with: a smaller change is none
 _LOW = 0.1  # nats per token: a perplexity of 1.1
+_APART = 0.25  # of the evaluation loss
 _KNOWN = 1.5  # nats per token: a model that begins there has learned the language already
 _GUESSING = 5.0  # nats per token: a perplexity of 148, which no trained model has on its own kind of text
 _FIRST_PASS = 1.0  # epochs
@@ -100,8 +101,8 @@ def _rises_at_once(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Ite
     first = float(np.median(values[:3]))
     deviation = noise(values[len(values) // 3 :])  # of what came after
     early = values[: max(_ENOUGH // 2, len(values) // 10)]
-    high = np.flatnonzero(early > first + max(6 * deviation, _SHARE * abs(first)))
-    if len(high) < 2:
+    high = np.flatnonzero(early > first + max(4 * deviation, _SHARE * abs(first)))
+    if len(high) < 2 or early.max() < (1 + 2 * _SHARE) * first:
         return
     top = int(early.argmax())
     after = np.flatnonzero(values[top:] <= first)
@@ -235,9 +236,11 @@ def overfitting(run: Curves) -> Iterator[Finding]:
         return
     low = int(values.argmin())
     later = values[low + 1 :]
+    yield from _gap(run, low)
     if len(later) < 2:
         return
-    deviation = noise(values)
+    around = values[max(0, low - 2) :]  # the fall before it is no noise
+    deviation = noise(around) if len(around) >= 5 else noise(values)
     rise = float(np.median(later[-max(2, len(later) // 3) :]) - values[low])
     if rise <= max(4 * deviation, _FALL * abs(values[low])) or np.mean(later > values[low]) < 0.9:
         return
@@ -263,6 +266,32 @@ def overfitting(run: Curves) -> Iterator[Finding]:
         "smaller learning rate, dropout or weight decay, a smaller model or LoRA.",
         int(steps[-1]),
     )
+
+
+def _gap(run: Curves, low: int) -> Iterator[Finding]:
+    """Learned by heart: over several epochs the training loss falls far below an evaluation loss that stands still."""
+    steps, values = finite(run.get("eval_loss"))
+    train, epochs = finite(run.get("loss")), finite(run.get("epoch"))
+    third = max(2, len(values) // 3)
+    if len(values) < 6 or not len(epochs.values) or epochs.values.max() < 2 or of_policy(run):
+        return
+    since = train.values[train.steps > steps[-third - 1]]
+    rises = np.median(values[-third:]) > values[low] * (1 + _FALL)
+    if len(since) < 6 or rises:  # what rises is told with its own figures
+        return
+    end = float(np.median(since[-max(3, len(since) // 3) :]))
+    stands = values[:-third].min() - values[-third:].min() < _FALL * values[low]
+    if stands and end < (1 - _APART) * values[-1]:
+        yield Finding(
+            "overfitting",
+            int(steps[-third - 1]),
+            "warning",
+            f"evaluation loss {values[-third - 1]:.4g} to {values[-1]:.4g} in the last {third} evaluations, training loss "
+            f"{end:.4g} after {epochs.values.max():.1f} epochs",
+            f"Further epochs teach the training rows alone. More or more varied data, fewer epochs (stop near step "
+            f"{steps[low]:,}), dropout or weight decay, a smaller model or LoRA.",
+            int(steps[-1]),
+        )
 
 
 def too_good(run: Curves) -> Iterator[Finding]:

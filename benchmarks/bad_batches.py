@@ -1,0 +1,152 @@
+"""How often the live monitor names an injected bad batch, how often it cries without one, and what it costs a step.
+
+    python benchmarks/bad_batches.py [--runs 60] [--rounds 7]
+
+Trains the demo model for 60 steps with one bad batch (random tokens, labels of other places, one token again and again,
+reversed text, a damaged encoding), or one bad row of eight, at a random step; healthy runs beside them. Named means: an event
+within five steps, whose suspects are of the bad rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _machine import describe, table
+from datasets import Dataset
+
+from hf_objectives import (
+    DataCollatorForAssistantOnlyLM,
+    DiagnosticsCallback,
+    PerplexityTrainer,
+    PerplexityTrainingArguments,
+    demo,
+)
+
+STEPS, LENGTH = 60, 64
+FAULTS = ("random tokens", "labels of other places", "one token again and again", "reversed", "damaged encoding")
+
+
+def spoiled(row: dict[str, Any], fault: str, draw: random.Random, tokenizer: Any) -> dict[str, Any]:
+    """The row with a fault."""
+    ids = list(row["input_ids"])
+    labels = list(ids)
+    if fault == "random tokens":
+        ids = [draw.randrange(10, len(tokenizer)) for _ in ids]
+        labels = list(ids)
+    elif fault == "labels of other places":
+        draw.shuffle(labels)
+    elif fault == "one token again and again":
+        labels = [draw.randrange(10, len(tokenizer))] * len(ids)
+    elif fault == "reversed":
+        ids = ids[::-1]
+        labels = list(ids)
+    else:
+        text = "".join(chr(draw.randrange(0x00C0, 0x0250)) for _ in range(LENGTH))
+        ids = (tokenizer(text)["input_ids"] * 3)[: len(ids)]
+        labels = list(ids)
+    return {**row, "input_ids": ids, "labels": labels}
+
+
+def make_trainer(
+    folder: str, seed: int, *, fault: str | None, whole: bool, batch: int, accumulation: int, steps: int = STEPS
+):
+    """A trainer, the step of its bad batch and the numbers of its bad rows."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    tokenizer = demo.build_tokenizer()
+    texts = demo.texts(steps * batch * accumulation + seed)[seed:]
+    rows = [
+        {"input_ids": (tokenizer(one["text"])["input_ids"] * 20)[:LENGTH], "source": "web", "row": i}
+        for i, one in enumerate(texts)
+    ]
+    rows = [{**row, "labels": list(row["input_ids"])} for row in rows]
+    step = draw.randrange(25, steps - 3)
+    first = (step - 1) * batch * accumulation
+    bad = range(first, first + (batch * accumulation if whole else 1))
+    if fault is None:
+        step, bad = 0, range(0)
+    for i in bad:
+        rows[i] = spoiled(rows[i], fault, draw, tokenizer)
+    args = PerplexityTrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        learning_rate=draw.choice([1e-3, 2e-3, 4e-3]), logging_steps=1, use_cpu=True, report_to="none", save_strategy="no",
+        train_sampling_strategy="sequential", disable_tqdm=True, seed=seed,
+    )  # fmt: skip
+    trainer = PerplexityTrainer(
+        demo.build_model(tokenizer), args, DataCollatorForAssistantOnlyLM(tokenizer),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    return trainer, step, set(bad)
+
+
+def one_run(seed: int, fault: str | None, *, whole: bool) -> tuple[bool, bool, int]:
+    """Whether an event came within five steps, whether its suspects are bad rows, and the number of other events."""
+    batch, accumulation = random.Random(seed).choice([(4, 1), (8, 1), (4, 2)]) if whole else (8, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, step, bad = make_trainer(
+            folder, seed, fault=fault, whole=whole, batch=batch, accumulation=accumulation
+        )
+        trainer.add_callback(DiagnosticsCallback(trainer))
+        trainer.train()
+        events = [json.loads(path.read_text()) for path in Path(folder).glob("diagnostics/*/event.json")]
+    near = [event for event in events if bad and 0 <= event["step"] - step <= 5]
+    named = {one["row"] for event in near for one in event["examples"] if one["suspect"]}
+    return bool(near), bool(named) and named <= bad, len(events) - len(near)
+
+
+def overhead(rounds: int) -> list[str]:
+    """Seconds of the same training with and without the callback, in turn."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for i in range(rounds):
+        for watched in (False, True) if i % 2 else (True, False):
+            with tempfile.TemporaryDirectory() as folder:
+                trainer, _, _ = make_trainer(folder, 1, fault=None, whole=True, batch=16, accumulation=1, steps=200)
+                if watched:
+                    trainer.add_callback(DiagnosticsCallback(trainer))
+                begin = time.perf_counter()
+                trainer.train()
+                seconds[watched].append(time.perf_counter() - begin)
+    ratios = [on / off for on, off in zip(seconds[True], seconds[False], strict=True)]
+    medians = [f"{1000 * statistics.median(seconds[watched]) / 200:.2f}" for watched in (False, True)]
+    return [*medians, f"{statistics.median(ratios):.4f} ({min(ratios):.3f} to {max(ratios):.3f})"]
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=60, help="runs with a bad batch; a third as many healthy ones")
+    parser.add_argument("--rounds", type=int, default=7, help="of the overhead; 0 leaves it out")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print(describe())
+    rows = []
+    for whole in (True, False):
+        for fault in FAULTS:
+            outcomes = [
+                one_run(100 * i + 7, fault, whole=whole)
+                for i in range(given.runs // len(FAULTS) // (1 if whole else 2))
+            ]
+            caught, named, others = (sum(int(outcome[k]) for outcome in outcomes) for k in range(3))
+            rows.append(
+                [fault, "whole" if whole else "one row of eight", *map(str, (len(outcomes), caught, named, others))]
+            )
+    healthy = [one_run(1000 + i, None, whole=True)[2] for i in range(given.runs // 3)]
+    rows.append(["none", "", str(len(healthy)), "", "", str(sum(healthy))])
+    print(f"\n### bad batches: {STEPS} steps a run\n")
+    print(table(["fault", "batch", "runs", "caught within 5 steps", "bad rows named, no others", "other events"], rows))
+    if given.rounds:
+        print("\n### cost of the callback\n")
+        print(table(["ms a step without", "with", "ratio, round by round"], [overhead(given.rounds)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The live monitor in real training: ours, transformers' and TRL's trainers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from hf_objectives import (
+    DataCollatorForAssistantOnlyLM,
+    DiagnosticsCallback,
+    PerplexityTrainer,
+    PerplexityTrainingArguments,
+    demo,
+)
+from hf_objectives.errors import ConfigError, NonFiniteError
+
+ROOT = Path(__file__).parents[2]
+BAD, STEPS = 30, 36  # the step whose batch is random tokens, and the last
+SETTINGS = {
+    **{
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 2e-3,
+        "logging_steps": 1,
+        "use_cpu": True,
+    },
+    **{"report_to": "none", "save_strategy": "no", "train_sampling_strategy": "sequential", "disable_tqdm": True},
+}
+
+
+def rows(tokenizer, *, accumulation=1):
+    """Rows of one length; those of step BAD are random tokens."""
+    draw = random.Random(0)
+    made = []
+    per_step = 2 * accumulation
+    for i, row in enumerate(demo.texts(STEPS * per_step)):
+        ids = (tokenizer(row["text"])["input_ids"] * 20)[:48]
+        if i // per_step == BAD - 1:
+            ids = [draw.randrange(300, 600) for _ in range(48)]
+        made.append({"input_ids": ids, "labels": list(ids)})
+    return made
+
+
+def trainer_of(kind, folder, *, accumulation=1, **settings):
+    torch.manual_seed(0)
+    tokenizer = demo.build_tokenizer()
+    model = demo.build_model(tokenizer)
+    settings = {**SETTINGS, "gradient_accumulation_steps": accumulation, **settings}
+    data = rows(tokenizer, accumulation=accumulation)
+    if kind == "ours":
+        named = [{**row, "source": "web", "row": i} for i, row in enumerate(data)]
+        args = PerplexityTrainingArguments(str(folder), **settings)
+        collator = DataCollatorForAssistantOnlyLM(tokenizer)
+        return PerplexityTrainer(
+            model, args, collator, train_dataset=Dataset.from_list(named), processing_class=tokenizer
+        )
+    if kind == "transformers":
+        collator = DataCollatorForSeq2Seq(tokenizer)
+        args = TrainingArguments(str(folder), **settings)
+        return Trainer(model, args, collator, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+    args = SFTConfig(str(folder), max_length=48, **settings)
+    return SFTTrainer(model, args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+
+
+def events(folder):
+    return {
+        path.parent.name: json.loads(path.read_text()) for path in sorted((folder / "diagnostics").glob("*/event.json"))
+    }
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers", "trl"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_bad_batch_is_written_with_its_examples(kind, accumulation, tmp_path, caplog):
+    trainer = trainer_of(kind, tmp_path, accumulation=accumulation)
+    trainer.add_callback(DiagnosticsCallback(trainer))
+    trainer.train()
+    (event,) = events(tmp_path).values()
+    assert (event["step"], event["kind"], event["rank"]) == (BAD, "spike", 0)
+    logged = next(log["loss"] for log in trainer.state.log_history if log["step"] == BAD)
+    assert event["loss"] == pytest.approx(logged, rel=1e-3) and event["loss"] > event["limit"] > event["level"]
+    assert event["grad_norm"] > 0 and event["learning_rate"] > 0
+    examples = event["examples"]
+    assert len(examples) == 2 * accumulation and all(one["suspect"] for one in examples)
+    assert sum(one["loss"] for one in examples) / len(examples) == pytest.approx(logged, rel=1e-2)
+    if kind == "ours":
+        numbers = [(BAD - 1) * 2 * accumulation + i for i in range(2 * accumulation)]
+        assert [one["row"] for one in examples] == numbers
+        assert json.loads((tmp_path / "diagnostics" / "blocklist.json").read_text()) == {"web": numbers}
+        assert f"row {numbers[0]}" in caplog.text
+    assert f"step {BAD}: loss" in caplog.text
+    assert "training_step" not in vars(trainer) and "_get_grad_norm" not in vars(trainer)
+
+
+def test_the_callback_changes_nothing(tmp_path):
+    histories = []
+    for watched in (False, True):
+        trainer = trainer_of("ours", tmp_path / str(watched))
+        if watched:
+            trainer.add_callback(DiagnosticsCallback(trainer, sample_every=5))
+        trainer.train()
+        histories.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log])
+    assert histories[0] == histories[1]
+
+
+def test_skip_leaves_weights_and_moments_alone(tmp_path):
+    trainer = trainer_of("ours", tmp_path, stop_on_non_finite=False)
+    seen = {}
+
+    class Watch(DiagnosticsCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (BAD - 1, BAD, BAD + 1):
+                parameter = next(self.trainer.model.parameters())
+                moments = self.trainer.optimizer.state[parameter]
+                seen[state.global_step] = [
+                    parameter.detach().clone(),
+                    moments["exp_avg"].clone(),
+                    float(moments["step"]),
+                ]
+
+    trainer.add_callback(Watch(trainer, on_spike="skip"))
+    trainer.train()
+    before, at, after = seen[BAD - 1], seen[BAD], seen[BAD + 1]
+    assert torch.equal(before[0], at[0]) and torch.equal(before[1], at[1]) and before[2] == at[2]
+    assert not torch.equal(at[0], after[0]) and after[2] == at[2] + 1
+    assert trainer.state.global_step == STEPS
+
+
+def test_stop_ends_training_after_that_step(tmp_path):
+    trainer = trainer_of("transformers", tmp_path)
+    trainer.add_callback(DiagnosticsCallback(trainer, on_spike="stop"))
+    trainer.train()
+    assert trainer.state.global_step == BAD
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_loss_that_is_not_finite_is_written_also_where_the_trainer_stops(stops, tmp_path):
+    trainer = trainer_of("ours", tmp_path, stop_on_non_finite=stops)
+    trainer.add_callback(DiagnosticsCallback(trainer, on_spike="log" if stops else "skip"))
+    step = trainer.compute_loss
+
+    def broken(model, inputs, **options):
+        loss = step(model, inputs, **options)
+        return loss * math.nan if trainer.state.global_step == 9 else loss
+
+    trainer.compute_loss = broken
+    if stops:
+        with pytest.raises(NonFiniteError, match="step 10"):
+            trainer.train()
+        assert events(tmp_path)["step_10_rank_0"]["kind"] == "non_finite"
+        return
+    trainer.train()
+    assert events(tmp_path)["step_10_rank_0"]["kind"] == "non_finite"
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
+
+
+def test_findings_of_the_log_are_said_once(tmp_path, caplog):
+    trainer = trainer_of("transformers", tmp_path, learning_rate=0.0)
+    trainer.add_callback(DiagnosticsCallback(trainer))
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "diagnostics" / "findings.jsonl").read_text().splitlines()]
+    found = [line["kind"] for line in lines]
+    assert found.count("schedule_fault") == 1 and "the learning rate is 0 at every step" in caplog.text
+
+
+def test_no_more_events_than_asked_are_written(tmp_path, caplog):
+    trainer = trainer_of("transformers", tmp_path)
+    trainer.add_callback(DiagnosticsCallback(trainer, max_events=0))
+    trainer.train()
+    assert events(tmp_path) == {} and "1 spikes in all; the first 0 were written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"on_spike": "explode"}, "on_spike is 'explode'; expected one of log, skip, stop"),
+        ({"on_spike": "skip"}, "set stop_on_non_finite=False"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        DiagnosticsCallback(trainer_of("ours", tmp_path), **options)
+
+
+def test_the_trainers_private_step_is_where_it_was():
+    """The callback wraps these two; a transformers without them needs another way."""
+    for kind in (Trainer, SFTTrainer, PerplexityTrainer):
+        assert callable(kind.training_step) and callable(kind._get_grad_norm), f"{kind.__name__} has changed"
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, "tests/diagnostics")
+import test_callback as here
+import torch
+from hf_objectives import DiagnosticsCallback
+from hf_objectives.distributed import gather_objects, leave_group, rank
+trainer = here.trainer_of("ours", sys.argv[1], stop_on_non_finite=False, per_device_train_batch_size=1)
+trainer.add_callback(DiagnosticsCallback(trainer, on_spike="skip"))
+trainer.train()
+sums = gather_objects(float(sum(p.double().sum() for p in trainer.model.parameters())))
+assert sums[0] == sums[1], sums
+leave_group()
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_leave_out_the_same_step(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "program.py"), str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"step {BAD}: left out" in done.stderr
+    assert {f"step_{BAD}_rank_0", f"step_{BAD}_rank_1"} == set(events(tmp_path / "run"))
