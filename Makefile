@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or later is needed, $(PYTHON) is {sys.version.split()[0]}; run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fast,ray,search,trackio,tensorboard,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fast,ray,search,report,trackio,tensorboard,dev]' -c constraints.txt
 	@touch $(STAMP)
 
 install: $(STAMP)  ## make the environment in .venv and install into it
@@ -40,6 +40,10 @@ bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROW
 	$(BIN)/python benchmarks/training_step.py --model $(MODEL)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --rows $(ROWS)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --dpo
+	$(BIN)/python benchmarks/faulty_runs.py --out runs/faulty
+	$(BIN)/python benchmarks/diagnosis.py --runs runs/faulty
+	$(BIN)/python benchmarks/diagnosis.py --million
+	$(BIN)/python benchmarks/bad_batches.py
 
 clean:  ## remove the environment and runs
 	rm -rf $(VENV) runs build *.egg-info

@@ -10,6 +10,7 @@ within five steps, whose suspects are of the bad rows.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import random
@@ -78,14 +79,34 @@ def make_trainer(
         rows[i] = spoiled(rows[i], fault, draw, tokenizer)
     args = PerplexityTrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        learning_rate=draw.choice([1e-3, 2e-3, 4e-3]), logging_steps=1, use_cpu=True, report_to="none", save_strategy="no",
+        learning_rate=draw.choice([2e-4, 5e-4, 1e-3]), logging_steps=1, use_cpu=True, report_to="none", save_strategy="no",
         train_sampling_strategy="sequential", disable_tqdm=True, seed=seed,
     )  # fmt: skip
+    model = demo.build_model(tokenizer)
+    model.load_state_dict(_trained())
     trainer = PerplexityTrainer(
-        demo.build_model(tokenizer), args, DataCollatorForAssistantOnlyLM(tokenizer),
+        model, args, DataCollatorForAssistantOnlyLM(tokenizer),
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
     )  # fmt: skip
     return trainer, step, set(bad)
+
+
+@functools.cache
+def _trained() -> dict[str, torch.Tensor]:
+    """Weights that know such text: what is bad about labels shows in the loss of a model that predicts good ones."""
+    torch.manual_seed(0)
+    tokenizer = demo.build_tokenizer()
+    model = demo.build_model(tokenizer)
+    ids = [(tokenizer(one["text"])["input_ids"] * 20)[:LENGTH] for one in demo.texts(20_000)[10_000:]]
+    rows = [{"input_ids": one, "labels": list(one)} for one in ids]
+    with tempfile.TemporaryDirectory() as folder:
+        args = PerplexityTrainingArguments(
+            folder, max_steps=500, per_device_train_batch_size=16, learning_rate=3e-3, use_cpu=True, report_to="none",
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        data = Dataset.from_list(rows)
+        PerplexityTrainer(model, args, DataCollatorForAssistantOnlyLM(tokenizer), train_dataset=data).train()
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def one_run(seed: int, fault: str | None, *, whole: bool) -> tuple[bool, bool, int]:

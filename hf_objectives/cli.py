@@ -1,9 +1,12 @@
 """`hf-objectives`: the command line.
 
+hf-objectives inspect --dataset_name chats.jsonl --tokenizer folder [--html labels.html]
 hf-objectives prepare --config corpus.yaml [--option value ...]
 hf-objectives mixture --mixture mixture.yaml [--tokens 1000000000] [--plot mixture.png]
 hf-objectives mixture --run runs/base [--plot mixture.png]
 hf-objectives diagnose runs/base [more runs ...] [--json] [--fail_on warning]
+hf-objectives plot runs/base [more runs ...] [--output training_curves.png]
+hf-objectives report runs/base [--output report.html] [--compare runs/other]
 hf-objectives replay runs/base/diagnostics/step_120_rank_0 [--model folder]
 """
 
@@ -21,7 +24,10 @@ from transformers import AutoTokenizer
 
 from hf_objectives.cli_args import named_sources, parse_config, read_template
 from hf_objectives.cli_diagnose import diagnose
+from hf_objectives.cli_inspect import inspect
+from hf_objectives.cli_plot import plot
 from hf_objectives.cli_replay import replay
+from hf_objectives.cli_report import report
 from hf_objectives.corpus.build import prepare_corpus
 from hf_objectives.corpus.config import CorpusSettings
 from hf_objectives.diagnostics.mixture import plot_mixture, report_of_log
@@ -117,8 +123,11 @@ _POINTS = 60  # of a curve
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "prepare": prepare,
     "mixture": mixture,
+    "inspect": inspect,
     "diagnose": diagnose,
+    "plot": plot,
     "replay": replay,
+    "report": report,
 }
 
 

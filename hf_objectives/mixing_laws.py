@@ -1,6 +1,6 @@
 """How a loss depends on the weights of a mixture: candidates to try, laws fitted to the trials, and the best weights.
 
-Needs the extra `search` (scipy, scikit-learn), which is imported when a law is fitted. Trains nothing; see
+Needs the extra `search` (scikit-learn), which is imported when a law is fitted. Trains nothing; see
 `recipes/mixture_search.py` for the experiment.
 """
 

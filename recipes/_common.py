@@ -29,6 +29,7 @@ from hf_objectives.corpus.config import tokenizer_digest
 from hf_objectives.corpus.files import list_files
 from hf_objectives.corpus.lock import exclusive
 from hf_objectives.data_files import hold_out, is_hub_id, load_rows
+from hf_objectives.diagnostics.label_preview import save_environment
 from hf_objectives.diagnostics.mixture import plot_mixture
 from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.distributed import rank
@@ -261,6 +262,11 @@ def resume_point(args: Any) -> str | None:
     if found is None:
         raise ConfigError(f"no checkpoint to resume from in {args.output_dir}")
     return found
+
+
+def for_report(*settings: Any) -> None:
+    """Settings, versions and machine beside the run, for `hf-objectives report`; the first has the output folder."""
+    save_environment(Path(settings[0].output_dir) / "environment.json", settings)
 
 
 def finish(

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import BUILT_IN, RecipeModel, finish, load_model, on_main, print_mixture, resume_point
+from _common import BUILT_IN, RecipeModel, finish, for_report, load_model, on_main, print_mixture, resume_point
 from _mixture import HELP, of_folder, read_mixture
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_objectives import DataCollatorWithEosPacking, demo
+from hf_objectives import DataCollatorWithEosPacking, DiagnosticsCallback, demo
 from hf_objectives.cli_args import named_sources, parse_config
 from hf_objectives.corpus.build import load_prepared, prepare_corpus
 from hf_objectives.corpus.config import CorpusSettings
@@ -116,10 +116,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if on_main():
         print_plan(resolve_plan(args, data, model, loaded.num_rows, origin), console)
         first_look(next(iter(loaded.train)), collator, loaded, console)
+        for_report(args, data, model_config)
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     trainer = PerplexityTrainer(
         model, args, collator, train_dataset=loaded.train, eval_dataset=loaded.held_out, processing_class=tokenizer
     )
+    trainer.add_callback(DiagnosticsCallback(trainer))
     before = trainer.evaluate() if loaded.held_out is not None else {}
     trainer.train(resume_from_checkpoint=resume_point(args))
     after = trainer.evaluate() if loaded.held_out is not None else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from _common import (
@@ -16,6 +17,7 @@ from _common import (
     DataArguments,
     RecipeModel,
     finish,
+    for_report,
     load_model,
     on_main,
     prepare,
@@ -27,9 +29,10 @@ from _mixture import of_rows, read_mixture
 from rich.console import Console
 from transformers import set_seed
 
-from hf_objectives import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking, demo
+from hf_objectives import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking, DiagnosticsCallback, demo
 from hf_objectives.cli_args import parse_config
 from hf_objectives.demo.accuracy import exact_match
+from hf_objectives.diagnostics.label_preview import save_label_preview
 from hf_objectives.distributed import leave_group
 from hf_objectives.errors import ConfigError, HFObjectivesError
 from hf_objectives.plan import check_launch, print_plan, resolve_plan
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for note in getattr(train, "notes", ()):
             console.print(note, highlight=False, markup=False)
         print_preview(tokenizer, prepared.examples, prepared.ledger, console)
+        for_report(args, data, model_config)
+        save_label_preview(tokenizer, prepared.examples, Path(args.output_dir) / "labels.json")
     wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
     collator: Any = DataCollatorForAssistantOnlyLM(tokenizer)
     if data.packing:
@@ -68,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=prepared.evaluation,
         processing_class=tokenizer,
     )
+    trainer.add_callback(DiagnosticsCallback(trainer))
     asked = demo.questions(200, split="test") if BUILT_IN in data.named_sources().values() else []
     before, _ = _evaluate(trainer, tokenizer, asked)
     trainer.train(resume_from_checkpoint=resume_point(args))

@@ -24,8 +24,16 @@ logger = logging.getLogger(__name__)
 ON_SPIKE = ("log", "skip", "stop")
 _FIRST_LOOK, _NEXT_LOOK = 20, 1.25  # logged lines before the detectors run, and the factor to the next time
 _KNOWN = 256  # losses of examples that are remembered of each source
+_ENOUGH = 32  # of them, without which the batch is compared with itself as well
 _FAR = 6.0  # robust deviations
 _MAD = 1.4826
+
+
+def _kind(spike: Spike) -> str:
+    """ "spike", "example" (one stands out, the step's loss does not) or "non_finite"."""
+    if math.isnan(spike.deviations) and math.isfinite(spike.value):
+        return "example"
+    return "spike" if math.isfinite(spike.value) and math.isfinite(spike.deviations) else "non_finite"
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -46,7 +54,8 @@ class DiagnosticsCallback(TrainerCallback):
             after this step.
         save_weights: write the weights of the moment too, so that a replay gives the very losses.
         sample_every: steps between two looks at the losses of all examples of a batch, which cost a forward pass each; they
-            are what an example of a spike is compared with.
+            are what an example of a spike is compared with. A loss that is high, but no spike, has its examples looked at,
+            too.
         max_events: events that are written; further ones are counted.
         output_dir: instead of the trainer's.
 
@@ -61,7 +70,7 @@ class DiagnosticsCallback(TrainerCallback):
         *,
         on_spike: str = "log",
         save_weights: bool = False,
-        sample_every: int = 200,
+        sample_every: int = 100,
         max_events: int = 20,
         output_dir: str | Path | None = None,
     ) -> None:
@@ -151,8 +160,12 @@ class DiagnosticsCallback(TrainerCallback):
             self.events += 1
             if self.events <= self.max_events:
                 self._record(step, state, spike, window)
-        elif step % self.sample_every == 0 or step == 1:
-            self._name_suspects(step, self._examples(window))
+        elif self._monitor.high or step % self.sample_every == 0 or step == 1:
+            examples = self._examples(window)
+            if self._name_suspects(step, examples) and step > 1:
+                self.events += 1
+                if self.events <= self.max_events:
+                    self._write(step, state, Spike(loss, math.nan, math.nan, math.nan), window, examples)
         return spike is not None
 
     # -- examples -----------------------------------------------------------------------------------------------------
@@ -182,12 +195,13 @@ class DiagnosticsCallback(TrainerCallback):
         """Mark each example with its distance from its source's usual loss; those far outside are suspects."""
         suspects = []
         for one in examples:
-            known = self._known[one["source"]]
-            # Without a history of its source, the batch itself says what is usual.
-            usual = np.array(known if len(known) >= 8 else [other["loss"] for other in examples if other is not one])
+            known = list(self._known[one["source"]])
+            # With a short history of its source, the batch itself says what is usual, too.
+            beside = [other["loss"] for other in examples if other is not one and other["source"] == one["source"]]
+            usual = np.array(known if len(known) >= _ENOUGH else known[-_ENOUGH:] + beside)
             usual = usual[np.isfinite(usual)]
             far = 0.0
-            if len(usual) >= 3:
+            if len(usual) >= 5:
                 level = float(np.median(usual))
                 spread = max(_MAD * float(np.median(np.abs(usual - level))), 0.05 * abs(level), 1e-6)
                 far = (one["loss"] - level) / spread
@@ -207,20 +221,31 @@ class DiagnosticsCallback(TrainerCallback):
         return suspects
 
     def _record(self, step: int, state: Any, spike: Spike, window: list[tuple[Mapping[str, Any], Tensor]]) -> None:
-        trainer = self.trainer
         examples = self._examples(window)
         # Where the step's loss is in nats per token, what is out of its noise by itself is suspect, too.
         mean = sum(one["loss"] * one["tokens"] for one in examples) / max(1, sum(one["tokens"] for one in examples))
         same_unit = math.isfinite(spike.value) and abs(mean - spike.value) < 0.25 * abs(spike.value)
-        suspects = self._name_suspects(step, examples, spike.limit if same_unit else math.inf)
-        if not suspects and examples:  # none stands out: the batch as a whole is what the spike came with
-            suspects = sorted(examples, key=lambda one: -one["loss"])[:1]
+        self._name_suspects(step, examples, spike.limit if same_unit else math.inf)
+        self._write(step, state, spike, window, examples)
+
+    def _write(
+        self,
+        step: int,
+        state: Any,
+        spike: Spike,
+        window: list[tuple[Mapping[str, Any], Tensor]],
+        examples: list[dict[str, Any]],
+    ) -> None:
+        trainer = self.trainer
+        suspects = [one for one in examples if one["suspect"]]
+        # Where none stands out, the batch as a whole is what the spike came with.
+        suspects = suspects or sorted(examples, key=lambda one: -one["loss"])[:1]
         folder = self.folder / f"step_{step}_rank_{rank()}"
         rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
         event = {
             "step": step,
             "rank": rank(),
-            "kind": "spike" if math.isfinite(spike.value) and math.isfinite(spike.deviations) else "non_finite",
+            "kind": _kind(spike),
             "loss": spike.value,
             "losses_of_micro_batches": [float(loss) for _, loss in window],
             "level": spike.level,
@@ -242,8 +267,8 @@ class DiagnosticsCallback(TrainerCallback):
             for one in suspects[:3]
         )
         logger.warning(
-            "step %d: loss %.4g, usually %.4g, gradient norm %s. %s Written to %s",
-            *(step, spike.value, spike.level, self._grad_norm),
+            "step %d: loss %.4g%s, gradient norm %s. %s Written to %s",
+            *(step, spike.value, f", usually {spike.level:.4g}" if spike.level == spike.level else "", self._grad_norm),
             f"Look at {named}." if named else "The batch names no labels.",
             folder,
         )

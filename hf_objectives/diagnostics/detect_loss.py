@@ -281,7 +281,7 @@ def _gap(run: Curves, low: int) -> Iterator[Finding]:
         return
     end = float(np.median(since[-max(3, len(since) // 3) :]))
     stands = values[:-third].min() - values[-third:].min() < _FALL * values[low]
-    if stands and end < (1 - _APART) * values[-1]:
+    if stands and 0 < end < (1 - _APART) * values[-1]:  # a loss of exactly 0 is a NaN that was filtered
         yield Finding(
             "overfitting",
             int(steps[-third - 1]),

@@ -10,6 +10,7 @@ import numpy as np
 
 _MAD = 1.4826
 _DEVIATIONS = 6.0  # of the noise around the level
+_HIGH = 2.5  # deviations from which a step's examples are worth a look
 _SHARE = 0.1  # of the level: less is no spike, however quiet the run
 _LOWEST_OF_64 = 3.2  # standard deviations that the lowest of 64 normal values stays above, 19 times of 20
 
@@ -34,15 +35,20 @@ class SpikeMonitor:
         window: losses that are looked back on.
         warmup: losses before the first judgement.
         patience: spikes in a row after which the new level is accepted.
+
+    Attributes:
+        high: the loss added last is no spike, but high enough that one bad example among good ones may be the cause.
     """
 
     def __init__(self, window: int = 64, warmup: int = 12, patience: int = 20) -> None:
         self._warmup, self._patience = warmup, patience
         self._kept: deque[float] = deque(maxlen=window)
         self._apart: list[float] = []
+        self.high = False
 
     def add(self, value: float) -> Spike | None:
         """Take the loss of a step; a spike if it is one. A loss that is not finite is one and never kept."""
+        self.high = False
         spike = self._judge(value)
         if spike is None:
             self._kept.append(value)
@@ -73,4 +79,5 @@ class SpikeMonitor:
             max(noise, 1e-12) if around[-1] < 0 else max(noise, float(_MAD * np.median(np.abs(around))) / 2, 1e-12)
         )
         limit = level + max(_DEVIATIONS * tail * deviation, _SHARE * abs(level))
+        self.high = limit >= value > level + _HIGH * deviation
         return Spike(value, level, limit, (value - level) / deviation) if value > limit else None

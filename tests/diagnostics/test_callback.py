@@ -102,6 +102,22 @@ def test_the_bad_batch_is_written_with_its_examples(kind, accumulation, tmp_path
     assert "training_step" not in vars(trainer) and "_get_grad_norm" not in vars(trainer)
 
 
+def test_one_bad_row_among_good_ones_is_named(tmp_path):
+    trainer = trainer_of("ours", tmp_path, per_device_train_batch_size=8, max_steps=40)
+    draw, tokenizer = random.Random(1), demo.build_tokenizer()
+    lines = [(tokenizer(row["text"])["input_ids"] * 20)[:48] for row in demo.texts(320)]
+    bad = 8 * (35 - 1) + 3
+    lines[bad] = [draw.randrange(300, 600) for _ in range(48)]
+    data = [{"input_ids": ids, "labels": list(ids), "source": "web", "row": i} for i, ids in enumerate(lines)]
+    trainer.train_dataset = Dataset.from_list(data)
+    trainer.add_callback(DiagnosticsCallback(trainer))
+    trainer.train()
+    found = {
+        name: [one["row"] for one in event["examples"] if one["suspect"]] for name, event in events(tmp_path).items()
+    }
+    assert found == {"step_35_rank_0": [bad]}
+
+
 def test_the_callback_changes_nothing(tmp_path):
     histories = []
     for watched in (False, True):

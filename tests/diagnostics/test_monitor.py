@@ -66,3 +66,14 @@ def test_noise_is_hardly_ever_one():
 def test_any_sequence_is_taken_and_what_is_not_finite_always_told(values):
     found = judged(values)
     assert {i for i, value in enumerate(values) if not math.isfinite(value)} <= set(found)
+
+
+def test_a_loss_that_is_high_but_no_spike_is_worth_a_look():
+    monitor = SpikeMonitor()
+    looks = []
+    values = losses(200, deviation=0.05)
+    values[150] = np.median(values[134:150]) + 0.21  # four deviations
+    for i, value in enumerate(values):
+        assert monitor.add(float(value)) is None
+        looks += [i] if monitor.high else []
+    assert 150 in looks and len(looks) <= 12

@@ -1,13 +1,18 @@
-"""Curves from any place that a log can be."""
+"""Training curves from any place that a log can be, one run or several, with what is wrong marked."""
 
 from __future__ import annotations
 
 import json
+import re
 
+import numpy as np
 import pytest
 
-from hf_objectives.diagnostics.plot import plot_training_metrics, read_log
-from hf_objectives.errors import FileFormatError
+from hf_objectives.diagnostics import plot as drawing
+from hf_objectives.diagnostics.curves import Curves, Series, read_curves
+from hf_objectives.diagnostics.findings import Finding
+from hf_objectives.diagnostics.plot import plot_training_metrics, read_log, save
+from hf_objectives.errors import ConfigError, FileFormatError
 
 LOG = [
     {"step": i, "loss": 3 - i / 30, "perplexity": 9.0, "learning_rate": 1e-3, "grad_norm": 1.0} for i in range(1, 41)
@@ -16,14 +21,209 @@ EVALUATED = [
     *LOG,
     {"step": 40, "eval_loss": 2.0, "eval_perplexity": 7.4, "eval_a_perplexity": 8.0, "eval_b_perplexity": 7.0},
 ]
+STARTS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
 
 
-@pytest.mark.parametrize("log", [LOG, EVALUATED, LOG[:1], [{"step": 1, "eval_loss": 2.0}]])
+def finding(kind="spike_recovered", step=20, severity="warning", **more):
+    return Finding(kind, step, severity, more.pop("evidence", "loss 2 to 9"), "look at the batch", **more)
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """Draws, and gives the figure's panels by title, its words, and its legend's."""
+
+    def run(log, **settings):
+        kept = []
+        monkeypatch.setattr(drawing, "save", lambda figure, output: kept.append(figure) or save(figure, output))
+        plot_training_metrics(log, tmp_path / "curves.png", **settings)
+        (figure,) = kept
+        return figure
+
+    return run
+
+
+def panels(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_title(loc="left")}
+
+
+def words(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+@pytest.mark.parametrize(
+    "log", [LOG, EVALUATED, LOG[:1], [{"step": 1, "eval_loss": 2.0}], [{"step": i, "loss": 0.0} for i in range(30)]]
+)
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_draws_whatever_the_log_has(tmp_path, log, ending):
     path = plot_training_metrics(log, tmp_path / "deep" / f"curves.{ending}")
-    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
-    assert path.read_bytes().startswith(start)
+    assert path == tmp_path / "deep" / f"curves.{ending}"
+    assert path.read_bytes().startswith(STARTS[ending])
+
+
+def test_raw_values_lie_pale_under_their_trend(draw):
+    rng = np.random.default_rng(0)
+    losses = 2 + rng.normal(0, 0.1, 200)
+    log = [{"step": i, "loss": loss} for i, loss in enumerate(losses)] + [{"step": 199, "eval_loss": 2.5}]
+    raw, trend, validation = panels(draw(log, findings=[]))["Loss"].lines
+    assert raw.get_ydata().tolist() == losses.tolist() and raw.get_alpha() < 0.5
+    assert np.std(trend.get_ydata()[20:]) < 0.5 * np.std(losses) and trend.get_color() == raw.get_color()
+    assert validation.get_ydata().tolist() == [2.5] and validation.get_linestyle() == "--"
+
+
+def test_without_validation_nothing_speaks_of_it(draw):
+    loss = panels(draw(LOG, findings=[]))["Loss"]
+    assert loss.get_legend() is None and not any(line.get_linestyle() == "--" for line in loss.lines)
+
+
+def test_panels_and_scales(draw):
+    drawn = panels(draw(EVALUATED, findings=[]))
+    assert list(drawn) == [
+        "Loss",
+        "Perplexity (log scale)",
+        "Learning rate",
+        "Gradient norm",
+        "Validation perplexity by source (log scale)",
+    ]
+    assert [axes.get_yscale() for axes in drawn.values()] == ["linear", "log", "linear", "linear", "log"]
+    assert len({axes.get_xlim() for axes in drawn.values()}) == 1
+
+
+def test_no_axis_counts_parts_of_a_step(draw):
+    axes = panels(draw(LOG[:1], findings=[]))["Loss"]
+    assert [tick for tick in axes.get_xticks() if 0.5 <= tick <= 1.5] == [1]
+
+
+def test_a_loss_that_leaps_by_decades_is_on_a_log_scale(draw):
+    log = [{"step": i, "loss": 1e6 if i > 25 else 2.0} for i in range(30)]
+    assert panels(draw(log, findings=[]))["Loss (log scale)"].get_yscale() == "log"
+
+
+def test_steps_that_are_not_finite_are_gaps(draw):
+    log = [{"step": i, "loss": float("nan") if i == 3 else float("inf") if i == 7 else 2.0} for i in range(10)]
+    (line,) = panels(draw(log, findings=[]))["Loss"].lines
+    assert np.flatnonzero(np.isnan(line.get_ydata())).tolist() == [3, 7]
+
+
+def test_several_runs_by_name_by_path_and_as_curves(draw, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": EVALUATED}))
+    curves = [read_curves(tmp_path / "a"), read_curves(tmp_path / "b")]
+    for log in (
+        {"a": EVALUATED, "b": tmp_path / "b"},
+        [tmp_path / "a", str(tmp_path / "b")],
+        tmp_path,
+        curves,
+    ):
+        (legend,) = draw(log, findings=[]).legends
+        assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "validation"]
+    (legend,) = draw([LOG, tmp_path / "a", LOG], findings=[]).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["run 1", "a", "run 3", "validation"]
+
+
+def test_findings_are_marked_where_they_are(draw):
+    figure = draw(
+        LOG,
+        findings=[
+            finding(step=20, last_step=25),
+            finding("schedule_fault", 5, "info", evidence="the rate leaps"),
+            finding("gradient_explosion", 30, "error", evidence="norm 900"),
+        ],
+    )
+    marks = {
+        title: [(text.get_text(), text.get_position()[0]) for text in axes.texts]
+        for title, axes in panels(figure).items()
+    }
+    assert marks == {
+        "Loss": [("2", 20)],
+        "Perplexity (log scale)": [],
+        "Learning rate": [("3", 5)],
+        "Gradient norm": [("1", 30)],
+    }
+    listed = [text for text in words(figure) if ":" in text]
+    assert listed == [
+        "1  gradient_explosion (step 30): norm 900",
+        "2  spike_recovered (steps 20 to 25): loss 2 to 9",
+        "3  schedule_fault (step 5): the rate leaps",
+    ]
+
+
+def test_where_its_panel_is_missing_a_finding_is_marked_at_the_loss(draw):
+    log = [{"step": i, "loss": 2.0} for i in range(30)]
+    axes = panels(draw(log, findings=[finding("gradient_explosion", 7)]))["Loss"]
+    assert [text.get_text() for text in axes.texts] == ["1"]
+
+
+def test_findings_at_one_step_do_not_hide_each_other(draw):
+    axes = panels(draw(LOG, findings=[finding(step=20), finding(step=20), finding(step=21)]))["Loss"]
+    heights = [text.get_position()[1] for text in axes.texts]
+    assert len(set(heights)) == 3
+
+
+def test_many_findings_are_counted(draw):
+    said = words(draw(LOG, findings=[finding(step=i) for i in range(1, 31)]))
+    assert said[-1] == "and 22 more"
+
+
+def test_long_evidence_is_cut(draw):
+    said = words(draw(LOG, findings=[finding(evidence="word " * 400)]))
+    assert len(said) == 3 and said[-1].endswith("...")
+
+
+def test_by_default_it_marks_what_diagnose_finds(draw):
+    losses = 2 + 4 * np.arange(1, 201) ** -0.5 + np.random.default_rng(0).normal(0, 0.02, 200)
+    losses[120:] += 3
+    log = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+    assert any(re.match(r"1  spike_sustained \(steps 121 to 200\)", text) for text in words(draw(log)))
+    assert words(draw(log, findings=[])) == []
+    both = words(draw({"$x": log, "fine": LOG}, findings=None))
+    assert any(re.match(r"1  spike_sustained \(\$x, steps 121", text) for text in both)
+
+
+def test_names_are_not_read_as_mathematics(tmp_path):
+    path = plot_training_metrics({"$a$ _b": LOG, "_c$": LOG}, tmp_path / "curves.svg", findings=[])
+    assert path.stat().st_size > 10_000
+
+
+def test_resumed_runs_show_their_seams(draw):
+    run = Curves("run", read_curves(LOG).series, seams=[17])
+    lines = panels(draw(run, findings=[]))["Loss"].lines
+    assert [line.get_xdata() for line in lines if line.get_linestyle() == ":"] == [[17, 17]]
+
+
+def test_a_million_points_keep_their_extremes(draw):
+    n = 1_000_000
+    losses = np.random.default_rng(0).normal(3, 0.1, n)
+    losses[654_321], losses[123_456] = 9.0, 0.5
+    raw = panels(draw(Curves("long", {"loss": Series(np.arange(n), losses)}), findings=[]))["Loss"].lines[0]
+    assert len(raw.get_xdata()) <= 2400
+    assert raw.get_ydata().max() == 9.0 and raw.get_ydata().min() == 0.5
+    assert raw.get_xdata()[raw.get_ydata().argmax()] == 654_321
+
+
+@pytest.mark.parametrize("name", ["curves.gif", "curves", "curves.png.tmp"])
+def test_other_endings_are_refused_before_anything_is_read(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"ends in \.png, \.svg, \.pdf; found"):
+        plot_training_metrics(tmp_path / "none", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ([{"step": 1}], "no curve could be read"),
+        ([{"step": 1, "reward": 2.0}], "neither a 'loss' nor an 'eval_loss'"),
+        ([], "no log was given"),
+        ({}, "no log was given"),
+        ({"a": LOG, "b": [{"step": 1, "reward": 2.0}]}, "b has neither"),
+        ([1, 2], "1 is no log; expected a path"),
+        (7, "7 is no log; expected a path"),
+        ({"step": 1, "loss": 2.0}, "1 is no log; expected a path"),
+    ],
+)
+def test_logs_with_nothing_to_draw_are_refused(tmp_path, log, said):
+    with pytest.raises(FileFormatError, match=said):
+        plot_training_metrics(log, tmp_path / "curves.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_finds_the_log(tmp_path):
@@ -45,5 +245,3 @@ def test_logs_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(FileFormatError, match="is not a trainer_state.json"):
         read_log(tmp_path / "x.json")
-    with pytest.raises(FileFormatError, match="nothing to draw"):
-        plot_training_metrics([{"step": 1}])

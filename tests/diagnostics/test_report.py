@@ -1,0 +1,247 @@
+"""The report of a run as a file: what it holds, what it escapes, and what it does in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_objectives.diagnostics.curves import Curves, Series
+from hf_objectives.diagnostics.report import write_report
+from hf_objectives.errors import FileFormatError
+
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"
+
+
+def healthy(name: str = "base", steps: int = 400, slower: float = 1.0) -> Curves:
+    """A loss that falls with noise, with validation, schedule and gradients."""
+    at = np.arange(1, steps + 1)
+    noise = np.random.default_rng(0).normal(0, 0.03, steps)
+    loss = 2 + 3 * np.exp(-at / (60 * slower)) + noise
+    held = at[49::50]
+    return Curves(
+        name,
+        {
+            "loss": Series(at, loss),
+            "eval_loss": Series(held, 2.05 + 3 * np.exp(-held / (60 * slower))),
+            "learning_rate": Series(at, 1e-3 * np.minimum(1, at / 20) * (1 - at / (steps + 1))),
+            "grad_norm": Series(at, 1 + np.abs(noise)),
+        },
+    )
+
+
+def spiking() -> Curves:
+    curves = healthy()
+    curves.get("loss").values[249:252] += np.array([3.0, 2.5, 1.0])
+    return curves
+
+
+def saved_run(folder: Path, source: str = "books", **environment: Any) -> Path:
+    """An output folder with everything that a report shows, under hostile or harmless names."""
+    folder.mkdir(parents=True)
+    history = []
+    for step in range(1, 61):
+        shares = {f"mixture/{source}/share": 0.6, f"mixture/{source}/asked": 0.5, f"mixture/{source}/epochs": step / 40}
+        history.append({"step": step, "loss": 4 - step / 30, **shares})
+    history += [{"step": 30, "eval_loss": 3.2, f"eval_{source}_perplexity": 24.5}]
+    history += [{"step": 60, "eval_loss": 2.1, f"eval_{source}_perplexity": 8.25}]
+    history.sort(key=lambda line: line["step"])
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 60}))
+    pieces = [[f"question {source}", False], [f"answer {source}", True]]
+    (folder / "labels.json").write_text(json.dumps([{"source": source, "pieces": pieces}]))
+    content = {"versions": {"torch": "2.0"}, "device": "cpu", "world_size": 2, "settings": {"seed": 1, **environment}}
+    (folder / "environment.json").write_text(json.dumps(content))
+    event = folder / "diagnostics" / "step_31_rank_0"
+    event.mkdir(parents=True)
+    examples = [{"source": source, "row": 7, "loss": 9.5, "text": f"text {source}"}]
+    (event / "event.json").write_text(json.dumps({"step": 31, "kind": "spike", "loss": 9.5, "examples": examples}))
+    return folder
+
+
+def ready(tab: Any, path: Path) -> Any:
+    page = tab.open(path)
+    page.wait_for_selector("#plots[data-ready]")
+    return page
+
+
+def until(page: Any, expression: str) -> None:
+    """Wait for it to hold; Playwright's own wait evaluates text in the page, which the page's policy forbids."""
+    for _ in range(100):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"not within 5 s: {expression}")
+
+
+FIGURES = "Bokeh.documents[0].roots()[0].children"
+
+
+def test_a_folder_is_shown_whole(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "base", learning_rate=0.25)
+    text = write_report(run, tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>base</h1>" in text
+    assert '<th scope="row">books</th><td>50.00%</td><td>60.00%</td><td>1.5</td>' in text
+    assert '<th scope="row">books</th><td>24.5</td><td>8.25</td><td>8.25</td><td>60</td>' in text
+    assert "question books<mark>answer books</mark>" in text
+    assert "step 31: spike, loss 9.5" in text and "books, row 7, loss 9.5" in text
+    assert '<th scope="row">learning_rate</th><td>0.25</td>' in text
+    assert '<th scope="row">world size</th><td>2</td>' in text
+
+
+def test_a_finding_stands_with_its_evidence_and_advice(tmp_path: Path) -> None:
+    text = write_report(spiking(), tmp_path / "report.html").read_text(encoding="utf-8")
+    card = re.search(r'<article class="finding (\w+)">(.*?)</article>', text, re.S)
+    assert card is not None and "spike_recovered" in card[2] and f">{card[1]}</span>" in card[2]
+    assert re.search(r"<p>[^<]*\d[^<]*</p>\s*<p class=\"advice\">[^<]{20,}</p>", card[2])
+    assert int(re.search(r'data-from="(\d+)"', card[2])[1]) in range(248, 253)  # type: ignore[index]
+
+
+def test_a_comparison_names_the_settings_that_differ_only(tmp_path: Path) -> None:
+    ours, theirs = saved_run(tmp_path / "a", warmup=10), saved_run(tmp_path / "b", warmup=99, optim="sgd")
+    text = write_report(ours, tmp_path / "r.html", compare=theirs).read_text(encoding="utf-8")
+    table = text[text.index('id="differences"') : text.index('id="environment"')]
+    assert '<th scope="row">warmup</th><td>10</td><td>99</td>' in table
+    assert '<th scope="row">optim</th><td>not set</td><td>sgd</td>' in table
+    assert "seed" not in table
+
+
+def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
+    ours = saved_run(tmp_path / "a", HOSTILE, note=HOSTILE)
+    theirs = saved_run(tmp_path / "b", HOSTILE, other=HOSTILE)
+    text = write_report(ours, tmp_path / "r.html", compare=theirs).read_text(encoding="utf-8")
+    assert "<img" not in text and "<script>window" not in text
+    assert text.count("&lt;img src=x onerror=") >= 7
+    assert text.count("</script>") == 3
+
+
+def test_broken_side_files_are_notes(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "base")
+    (run / "labels.json").write_text('[{"pieces": 3}]')
+    (run / "environment.json").write_text("{")
+    text = write_report(run, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "environment.json cannot be read" in text and "labels.json holds" in text
+
+
+def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "base", note="x\ud800y")
+    assert "x?y" in write_report(run, tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_one_step_is_reported_without_findings(tmp_path: Path) -> None:
+    text = write_report([{"step": 1, "loss": 2.0}], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "findings need at least two" in text
+
+
+def test_a_folder_without_a_log_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"no log in .*expected trainer_state\.json"):
+        write_report(tmp_path, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_million_steps_stay_small_and_keep_a_spike(tmp_path: Path, browser_page: Any) -> None:
+    curves = healthy(steps=1_000_000)
+    curves.get("loss").values[654_320] = 77.5
+    path = write_report(curves, tmp_path / "r.html")
+    assert path.stat().st_size < 5e6
+    page = ready(browser_page, path)
+    assert page.evaluate(f"Math.max(...{FIGURES}[0].renderers[0].data_source.get('y'))") == 77.5
+    assert page.evaluate(f"{FIGURES}[0].renderers[0].data_source.get('y').length") <= 2400
+
+
+def test_curves_are_drawn_and_switch_without_error_or_request(tmp_path: Path, browser_page: Any) -> None:
+    page = ready(browser_page, write_report(spiking(), tmp_path / "r.html", compare=healthy("other", slower=2)))
+    blue = f"""() => {{
+        const find = (root) => [...root.querySelectorAll("canvas")].concat(
+            [...root.querySelectorAll("*")].flatMap((e) => e.shadowRoot ? find(e.shadowRoot) : []));
+        return find(document).some((c) => {{
+            if (!c.width || !c.height) return false;
+            const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+            for (let i = 0; i < d.length; i += 4)
+                if (d[i] === 0 && d[i+1] === 114 && d[i+2] === 178 && d[i+3] > 200) return true;
+            return false;
+        }}) && {FIGURES}.length > 3;
+    }}"""
+    until(page, blue)
+    shown = f"{FIGURES}[0].renderers.filter((r) => r.visible && r.tags.includes('%s')).length"
+    for mode, raw, smooth in (("raw", 2, 0), ("smooth", 0, 2), ("both", 2, 2)):
+        page.click(f"button[data-mode={mode}]")
+        assert page.evaluate(shown % "raw") == raw and page.evaluate(shown % "smooth") == smooth
+        assert page.get_attribute(f"button[data-mode={mode}]", "aria-pressed") == "true"
+    scales = f"{FIGURES}.filter((f) => f.visible && f.tags.includes('switches')).map((f) => f.tags[0])"
+    for scale in ("log", "linear"):
+        page.click(f"button[data-scale={scale}]")
+        assert set(page.evaluate(scales)) == {scale}
+    page.wait_for_timeout(300)
+    assert browser_page.errors == [] and browser_page.requests == []
+
+
+def test_the_log_scale_spans_the_curve(tmp_path: Path, browser_page: Any) -> None:
+    page = ready(browser_page, write_report(healthy(), tmp_path / "r.html"))
+    page.click("button[data-scale=log]")
+    until(page, f"{FIGURES}[1].y_range.start > 1 && {FIGURES}[1].y_range.end < 10")
+
+
+def test_keyboard_and_findings_move_all_curves(tmp_path: Path, browser_page: Any) -> None:
+    page = ready(browser_page, write_report(spiking(), tmp_path / "r.html"))
+    span = f"[{FIGURES}[0].x_range.start, {FIGURES}[0].x_range.end]"
+    whole = page.evaluate(span)
+    page.focus("#plots")
+    page.keyboard.press("+")
+    start, end = page.evaluate(span)
+    assert end - start == pytest.approx((whole[1] - whole[0]) / 2)
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(span)[0] > start
+    page.keyboard.press("0")
+    assert page.evaluate(span) == pytest.approx(whole)
+    page.focus(".finding button.show")
+    page.keyboard.press("Enter")
+    start, end = page.evaluate(span)
+    assert start < 250 < end and end - start < (whole[1] - whole[0]) / 2
+    assert page.evaluate(f"{FIGURES}.every((f) => f.x_range === {FIGURES}[0].x_range)")
+    assert "Steps" in page.inner_text("#range")
+
+
+def test_wheel_zooms_with_control_and_hover_tells_values(tmp_path: Path, browser_page: Any) -> None:
+    page = ready(browser_page, write_report(healthy(), tmp_path / "r.html"))
+    page.locator("#plots").scroll_into_view_if_needed()
+    box = page.locator("#plots").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 120)
+    page.mouse.move(box["x"] + box["width"] / 2 + 5, box["y"] + 125)
+    page.locator("span[data-value]").get_by_text("training", exact=True).wait_for()
+    width = f"{FIGURES}[0].x_range.end - {FIGURES}[0].x_range.start"
+    before = page.evaluate(width)
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -300)
+    page.keyboard.up("Control")
+    until(page, f"{width} < {before}")
+    assert browser_page.errors == [] and browser_page.requests == []
+
+
+def test_hostile_text_shows_and_does_not_run(tmp_path: Path, browser_page: Any) -> None:
+    ours = saved_run(tmp_path / "a", HOSTILE, note=HOSTILE)
+    page = ready(browser_page, write_report(ours, tmp_path / "r.html", compare=saved_run(tmp_path / "b", HOSTILE)))
+    page.locator("#plots").hover(position={"x": 400, "y": 150})
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
+    assert HOSTILE in page.inner_text("#labels pre")
+    assert browser_page.errors == [] and browser_page.requests == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_in_either_scheme(tmp_path: Path, browser_context: Callable[..., Any], scheme: str) -> None:
+    tab = browser_context(color_scheme=scheme, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    run = saved_run(tmp_path / "base", note="x" * 300)
+    page = ready(tab, write_report(run, tmp_path / "r.html"))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((part) => part > 128)"
+    assert page.evaluate(light) is (scheme == "light")
+    text = page.evaluate(f"{FIGURES}[0].title.text_color")
+    assert (int(text[1:3], 16) > 128) is (scheme == "dark")
+    page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
+    until(page, f"{FIGURES}[0].title.text_color !== '{text}'")
+    assert tab.errors == []

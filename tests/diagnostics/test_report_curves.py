@@ -1,0 +1,50 @@
+"""The figures of a report, before a browser has them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from hf_objectives.diagnostics.curves import Curves, Series
+from hf_objectives.diagnostics.findings import Finding
+from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of, script_json
+
+
+def curves(loss: list[float]) -> Curves:
+    return Curves("base", {"loss": Series(np.arange(1, len(loss) + 1), np.array(loss))})
+
+
+def test_rows_tell_extremes_and_leave_out_what_is_not_finite() -> None:
+    row = rows_of([curves([4.0, float("nan"), 9.0, 1.5, 2.0, float("inf")])])[0]
+    assert (row.points, row.first, row.last) == (6, 4.0, 2.0)
+    assert (row.least, row.least_at, row.most, row.most_at) == (1.5, 4, 9.0, 3)
+
+
+def test_findings_are_bands_and_lines_in_every_figure() -> None:
+    found = [Finding("plateau", 3, "warning", "e", "a", 7), Finding("spike_recovered", 9, "info", "e", "a")]
+    text = json.dumps(figures_of([curves([3.0 - 0.1 * i for i in range(12)])], found))
+    figures = text.count('"name": "Figure"')
+    assert figures == 4  # loss and perplexity, linear and logarithmic
+    assert text.count('"name": "BoxAnnotation"') >= figures and text.count('"name": "Span"') >= 2 * figures
+    assert '"text": "plateau"' in text
+
+
+def test_a_run_that_is_nan_throughout_is_drawn_empty() -> None:
+    assert '"text": "Loss"' in json.dumps(figures_of([curves([float("nan")] * 5)], []))
+    assert rows_of([curves([float("nan")] * 5)]) == []
+
+
+def test_a_constant_a_negative_and_a_huge_curve_are_drawn() -> None:
+    for loss in ([2.0] * 5, [-1.0, -2.0, -3.0], [0.0, 0.0], [1.0, 705.0, 1e306], [1e-306, 1e306], [-1e308, 1e308]):
+        assert '"root_id"' in json.dumps(figures_of([curves(loss)], []))
+
+
+def test_json_does_not_end_its_element() -> None:
+    text = script_json({"name": "</script><!-- & -->"})
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == {"name": "</script><!-- & -->"}
+
+
+def test_only_the_core_of_bokeh_is_in_the_page() -> None:
+    assert 1e6 < len(bokeh_script()) < 1.6e6
