@@ -130,14 +130,14 @@ def overhead(rounds: int) -> list[str]:
     for i in range(rounds):
         for watched in (False, True) if i % 2 else (True, False):
             with tempfile.TemporaryDirectory() as folder:
-                trainer, _, _ = make_trainer(folder, 1, fault=None, whole=True, batch=16, accumulation=1, steps=200)
+                trainer, _, _ = make_trainer(folder, 1, fault=None, whole=True, batch=16, accumulation=1, steps=100)
                 if watched:
                     trainer.add_callback(DiagnosticsCallback(trainer))
                 begin = time.perf_counter()
                 trainer.train()
                 seconds[watched].append(time.perf_counter() - begin)
     ratios = [on / off for on, off in zip(seconds[True], seconds[False], strict=True)]
-    medians = [f"{1000 * statistics.median(seconds[watched]) / 200:.2f}" for watched in (False, True)]
+    medians = [f"{1000 * statistics.median(seconds[watched]) / 100:.2f}" for watched in (False, True)]
     return [*medians, f"{statistics.median(ratios):.4f} ({min(ratios):.3f} to {max(ratios):.3f})"]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
+import pickle
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from hf_objectives.projection import selected_logits
 
 EVENT, BATCHES, RANDOM = "event.json", "batches.pt", "random_state.pt"
 _KEPT = 4_000  # characters of a document that are written
+_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed rows, for flash attention
 _MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 
 
@@ -68,7 +71,8 @@ def describe_examples(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any
     positions = targets != IGNORE
     nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
     if bool(positions.any()):
-        nll[positions] = token_nll(selected_logits(model, inputs, positions), targets[positions]).double()
+        logits = selected_logits(model, _accepted(model, inputs), positions)
+        nll[positions] = token_nll(logits, targets[positions]).double()
     described = []
     for i in range(ids.shape[0]):
         starts = inputs["position_ids"][i].eq(0).nonzero().flatten().tolist() if "position_ids" in inputs else []
@@ -93,6 +97,13 @@ def describe_examples(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any
     return described
 
 
+def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the model takes; collators add what only their trainer knows, such as a reference's figures."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    names = {*inspect.signature(inner.forward).parameters, *_ATTENTION}
+    return {key: value for key, value in inputs.items() if key in names}
+
+
 def _source(riders: Mapping[str, Any], i: int, begin: int) -> str | None:
     if "source_ids" not in riders or int(riders["source_ids"][i, begin]) < 0:
         return None
@@ -101,7 +112,10 @@ def _source(riders: Mapping[str, Any], i: int, begin: int) -> str | None:
 
 def random_state() -> dict[str, Any]:
     """The state of every random generator that a step may draw from."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    name, keys, *rest = np.random.get_state()
+    # As tensors and plain values, which torch reads without running code of the file.
+    numpy_state = (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -110,7 +124,8 @@ def random_state() -> dict[str, Any]:
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Set what `random_state` returned."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -145,8 +160,7 @@ def read_event(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     try:
         event = json.loads((folder / EVENT).read_text(encoding="utf-8"))
         batches = torch.load(folder / BATCHES, weights_only=True)
-        # numpy's and Python's states are tuples and arrays, which the safe reader does not know.
-        state = torch.load(folder / RANDOM, weights_only=False)
-    except (OSError, ValueError, RuntimeError) as error:
+        state = torch.load(folder / RANDOM, weights_only=True)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise FileFormatError(f"{folder} cannot be read ({error})") from error
     return event, batches, state

@@ -50,8 +50,8 @@ class DiagnosticsCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that it is added to.
-        on_spike: "log" writes and goes on; "skip" leaves the optimizer step out as well, on all ranks; "stop" ends training
-            after this step.
+        on_spike: "log" writes and goes on; "skip" leaves the optimizer step out as well, on all ranks; "stop" does, too, and
+            ends training there (under DeepSpeed after the step).
         save_weights: write the weights of the moment too, so that a replay gives the very losses.
         sample_every: steps between two looks at the losses of all examples of a batch, which cost a forward pass each; they
             are what an example of a spike is compared with. A loss that is high, but no spike, has its examples looked at,
@@ -100,21 +100,24 @@ class DiagnosticsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch: callbacks are told neither the batch nor its loss, so the trainer's two methods are wrapped."""
-        if self._unwrapped:
-            return
+        self._leave()  # a training before this one may have ended in an error
+        self._window = []
         self._unwrapped = {name: getattr(self.trainer, name) for name in ("training_step", "_get_grad_norm")}
         self.trainer.training_step = self._training_step
         self.trainer._get_grad_norm = self._get_grad_norm
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the trainer as it was."""
-        for name in self._unwrapped:
-            delattr(self.trainer, name)
-        self._unwrapped = {}
+        self._leave()
         if self.events > self.max_events:
             logger.warning(
                 "%d spikes in all; the first %d were written to %s", self.events, self.max_events, self.folder
             )
+
+    def _leave(self) -> None:
+        for name in self._unwrapped:
+            delattr(self.trainer, name)
+        self._unwrapped = {}
 
     def _training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not self._window:
@@ -130,6 +133,7 @@ class DiagnosticsCallback(TrainerCallback):
             # The trainer stops here, on all ranks; the record is written all the same.
             self._grad_norm = None if grad_norm is None else float(grad_norm)
             self._look(self.trainer.state)
+            self._leave()
             raise
         self._grad_norm = None if norm is None else float(norm)
         return norm
@@ -138,12 +142,12 @@ class DiagnosticsCallback(TrainerCallback):
         """Judge the step before the weights change."""
         bad = self._look(state)
         if self.on_spike != "log" and any_rank(bad):
-            if self.on_spike == "skip":
-                # Without gradients an optimizer leaves weights, moments and weight decay as they are.
+            # The optimizer's step follows all the same; without gradients it leaves weights, moments and weight decay as
+            # they are. DeepSpeed's engine has its own.
+            if not self.trainer.is_deepspeed_enabled:
                 self.trainer.optimizer.zero_grad(set_to_none=True)
                 logger.warning("step %d: left out", state.global_step + 1)
-            else:
-                control.should_training_stop = True
+            control.should_training_stop |= self.on_spike == "stop"
 
     def _look(self, state: Any) -> bool:
         window, self._window = self._window, []

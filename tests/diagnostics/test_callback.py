@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_objectives import (
     DataCollatorForAssistantOnlyLM,
@@ -152,11 +152,33 @@ def test_skip_leaves_weights_and_moments_alone(tmp_path):
     assert trainer.state.global_step == STEPS
 
 
-def test_stop_ends_training_after_that_step(tmp_path):
+def test_stop_ends_training_before_the_weights_change(tmp_path):
     trainer = trainer_of("transformers", tmp_path)
+    step = trainer.compute_loss
+
+    def broken(model, inputs, **options):
+        loss = step(model, inputs, **options)
+        return loss * math.nan if trainer.state.global_step == 9 else loss
+
+    trainer.compute_loss = broken
     trainer.add_callback(DiagnosticsCallback(trainer, on_spike="stop"))
     trainer.train()
-    assert trainer.state.global_step == BAD
+    assert trainer.state.global_step == 10
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
+
+
+def test_preference_batches_with_a_references_figures(tmp_path):
+    tokenizer = demo.build_tokenizer()
+    pair = {"prompt": "What comes after Monday?", "chosen": " Tuesday.", "rejected": " Friday, and no other day."}
+    settings = {**SETTINGS, "max_steps": 2, "precompute_ref_log_probs": True}
+    settings = {name: value for name, value in settings.items() if name != "train_sampling_strategy"}
+    args = DPOConfig(str(tmp_path), max_length=48, **settings)
+    data = Dataset.from_list([pair] * 8)
+    trainer = DPOTrainer(demo.build_model(tokenizer), args=args, train_dataset=data, processing_class=tokenizer)
+    callback = DiagnosticsCallback(trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(callback._known[None]) == 4  # two pairs: what was chosen and what was not
 
 
 @pytest.mark.parametrize("stops", [True, False])
@@ -173,7 +195,7 @@ def test_a_loss_that_is_not_finite_is_written_also_where_the_trainer_stops(stops
     if stops:
         with pytest.raises(NonFiniteError, match="step 10"):
             trainer.train()
-        assert events(tmp_path)["step_10_rank_0"]["kind"] == "non_finite"
+        assert events(tmp_path)["step_10_rank_0"]["kind"] == "non_finite" and "training_step" not in vars(trainer)
         return
     trainer.train()
     assert events(tmp_path)["step_10_rank_0"]["kind"] == "non_finite"
@@ -221,12 +243,16 @@ import test_callback as here
 import torch
 from hf_objectives import DiagnosticsCallback
 from hf_objectives.distributed import gather_objects, leave_group, rank
-trainer = here.trainer_of("ours", sys.argv[1], stop_on_non_finite=False, per_device_train_batch_size=1)
-trainer.add_callback(DiagnosticsCallback(trainer, on_spike="skip"))
-trainer.train()
-sums = gather_objects(float(sum(p.double().sum() for p in trainer.model.parameters())))
-assert sums[0] == sums[1], sums
-leave_group()
+def main():
+    trainer = here.trainer_of("ours", sys.argv[1], stop_on_non_finite=False, per_device_train_batch_size=1)
+    trainer.add_callback(DiagnosticsCallback(trainer, on_spike="skip"))
+    trainer.train()
+    sums = gather_objects(float(sum(p.double().sum() for p in trainer.model.parameters())))
+    assert sums[0] == sums[1], sums
+try:
+    main()
+finally:
+    leave_group()
 """
 
 
