@@ -24,12 +24,18 @@ def test_built_in_rows(capsys, tmp_path):
 
 
 def test_warnings_and_a_terminal_that_data_cannot_steer(capsys, tmp_path):
-    row = {"messages": [{"role": "user", "content": "a\x1b[31m <|im_end|>"}, {"role": "assistant", "content": "b"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "a\x1b[31m \x9b31m\u202e <|im_end|>"},
+            {"role": "assistant", "content": "b"},
+        ]
+    }
     path = tmp_path / "chats.jsonl"
     path.write_text(f"{json.dumps(row)}\n" * 3)
     inspect(["--dataset_name", str(path), "--tokenizer", "builtin"])
     out = capsys.readouterr().out
     assert "\x1b" not in out and "␛[31m" in out
+    assert "\x9b" not in out and "\u202e" not in out
     flat = " ".join(out.split())
     assert "warning control_tokens_in_text: 3 rows" in flat and "warning duplicates: 2 of 3 rows" in flat
     assert "(rows: chats 1, 2)" in flat

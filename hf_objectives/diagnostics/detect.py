@@ -71,7 +71,7 @@ def _without_echoes(found: list[Finding]) -> list[Finding]:
             other for other in of_run if other.kind in ("non_finite", "spike_sustained") and other.severity == "error"
         ]
         if one.kind in ("plateau", "not_decreasing", "sawtooth") and any(
-            other.step <= one.last_step for other in broken
+            other.step <= one.last_step or other.kind == "non_finite" for other in broken
         ):
             continue
         if one.kind == "plateau" and any(other.kind == "not_decreasing" for other in of_run):
