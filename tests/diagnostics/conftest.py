@@ -39,7 +39,7 @@ class BrowserPage:
         return self.page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """The system's Chromium, started once."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
