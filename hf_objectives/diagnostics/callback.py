@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from hf_objectives.diagnostics.batch_record import describe_examples, random_state, write_event
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.monitor import Spike, SpikeMonitor
+from hf_objectives.diagnostics.robust import MAD
 from hf_objectives.distributed import any_rank, rank
 from hf_objectives.errors import ConfigError, NonFiniteError
 
@@ -26,7 +27,6 @@ _FIRST_LOOK, _NEXT_LOOK = 20, 1.25  # logged lines before the detectors run, and
 _KNOWN = 256  # losses of examples that are remembered of each source
 _ENOUGH = 32  # of them, without which the batch is compared with itself as well
 _FAR = 6.0  # robust deviations
-_MAD = 1.4826
 
 
 def _kind(spike: Spike) -> str:
@@ -207,7 +207,7 @@ class DiagnosticsCallback(TrainerCallback):
             far = 0.0
             if len(usual) >= 5:
                 level = float(np.median(usual))
-                spread = max(_MAD * float(np.median(np.abs(usual - level))), 0.05 * abs(level), 1e-6)
+                spread = max(MAD * float(np.median(np.abs(usual - level))), 0.05 * abs(level), 1e-6)
                 far = (one["loss"] - level) / spread
             one["deviations"] = far if math.isfinite(one["loss"]) else math.inf
             one["suspect"] = not math.isfinite(one["loss"]) or far > _FAR or one["loss"] > limit

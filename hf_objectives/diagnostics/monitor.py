@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_MAD = 1.4826
+from hf_objectives.diagnostics.robust import MAD
+
 _DEVIATIONS = 6.0  # of the noise around the level
 _HIGH = 2.5  # deviations from which a step's examples are worth a look
 _SHARE = 0.1  # of the level: less is no spike, however quiet the run
@@ -70,13 +71,13 @@ class SpikeMonitor:
         kept = np.array(self._kept)
         level = float(np.median(kept[-16:]))
         around = kept - np.median(kept)
-        noise = float(_MAD * np.median(np.abs(np.diff(kept))) / math.sqrt(2))
+        noise = float(MAD * np.median(np.abs(np.diff(kept))) / math.sqrt(2))
         # Losses whose low outliers reach further than normal ones have high outliers that do, too.
         low = float(-(kept[-32:] - np.median(kept[-32:])).min()) / max(noise, 1e-12)
         tail = min(max(low / _LOWEST_OF_64, 1.0), 2.0)
         # On the way down the values before lie above: their spread is no reason to look away.
         deviation = (
-            max(noise, 1e-12) if around[-1] < 0 else max(noise, float(_MAD * np.median(np.abs(around))) / 2, 1e-12)
+            max(noise, 1e-12) if around[-1] < 0 else max(noise, float(MAD * np.median(np.abs(around))) / 2, 1e-12)
         )
         limit = level + max(_DEVIATIONS * tail * deviation, _SHARE * abs(level))
         self.high = limit >= value > level + _HIGH * deviation

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_objectives.diagnostics.curves import Curves, Series
 
+SMOOTHED_FROM = 20  #: points of a curve that gets a trend over it
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # told apart by all
 _SOURCES_AT_MOST = 8
 # Logs whose loss is no mean over tokens, so that its exponential is no perplexity.
@@ -134,9 +136,8 @@ def _by_source(runs: list[Curves]) -> list[Panel]:
                     panel.lines.append(Line(run.get(f"eval_{source}_perplexity"), label, colour, held_out=True))
                     continue
                 panel.lines.append(Line(run.get(f"mixture/{source}/share"), label, colour, smooth=False))
-                for asked in ("asked", "target"):
-                    series = run.get(f"mixture/{source}/{asked}")
-                    panel.lines.append(Line(series, "", colour, smooth=False, style="--"))
+                asked = run.get(f"mixture/{source}/asked")
+                panel.lines.append(Line(asked, "", colour, smooth=False, style="--"))
             if len(runs) > 1:
                 panels.append(panel)
         if len(names) > _SOURCES_AT_MOST:
@@ -155,3 +156,12 @@ def _names(runs: Iterable[Curves], start: str, end: str) -> list[str]:
 def colour_of(i: int) -> str:
     """The colour of the i-th run or source, again from the first after eight."""
     return _PALETTE[i % len(_PALETTE)]
+
+
+def spans_decades(curves: Sequence[NDArray[np.float64]]) -> bool:
+    """Whether curves, float64 [points] each, leap so far that a linear scale would show nothing else."""
+    values = np.concatenate([*curves, np.zeros(0)])
+    finite = values[np.isfinite(values)]
+    # A loss of 0.0 is what the Trainer logs in place of NaN, so that a few zeros are no obstacle.
+    positive = finite[finite > 0]
+    return len(positive) > 0.5 * len(finite) and float(positive.max()) > 30 * float(np.median(positive))

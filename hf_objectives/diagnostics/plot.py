@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hf_objectives.diagnostics.curves import Curves, read_curves, read_runs
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.findings import SEVERITIES, Finding
-from hf_objectives.diagnostics.panels import Line, Panel, colour_of, panels_of
+from hf_objectives.diagnostics.panels import SMOOTHED_FROM, Line, Panel, colour_of, panels_of, spans_decades
 from hf_objectives.diagnostics.reduction import reduce_points, smooth_points
 from hf_objectives.errors import ConfigError, FileFormatError
 
 Log = Sequence[Mapping[str, Any]]
 One = str | Path | Log | Curves
 FORMATS = ("png", "svg", "pdf")
-_SMOOTHED_FROM = 20  # points
 _COLOURS = {"info": "#4878a8", "warning": "#e08a00", "error": "#c81e1e"}
 _MARKS, _LISTED = 12, 8
 _PANEL_OF = {"gradient_explosion": "grad_norm", "schedule_fault": "learning_rate", "mixture_drift": "share"}
@@ -148,7 +146,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         if line.label:
             handles.append((drawn, _plain(line.label)))
     values = np.concatenate([line.series.values for line in panel.lines] or [np.ones(1)])
-    log = _spans_decades(values) if panel.log is None else panel.log
+    log = spans_decades([values]) if panel.log is None else panel.log
     if log and (values[np.isfinite(values)] > 0).any():
         axes.set_yscale("log")
         # Plain numbers instead of powers of ten, and between the decades only where the range is short.
@@ -181,18 +179,11 @@ def _draw_line(axes: Any, line: Line, *, geometric: bool) -> Any:
         few = "o" if len(steps) <= 40 else ""
         return axes.plot(raw_steps, raw, "--", marker=few, markersize=3, linewidth=1.3, color=line.colour, zorder=3)
     finite = int(np.isfinite(values).sum())
-    if not line.smooth or finite < _SMOOTHED_FROM:
+    if not line.smooth or finite < SMOOTHED_FROM:
         few = "o" if finite < 3 else ""
         return axes.plot(raw_steps, raw, line.style, marker=few, markersize=4, linewidth=1.3, color=line.colour)
     axes.plot(raw_steps, raw, color=line.colour, alpha=0.28, linewidth=0.8)
     return axes.plot(*smooth_points(steps, values, geometric=geometric), color=line.colour, linewidth=1.5, zorder=2.5)
-
-
-def _spans_decades(values: NDArray[np.float64]) -> bool:
-    finite = values[np.isfinite(values)]
-    # A loss of 0.0 is what the Trainer logs in place of NaN, so that a few zeros are no obstacle.
-    positive = finite[finite > 0]
-    return len(positive) > 0.5 * len(finite) and float(positive.max()) > 30 * float(np.median(positive))
 
 
 def _same_steps(axes: list[Any], runs: list[Curves]) -> None:

@@ -145,15 +145,8 @@ def _mixture(curves: Curves) -> list[dict[str, Any]]:
     """The sources of a mixture: share asked for and share given at the end, and passes."""
     rows = []
     for source in _sources(curves, "mixture/", "/share"):
-        figures = {name: _last(curves, f"mixture/{source}/{name}") for name in ("share", "epochs", "rows")}
-        asked = _last(curves, f"mixture/{source}/target")
-        rows.append(
-            {
-                "source": source,
-                "asked": _last(curves, f"mixture/{source}/asked") if asked is None else asked,
-                **figures,
-            }
-        )
+        names = ("asked", "share", "epochs")
+        rows.append({"source": source, **{name: _last(curves, f"mixture/{source}/{name}") for name in names}})
     return rows
 
 

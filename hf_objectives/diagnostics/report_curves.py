@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.diagnostics.findings import Finding
-from hf_objectives.diagnostics.panels import Line, Panel, panels_of
+from hf_objectives.diagnostics.panels import SMOOTHED_FROM, Line, Panel, panels_of, spans_decades
 from hf_objectives.diagnostics.reduction import reduce_points, smooth_points
 from hf_objectives.errors import ConfigError
 
@@ -89,7 +89,7 @@ def figures_of(runs: list[Curves], findings: Sequence[Finding]) -> dict[str, Any
     figures = []
     for n, panel in enumerate(panels_of(runs)):
         lines = [_Drawn(line, panel) for line in panel.lines]
-        log_first = panel.log or (panel.log is None and _spans_decades(lines))
+        log_first = panel.log or (panel.log is None and spans_decades([drawn.values for drawn in lines]))
         can_log = panel.log is not False and any((drawn.values > 0).any() for drawn in lines)
         scales: tuple[Scale, ...] = ("linear", "log") if can_log else ("linear",)
         for scale in scales:
@@ -146,15 +146,9 @@ class _Drawn:
         steps, self.values = reduce_points(*line.series)
         self.source = ColumnDataSource({"x": steps.astype(float), "y": self.values})
         self.trend = None
-        if line.smooth and not line.held_out and len(line.series.steps) > 10:
+        if line.smooth and not line.held_out and np.isfinite(line.series.values).sum() >= SMOOTHED_FROM:
             at, means = smooth_points(*line.series, geometric=panel.log is True)
             self.trend = ColumnDataSource({"x": at, "y": means})
-
-
-def _spans_decades(lines: Sequence[_Drawn]) -> bool:
-    values = np.concatenate([drawn.values for drawn in lines]) if lines else np.zeros(0)
-    good = values[np.isfinite(values)]
-    return bool(len(good) and good.min() > 0 and good.max() > 100 * np.median(good))
 
 
 def _figure(panel: Panel, lines: Sequence[_Drawn], scale: Scale, x_range: Any) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Values = NDArray[np.float64]
-_MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+MAD = 1.4826  #: a normal distribution's standard deviation over its median absolute deviation
 _DEVIATIONS = 6.0  # of the noise around the level; one normal value in 10^9
 _Q99 = 2.326  # standard deviations, of the normal distribution
 
@@ -22,7 +22,7 @@ def noise(values: Values) -> float:
     if len(values) < 3:
         return 0.0
     steps = np.diff(values)
-    return float(_MAD * np.median(np.abs(steps - np.median(steps))) / math.sqrt(2))
+    return float(MAD * np.median(np.abs(steps - np.median(steps))) / math.sqrt(2))
 
 
 def block_medians(values: Values, blocks: int) -> Values:
@@ -93,9 +93,9 @@ def excursions(values: Values, *, most: int = 50) -> list[Excursion]:
     series = pd.Series(values)
     before = series.rolling(window, min_periods=5).median().shift(1)
     # Of neighbours' differences, which a steep beginning does not widen.
-    scale = _MAD / math.sqrt(2) * series.diff().abs().rolling(2 * window, min_periods=5).median().shift(1)
+    scale = MAD / math.sqrt(2) * series.diff().abs().rolling(2 * window, min_periods=5).median().shift(1)
     around = (series - before.shift(-(window // 2))).dropna().to_numpy()
-    usual = _MAD * float(np.median(np.abs(around)))
+    usual = MAD * float(np.median(np.abs(around)))
     # How much heavier the lower tail is than a normal one; the upper tail is where the excursions are.
     later = around[len(around) // 10 :]  # the steep beginning of a run has a lower tail of its own
     tail = max(1.0, float(np.quantile(-later, 0.99)) / max(_Q99 * usual, 1e-300)) if n >= 100 else 1.0

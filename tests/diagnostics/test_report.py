@@ -184,6 +184,7 @@ def test_the_log_scale_spans_the_curve(tmp_path: Path, browser_page: Any) -> Non
     page = ready(browser_page, write_report(healthy(), tmp_path / "r.html"))
     page.click("button[data-scale=log]")
     until(page, f"{FIGURES}[1].y_range.start > 1 && {FIGURES}[1].y_range.end < 10")
+    assert page.evaluate(f"{FIGURES}[1].y_range.start < {FIGURES}[1].y_range.end")
 
 
 def test_keyboard_and_findings_move_all_curves(tmp_path: Path, browser_page: Any) -> None:
