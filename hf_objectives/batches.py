@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hf_objectives.encode import UNSUPERVISED, RowEncoder, RowSettings
-from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.errors import ConfigError, FormatError, nearest
 from hf_objectives.formats import Row
 from hf_objectives.framing import make_room
 from hf_objectives.ledger import Ledger
@@ -91,7 +91,7 @@ class BatchEncoder:
         texts = list(map(_TEXT, rows))
         try:
             ids, offsets = text_encoder(self.tokenizer).encode_ids(texts)
-        except UnicodeEncodeError:  # a lone surrogate; the other path names the row
+        except FormatError:  # a character without a token; the other path names the row
             return None
         if self.settings.control_tokens == "plain" and self._holds_control(ids):
             return None

@@ -398,6 +398,7 @@ def encode_chats(
     for row, messages in enumerate(conversations):
         try:
             rendered.append(encoder.render(messages, tools[row] if tools is not None else None))
+            text_encoder(tokenizer).check(rendered[-1].text)
         except DataError as error:
             raise error.at(source=source, row=row) from None
     labelled = encoder.encode(rendered)

@@ -108,7 +108,9 @@ class RowEncoder:
             name = str(row.get("source") or source) if isinstance(row, Mapping) else source
             ledger[name].rows_in += 1
             try:
-                made = [_checked(unit) for unit in self._units(row, n, name)]
+                made = list(self._units(row, n, name))
+                for unit in made:
+                    text_encoder(self.tokenizer).check(unit.rendered.text)
             except DataError as error:
                 if not skip:
                     raise error.at(source=name, row=n) from None
@@ -326,15 +328,6 @@ class RowEncoder:
             none = np.empty((0, 2), np.int64)
             labelled = Labelled(labelled.ids[mask], labelled.labels[mask], offsets, none, np.empty(0, np.int64))
         return labelled, [unit.source for unit in kept], [unit.row for unit in kept]
-
-
-def _checked(unit: _Unit) -> _Unit:
-    try:
-        unit.rendered.text.encode()
-    except UnicodeEncodeError as error:
-        found = unit.rendered.text[error.start]
-        raise FormatError(f"half of a surrogate pair, {found!r}, is no character; expected valid Unicode") from None
-    return unit
 
 
 def encode_row(

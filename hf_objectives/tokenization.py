@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_objectives.byte_lengths import token_byte_lengths
-from hf_objectives.errors import TokenizerError
+from hf_objectives.errors import FormatError, TokenizerError
 from hf_objectives.messages import CLOSE, OPEN
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class TextEncoder:
         self._added = dict(tokenizer.added_tokens_encoder)
         self._fast = _load_fastokens(self._slow)
         self._lengths: NDArray[np.int64] | None = None
+        self._unknown = _unknown_bytes(self._slow)
         if self._fast is not None:
             self._lengths = np.asarray(token_byte_lengths(tokenizer, special="text"), dtype=np.int64)
 
@@ -83,34 +86,54 @@ class TextEncoder:
         """Name of the backend in use, "fastokens" or "tokenizers"."""
         return "tokenizers" if self._fast is None else "fastokens"
 
+    def check(self, text: str) -> None:
+        """Make sure that every character of a text has its tokens.
+
+        Raises:
+            FormatError: it holds half of a surrogate pair, or a byte that a byte-level vocabulary lacks (some lack control
+                characters), which `tokenizer(text)` leaves out without a word.
+        """
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError as error:
+            found = text[error.start]
+            raise FormatError(f"half of a surrogate pair, {found!r}, is no character; expected valid Unicode") from None
+        if self._unknown is not None and (unknown := self._unknown.search(encoded)):
+            at = len(encoded[: unknown.start()].decode(errors="ignore"))
+            around = text[max(0, at - 20) : at + 20]
+            raise FormatError(
+                f"the tokenizer has no token for {text[at]!r} (byte {unknown[0].hex()}) in {around!r} and would leave it out; "
+                "expected text without it"
+            )
+
     def encode_ids(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Ids of texts end to end, int32 [total], and where each text begins and ends, int64 [texts + 1]; no places.
 
         Raises:
-            UnicodeEncodeError: a text holds half of a surrogate pair.
+            FormatError: see `check`.
         """
         if self._fast is not None:
-            flat, bounds = self._fast.encode_batch_flat(list(texts))
+            flat, bounds = self._flat(texts)
             # Ids are far below 2^31: the same bytes read as signed.
             return np.frombuffer(flat, "<i4"), np.frombuffer(bounds, "<i8")
-        try:
-            rows = [encoding.ids for encoding in self._slow.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:  # what tokenizers calls half of a surrogate pair
-            for text in texts:
-                text.encode()
-            raise
+        self._check_all(texts)
+        rows = [encoding.ids for encoding in self._slow.encode_batch_fast(list(texts), add_special_tokens=False)]
         sizes = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(sizes.sum()))
         return ids, np.concatenate(([0], np.cumsum(sizes)))
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Encode texts; those that hold wrapped control tokens (see messages.py) have these read as plain text."""
+        """Encode texts; those that hold wrapped control tokens (see messages.py) have these read as plain text.
+
+        Raises:
+            FormatError: see `check`.
+        """
         wrapped = [i for i, text in enumerate(texts) if OPEN in text or CLOSE in text]
         if self._fast is None or self._lengths is None:
+            self._check_all(texts)
             return _join([self._encode_one(text) for text in texts])
         ids, offsets = (
-            np.frombuffer(buffer, kind)
-            for buffer, kind in zip(self._fast.encode_batch_flat(list(texts)), ("<u4", "<u8"), strict=True)
+            np.frombuffer(buffer, kind) for buffer, kind in zip(self._flat(texts), ("<u4", "<u8"), strict=True)
         )
         offsets = offsets.astype(np.int64)
         lengths = self._lengths[ids]
@@ -134,6 +157,19 @@ class TextEncoder:
                 for text, again, a, b in zip(texts, redo, offsets[:-1], offsets[1:], strict=True)
             ]
         )
+
+    def _check_all(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self.check(text)
+
+    def _flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
+        """Ids and bounds by fastokens, which refuses what it has no token for without a word of where."""
+        fast: Any = self._fast
+        try:
+            return fast.encode_batch_flat(list(texts))
+        except ValueError:
+            self._check_all(texts)
+            raise
 
     def _encode_one(self, text: str) -> tuple[NDArray, NDArray, NDArray, bool]:
         """ids, starts, ends of one text in characters; the text's wrapped tokens count without their wrapping."""
@@ -187,6 +223,19 @@ class TextEncoder:
         if self._slow.pre_tokenizer is not None:
             words = [word for word, _ in self._slow.pre_tokenizer.pre_tokenize_str(text)]
         return [piece.id for word in words for piece in self._slow.model.tokenize(word)]
+
+
+def _unknown_bytes(backend: Tokenizer) -> re.Pattern[bytes] | None:
+    """The bytes that a byte-level vocabulary cannot spell, where an unknown token does not stand for them either."""
+    if "ByteLevel" not in str(backend.pre_tokenizer) or getattr(backend.model, "unk_token", None):
+        return None
+    ours = (OPEN + CLOSE).encode()  # marks that never reach the model
+    missing = bytes(
+        byte
+        for byte, letter in bytes_to_unicode().items()
+        if backend.model.token_to_id(letter) is None and byte not in ours
+    )
+    return re.compile(b"[" + re.escape(missing) + b"]") if missing else None
 
 
 def _pieces(text: str) -> list[tuple[str, bool]]:

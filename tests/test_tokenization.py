@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hf_objectives import tokenization
+from hf_objectives.batches import BatchEncoder
+from hf_objectives.chat import encode_chats
 from hf_objectives.corpus.files import load_rows
-from hf_objectives.errors import TokenizerError
+from hf_objectives.encode import RowSettings
+from hf_objectives.errors import FormatError, TokenizerError
 from hf_objectives.messages import CLOSE, OPEN
 from hf_objectives.tokenization import TextEncoder, text_encoder
 
@@ -194,5 +200,52 @@ def test_ids_alone_are_those_of_the_whole_encoding(make):
     ids, offsets = encoder.encode_ids(TEXTS)
     encoded = encoder.encode_batch(TEXTS)
     assert ids.tolist() == encoded.ids.tolist() and offsets.tolist() == encoded.offsets.tolist()
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(FormatError, match="half of a surrogate pair"):
         encoder.encode_ids(["half \ud800"])
+
+
+def without_a_byte(byte: int) -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary that never saw a byte, as SmolLM2's has none for six control characters."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = [letter for number, letter in bytes_to_unicode().items() if number != byte]
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|im_end|>"])
+    backend.train_from_iterator(["hello there general"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("byte", "text"), [(0x13, "ab\x13cd"), (0xF0, "ab😀cd"), (0x98, "ab😀cd")])
+def test_a_byte_without_a_token_is_named_not_left_out(monkeypatch, fast, byte, text):
+    if not fast:
+        monkeypatch.setattr(tokenization, "_load_fastokens", lambda backend: None)
+    tokenizer = without_a_byte(byte)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) != text
+    encoder = TextEncoder(tokenizer)
+    for encode in (encoder.encode_ids, encoder.encode_batch):
+        with pytest.raises(
+            FormatError, match=rf"no token for .{re.escape(repr(text[2])[1:-1])}. \(byte {byte:02x}\) in .ab"
+        ):
+            encode(["fine", text])
+    assert encoder.encode_ids(["fine"])[0].tolist() == tokenizer("fine")["input_ids"]
+
+
+def test_a_row_with_a_byte_without_a_token_is_named_or_left_out():
+    tokenizer = without_a_byte(0x13)
+    texts = [{"text": "fine"}, {"text": "not\x13fine"}, {"text": "fine too"}]
+    chats = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": row["text"]}]} for row in texts
+    ]
+    template = "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+    tokenizer.chat_template = template
+    for rows in (texts, chats):
+        with pytest.raises(FormatError, match="source 's', row 1: the tokenizer has no token"):
+            BatchEncoder(tokenizer, RowSettings()).encode(rows, source="s", numbers=[0, 1, 2])
+        table, ledger = BatchEncoder(tokenizer, RowSettings(), on_error="skip").encode(
+            rows, source="s", numbers=[0, 1, 2]
+        )
+        assert table["row"].to_pylist() == [0, 2]
+        assert ledger["s"].rows_in == 3
+    with pytest.raises(FormatError, match="row 1: the tokenizer has no token"):
+        encode_chats(tokenizer, [row["messages"] for row in chats])
