@@ -102,8 +102,8 @@ class TextEncoder:
             at = len(encoded[: unknown.start()].decode(errors="ignore"))
             around = text[max(0, at - 20) : at + 20]
             raise FormatError(
-                f"the tokenizer has no token for {text[at]!r} (byte {unknown[0].hex()}) in {around!r} and would leave it out; "
-                "expected text without it"
+                f"the tokenizer has no token for {text[at]!r} (byte {unknown[0].hex()}) in {around!r} and would leave it "
+                "out; expected text without it"
             )
 
     def encode_ids(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
