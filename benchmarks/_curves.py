@@ -1,5 +1,5 @@
 """Generated training logs for benchmarks/diagnosis.py: runs as they look when they are healthy, and one fault in each of the
-others. Written from what real runs look like, not from what the detectors measure."""
+others. A fault has a size, drawn from what a user would want to be told of; SIZES are given ones, smaller ones among them."""
 
 from __future__ import annotations
 
@@ -144,6 +144,9 @@ def _set_level(run: Run, level: np.ndarray, *, evaluation: bool = True) -> None:
     run.level = level
 
 
+# Each fault is a function of a random generator and, where it has one, of its size; without a size it is drawn.
+
+
 def plateau(rng: np.random.Generator) -> Case:
     run = healthy(rng, points=(100, 2500))
     start, share = rng.uniform(1.5, 9), rng.uniform(0.15, 0.7)
@@ -151,10 +154,11 @@ def plateau(rng: np.random.Generator) -> Case:
     return Case("", run.log(), ("plateau",))
 
 
-def not_decreasing(rng: np.random.Generator) -> Case:
+def not_decreasing(rng: np.random.Generator, size: float | None = None) -> Case:
+    """Rises, or stays near guessing: a loss that stays low may be that of a trained model."""
     run = healthy(rng)
-    start = rng.uniform(0.7, 9)
-    slope = rng.choice([0.0, rng.uniform(0.05, 0.5)])
+    slope = rng.choice([0.0, rng.uniform(0.05, 0.5)]) if size is None else size
+    start = rng.uniform(0.7, 9) if slope else rng.uniform(5.2, 11)
     _set_level(run, start * (1 + slope * run.time))
     return Case("", run.log(), ("not_decreasing",), ("overfitting",))
 
@@ -163,10 +167,10 @@ def _somewhere(run: Run, low: float, high: float) -> int:
     return int(run.n * run.rng.uniform(low, high))
 
 
-def spike_recovered(rng: np.random.Generator) -> Case:
+def spike_recovered(rng: np.random.Generator, size: float | None = None) -> Case:
     run = healthy(rng)
     at, decay = _somewhere(run, 0.15, 0.9), rng.uniform(0.4, 3)
-    height = rng.uniform(0.35, 2.5)
+    height = rng.uniform(0.3, 2.5) if size is None else size
     shape = np.where(np.arange(run.n) >= at, np.exp(-np.maximum(np.arange(run.n) - at, 0) / decay), 0)
     run.loss = run.loss * (1 + height * shape)
     if rng.random() < 0.7:
@@ -174,12 +178,12 @@ def spike_recovered(rng: np.random.Generator) -> Case:
     return Case("", run.log(), ("spike_recovered",), ("gradient_explosion",), run.step(at))
 
 
-def spike_sustained(rng: np.random.Generator) -> Case:
+def spike_sustained(rng: np.random.Generator, size: float | None = None) -> Case:
     run = healthy(rng)
     at = _somewhere(run, 0.25, 0.85)
     after = np.arange(run.n) >= at
     back = 1 - rng.choice([0, 0.3]) * np.clip((run.time - run.time[at]) / max(1e-9, 1 - run.time[at]), 0, 1)
-    height = rng.uniform(0.35, 3) * run.level[at]
+    height = (rng.uniform(0.2, 3) if size is None else size) * run.level[at]
     _set_level(run, np.where(after, run.level[at] + height * back, run.level))
     if rng.random() < 0.6:
         run.norm[after] *= rng.uniform(1, 40)
@@ -188,12 +192,13 @@ def spike_sustained(rng: np.random.Generator) -> Case:
     )
 
 
-def overfitting(rng: np.random.Generator) -> Case:
+def overfitting(rng: np.random.Generator, size: float | None = None) -> Case:
     run = healthy(rng, epochs=float(rng.integers(3, 8)))
     run.at = np.unique(np.linspace(0, run.n - 1, int(rng.integers(8, 30)) + 1).astype(int)[1:])
     low = rng.uniform(0.25, 0.6)
     t = run.time[run.at]
-    valley = 1.3 * np.where(t < low, 1 - 0.3 * t / low, 0.7 + rng.uniform(0.1, 0.6) * (t - low) / (1 - low))
+    rise = rng.uniform(0.06, 0.6) if size is None else size
+    valley = 1.3 * np.where(t < low, 1 - 0.3 * t / low, 0.7 + rise * (t - low) / (1 - low))
     run.evaluation = run.level[0] * valley * (1 + rng.normal(0, rng.uniform(0.002, 0.008), len(t)))
     _set_level(run, run.level[0] * (1 - rng.uniform(0.5, 0.8) * run.time**0.7), evaluation=False)
     return Case("", run.log(), ("overfitting",), ("plateau",))
@@ -216,11 +221,13 @@ def non_finite(rng: np.random.Generator) -> Case:
     return Case("", run.log(), ("non_finite",), (), run.step(at))
 
 
-def gradient_explosion(rng: np.random.Generator) -> Case:
+def gradient_explosion(rng: np.random.Generator, size: float | None = None) -> Case:
+    """To the end, or for a few steps, which clipping takes care of where they are not out of all proportion."""
     run = healthy(rng)
     at = _somewhere(run, 0.2, 0.85)
-    factor = np.exp(rng.uniform(np.log(40), np.log(3000)))
-    length = run.n if rng.random() < 0.5 else int(rng.integers(1, 6))
+    lasts = rng.random() < 0.5
+    factor = np.exp(rng.uniform(np.log(20 if lasts else 400), np.log(3000))) if size is None else size
+    length = run.n if lasts else int(rng.integers(1, 6))
     run.norm[at : at + length] *= factor
     return Case("", run.log(), ("gradient_explosion",), ("spike_recovered", "spike_sustained"), run.step(at))
 
@@ -243,26 +250,26 @@ def schedule_fault(rng: np.random.Generator) -> Case:
     return Case("", run.log(), ("schedule_fault",), others, run.step(at))
 
 
-def sawtooth(rng: np.random.Generator) -> Case:
+def sawtooth(rng: np.random.Generator, size: float | None = None) -> Case:
     # No stairs: a profile as high as they are makes a curve that only falls.
     run = healthy(rng, epochs=float(rng.integers(3, 7)), points=(150, 2500), stairs=False)
     phase = (run.time * run.epochs) % 1
     shapes = [phase - 0.5, 0.5 - phase, np.where(phase < 0.5, 0.5, -0.5), np.abs(phase - 0.5) * 2 - 0.5]
-    profile = shapes[rng.integers(4)] * rng.uniform(0.12, 0.4)
+    profile = shapes[rng.integers(4)] * (rng.uniform(0.12, 0.4) if size is None else size)
     run.loss = run.loss * (1 + profile)
     return Case("", run.log(), ("sawtooth",), ("spike_recovered",))
 
 
-def too_good(rng: np.random.Generator) -> Case:
+def too_good(rng: np.random.Generator, size: float | None = None) -> Case:
     run = healthy(rng, epochs=float(rng.choice([0.5, 1, 2])))
-    start, low = rng.uniform(1, 7), rng.uniform(0.005, 0.05)
+    start, low = rng.uniform(1, 7), rng.uniform(0.005, 0.08) if size is None else size
     _set_level(run, low + (start - low) * np.exp(-run.time * run.epochs / rng.uniform(0.01, 0.06)))
     return Case("", run.log(), ("too_good",))
 
 
-def few_supervised_tokens(rng: np.random.Generator) -> Case:
+def few_supervised_tokens(rng: np.random.Generator, size: float | None = None) -> Case:
     run = healthy(rng)
-    _counted(run, 10 ** rng.uniform(-4, -2.2))
+    _counted(run, 10 ** rng.uniform(-4, -2.1) if size is None else size)
     return Case("", run.log(), ("few_supervised_tokens",))
 
 
@@ -283,9 +290,9 @@ def _mixed(run: Run, drift: float) -> int:
     return run.step(at)
 
 
-def mixture_drift(rng: np.random.Generator) -> Case:
+def mixture_drift(rng: np.random.Generator, size: float | None = None) -> Case:
     run = healthy(rng)
-    step = _mixed(run, rng.uniform(0.05, 0.2))
+    step = _mixed(run, rng.uniform(0.04, 0.2) if size is None else size)
     return Case("", run.log(), ("mixture_drift",), (), step)
 
 
@@ -335,12 +342,19 @@ def entropy_collapse(rng: np.random.Generator) -> Case:
 
 
 def length_growth(rng: np.random.Generator) -> Case:
+    """Longer for no gain, or because answers no longer end; those that grow with their reward may well be meant to."""
     run = policy(rng)
+    if rng.random() < 0.5:
+        run.extra["reward"] = rng.uniform(-1, 1) + noise_of(rng, run.n, 0.1)
+    else:
+        run.extra["completions/clipped_ratio"] = np.clip(
+            rng.uniform(0.2, 0.8) * run.time + noise_of(rng, run.n, 0.02), 0, 1
+        )
     run.extra["completions/mean_length"] = run.extra["completions/mean_length"] * (1 + rng.uniform(1.6, 5) * run.time)
     return Case("", run.log(), ("length_growth",))
 
 
-FAULTS: dict[str, Callable[[np.random.Generator], Case]] = {
+FAULTS: dict[str, Callable[..., Case]] = {
     function.__name__: function
     for function in (
         *(plateau, not_decreasing, spike_recovered, spike_sustained, overfitting, non_finite, gradient_explosion),
@@ -350,14 +364,37 @@ FAULTS: dict[str, Callable[[np.random.Generator], Case]] = {
 }
 
 
+#: Sizes of faults with what they mean, for the share that is found of each.
+SIZES: dict[str, tuple[str, tuple[float, ...]]] = {
+    "spike_recovered": ("height at its first step, of the loss", (0.1, 0.2, 0.35, 0.7)),
+    "spike_sustained": ("height, of the loss", (0.05, 0.1, 0.2, 0.4)),
+    "not_decreasing": ("rise over the run, of the loss", (0.02, 0.05, 0.1, 0.2)),
+    "overfitting": ("rise of the evaluation loss, of the first one", (0.02, 0.04, 0.08, 0.16)),
+    "gradient_explosion": ("times the norm, half of them for a few steps", (10, 30, 100, 300, 1000)),
+    "sawtooth": ("from low to high, of the loss", (0.03, 0.06, 0.12, 0.24)),
+    "too_good": ("nats per token", (0.3, 0.15, 0.08, 0.04)),
+    "few_supervised_tokens": ("share of the tokens", (0.02, 0.01, 0.005)),
+    "mixture_drift": ("of the whole, at the end", (0.01, 0.02, 0.04, 0.08)),
+}
+
+
 def healthy_case(rng: np.random.Generator) -> Case:
-    """A healthy run of language modelling, preference optimisation or PPO."""
-    kind = rng.integers(6)
+    """A healthy run of language modelling, preference optimisation or PPO; or of a trained model with little to learn."""
+    kind = rng.integers(7)
+    if kind == 6:
+        run = healthy(rng)
+        _set_level(run, rng.uniform(1, 4) * (1 - rng.choice([0, rng.uniform(0, 0.04)]) * run.time))
+        return Case("", run.log())
     run = preferences(rng, falls=False) if kind == 0 else policy(rng) if kind == 1 else healthy(rng)
     if kind > 1 and rng.random() < 0.5:
         _counted(run, rng.uniform(0.05, 1))
         _mixed(run, 0.0)
     return Case("", run.log())
+
+
+def of_size(kind: str, size: float, n: int, seed: int = 0) -> list[Case]:
+    """Cases of one fault in one size."""
+    return [FAULTS[kind](np.random.default_rng([seed, *kind.encode(), i]), size) for i in range(n)]
 
 
 def generate(each: int = 40, sound: int = 200, seed: int = 0) -> list[Case]:

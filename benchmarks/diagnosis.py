@@ -1,10 +1,10 @@
 """How well the detectors tell what is wrong with a run: generated logs, and real ones with faults put in on purpose.
 
-    python benchmarks/diagnosis.py [--half report] [--runs FOLDER] [--million] [--show]
+    python benchmarks/diagnosis.py [--half report] [--runs FOLDER] [--sizes] [--million] [--show]
 
 The detectors were developed on the even cases and are reported on the odd ones. `--runs` is what benchmarks/faulty_runs.py
-wrote. A finding counts from severity "warning" on. Of a case's `expected` kinds one has to be found; `allowed` kinds are its
-consequences and count neither way.
+wrote. `--sizes` says how much is found of faults of one size, small ones among them. A finding counts from severity "warning"
+on. Of a case's `expected` kinds one has to be found; `allowed` kinds are its consequences and count neither way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from _curves import Case, generate
+from _curves import SIZES, Case, generate, of_size
 from _machine import describe, table
 
 from hf_objectives.diagnostics.detect import diagnose
@@ -89,6 +89,17 @@ def report(title: str, cases: list[Case], *, show: bool) -> None:
     )
 
 
+def sizes(n: int, seed: int) -> None:
+    """Print the share that is found, as a warning or worse, of each fault by size."""
+    rows = []
+    for kind, (meaning, given) in SIZES.items():
+        for size in given:
+            _, total = score(of_size(kind, size, n, seed))
+            rows.append([kind, f"{size:g}", meaning, f"{total['found']}/{n}"])
+    print(f"\n### generated, by size: {n} logs each\n")
+    print(table(["fault", "size", "meaning", "found"], rows))
+
+
 # Peak memory from /proc: getrusage of a child begins with what its parent had.
 _DIAGNOSE = """
 import re, sys, time
@@ -103,23 +114,28 @@ print(seconds, peak, len(found))
 
 
 def million(steps: int = 1_000_000, rounds: int = 5) -> None:
-    """Print seconds and peak memory of `diagnose` on a healthy log of a million steps, in every format, each in a process of
-    its own. Memory includes Python and its packages."""
+    """Print seconds and peak memory of `diagnose` on logs of a million steps, each in a process of its own.
+
+    A healthy one in two formats, and one with 20 restarts of its schedule, 200 spikes and four epochs. Memory includes Python
+    and its packages.
+    """
     rng = np.random.default_rng(0)
     at = np.arange(1, steps + 1)
     losses = 2 + 8 * at**-0.3 + rng.normal(0, 0.1, steps)
     norms = rng.lognormal(0, 0.2, steps)
-    lines = [
-        {"epoch": i / steps, "grad_norm": norm, "learning_rate": 1e-3 * (1 - i / steps), "loss": loss, "step": i}
-        for i, loss, norm in zip(at.tolist(), losses.tolist(), norms.tolist(), strict=True)
-    ]
+    smooth = 1e-3 * (1 - at / steps)
+    restarts = 5e-4 * (1 + np.cos(np.pi * (20 * at / steps % 1)))
+    spiked = losses + 3 * (at % (steps // 200) == steps // 400)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        state, plain = Path(folder) / "trainer_state.json", Path(folder) / "log.jsonl"
+        state, plain, eventful = (Path(folder) / name for name in ("trainer_state.json", "log.jsonl", "eventful.jsonl"))
+        lines = _lines(losses, smooth, norms, epochs=1)
         state.write_text(json.dumps({"log_history": lines}, indent=2, sort_keys=True))
         plain.write_text("\n".join(map(json.dumps, lines)))
+        lines = _lines(spiked, restarts, norms, epochs=4)
+        eventful.write_text("\n".join(map(json.dumps, lines)))
         del lines
-        for path in (state, plain):
+        for path in (state, plain, eventful):
             runs = [
                 subprocess.run([sys.executable, "-c", _DIAGNOSE, str(path)], capture_output=True, text=True, check=True)
                 for _ in range(rounds)
@@ -133,6 +149,15 @@ def million(steps: int = 1_000_000, rounds: int = 5) -> None:
     print(table(["log", "MB", "seconds", "peak memory, MiB", "findings"], rows))
 
 
+def _lines(losses: np.ndarray, rates: np.ndarray, norms: np.ndarray, *, epochs: int) -> list[dict[str, float]]:
+    n = len(losses)
+    curves = zip(losses.tolist(), rates.tolist(), norms.tolist(), strict=True)
+    return [
+        {"epoch": (i + 1) / n * epochs, "grad_norm": norm, "learning_rate": rate, "loss": loss, "step": i + 1}
+        for i, (loss, rate, norm) in enumerate(curves)
+    ]
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,11 +169,15 @@ def main() -> None:
     parser.add_argument(
         "--million", action="store_true", help="time and memory of a log of a million steps, no accuracy"
     )
+    parser.add_argument("--sizes", action="store_true", help="how much is found of faults of one size, no other table")
     parser.add_argument("--show", action="store_true", help="every case that is missed or alarmed without cause")
     given = parser.parse_args()
     print(describe())
     if given.million:
         million()
+        return
+    if given.sizes:
+        sizes(given.each, given.seed)
         return
     parity = {"develop": (0,), "report": (1,), "both": (0, 1)}[given.half]
     cases = [

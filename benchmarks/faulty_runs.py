@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/faulty_runs.py --out FOLDER [--only PATTERN] [--seed N]
 
 Writes `<name>/trainer_state.json` for each run and one `labels.json`: for each name the fault, the step of its beginning, the
-kinds that must all be found (`expected`), those of which one must be (`any_of`), those that would be true too and are no
+kinds of which one has to be found (`expected`, or `any_of` where it is empty), those that would be true too and are no
 false alarm (`also`), and the half: "develop" to build detectors on, "report" to measure them on. A run that is there already
 is not run again. About a quarter of an hour on one core. With a seed other than 0 rows, weights and order are new, and rates
 and lengths differ somewhat: runs that nobody has looked at.

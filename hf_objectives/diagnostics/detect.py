@@ -1,21 +1,24 @@
 """What is wrong with a run, from its log: findings with evidence and advice.
 
 The signatures of a language model's loss (a plateau, a spike that recovers or lasts, overfitting, a loss that does not
-fall), of its gradients and schedule, of its data, and of preference and reinforcement learning. Thresholds are in standard
-deviations of the run's own noise, measured by medians; none is set for a run.
+fall), of its gradients and schedule, of its data, and of preference and reinforcement learning. What is noise is measured in
+each run, by medians; from which size on something matters (a tenth of the loss, a thirtyfold gradient, 0.1 nats) is the same
+for all runs.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hf_objectives.diagnostics import detect_alignment, detect_data, detect_loss, detect_optimizer
+from hf_objectives.diagnostics import detect_alignment, detect_data, detect_evaluation, detect_loss, detect_optimizer
 from hf_objectives.diagnostics.curves import Curves, Log, read_runs
 from hf_objectives.diagnostics.findings import SEVERITIES, Finding
 from hf_objectives.errors import FileFormatError
 
+logger = logging.getLogger(__name__)
 Detector = Callable[[Curves], Iterable[Finding]]
 #: What finds which kinds; each is a function of a run's curves.
 DETECTORS: dict[str, Detector] = {
@@ -23,8 +26,8 @@ DETECTORS: dict[str, Detector] = {
     "spikes": detect_loss.spikes,
     "not_decreasing": detect_loss.not_decreasing,
     "plateau": detect_loss.plateau,
-    "overfitting": detect_loss.overfitting,
-    "too_good": detect_loss.too_good,
+    "overfitting": detect_evaluation.overfitting,
+    "too_good": detect_evaluation.too_good,
     "gradient_explosion": detect_optimizer.gradient_explosion,
     "schedule_fault": detect_optimizer.schedule_fault,
     "sawtooth": detect_data.sawtooth,
@@ -53,10 +56,13 @@ def diagnose(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Find
     """
     runs = read_runs(log)
     found = []
-    for run in runs:
-        longest = max(len(series.steps) for series in run.series.values())
+    points = [max(len(series.steps) for series in run.series.values()) for run in runs]
+    if max(points) < 2:
+        raise FileFormatError(f"{runs[0].name}: one point is no curve; expected at least two logged steps")
+    for run, longest in zip(runs, points, strict=True):
         if longest < 2:
-            raise FileFormatError(f"{run.name}: one point is no curve; expected at least two logged steps")
+            logger.warning("%s: one point is no curve; it was not judged", run.name)
+            continue
         name = run.name if len(runs) > 1 else ""
         found += [replace(finding, run=name) for detector in DETECTORS.values() for finding in detector(run)]
     return sorted(_without_echoes(found), key=lambda one: (one.run, -SEVERITIES.index(one.severity), one.step))

@@ -19,8 +19,10 @@ _EXPLODES = 3.0  # times the KL in the middle of the run
 _CHOSEN = ("logps_change/chosen", "logps/chosen")
 _KL = ("kl", "objective/kl", "kl_per_answer")
 _REWARD = ("reward", "objective/scores", "rewards/mean")
-_ENTROPY = ("entropy", "objective/entropy", "policy/entropy_avg")
-_LENGTH = ("completions/mean_length", "completion_length", "val/num_eos_tokens")
+_ENTROPY = ("entropy", "policy/entropy_avg")  # per token; TRL's objective/entropy is the sum over an answer
+_LENGTH = ("completions/mean_length", "completion_length")
+_CUT = ("completions/clipped_ratio",)  # share of answers that never ended
+_MORE_CUT = 0.1
 
 
 def _first_of(run: Curves, keys: Sequence[str]) -> tuple[str, Series]:
@@ -113,20 +115,28 @@ def entropy_collapse(run: Curves) -> Iterator[Finding]:
 
 
 def length_growth(run: Curves) -> Iterator[Finding]:
-    """length_growth: answers become twice as long as they were."""
-    key, series = _first_of(run, _LENGTH[:2])
+    """length_growth: answers become twice as long as they were; a warning where more are cut off, or the reward stands."""
+    key, series = _first_of(run, _LENGTH)
     if not key:
         return
     steps, values = series
     start, end = _ends(values)
-    if start > 0 and end > _GROWN * start and end - start > 4 * noise(values):
-        first = int(np.argmax(values > _GROWN * start))
-        yield Finding(
-            "length_growth",
-            int(steps[first]),
-            "warning",
-            f"mean length of an answer {start:.0f} to {end:.0f} tokens",
-            "The reward prefers long answers, or answers no longer end. Look at the share of finished answers; penalise "
-            "length or a missing stop token, and divide the reward's training pairs by length.",
-            int(steps[-1]),
-        )
+    if start <= 0 or end <= _GROWN * start or end - start <= 4 * noise(values):
+        return
+    name, reward = _first_of(run, _REWARD)
+    _, cut = _first_of(run, _CUT)
+    first = int(np.argmax(values > _GROWN * start))
+    before, after = _ends(cut.values) if len(cut.values) else (0.0, 0.0)
+    low, high = _ends(reward.values) if name else (0.0, 0.0)
+    gains = bool(name) and trend(reward.values).p_falls > 0.5 and high - low > 2 * noise(reward.values)
+    said = f"; {name} {low:.3g} to {high:.3g}" if name else ""
+    said += f"; answers cut off {before:.0%} to {after:.0%}" if len(cut.values) else ""
+    yield Finding(
+        "length_growth",
+        int(steps[first]),
+        "info" if gains and after - before < _MORE_CUT else "warning",
+        f"mean length of an answer {start:.0f} to {end:.0f} tokens{said}",
+        "The reward prefers long answers, or answers no longer end. Read them, and look at the share of finished ones; "
+        "penalise length or a missing stop token, and balance the lengths of the reward's training pairs.",
+        int(steps[-1]),
+    )

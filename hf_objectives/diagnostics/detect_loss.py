@@ -1,27 +1,28 @@
-"""Signatures of the loss: spikes, a plateau, a loss that does not fall, overfitting, a loss too good to be true."""
+"""Signatures of the training loss: spikes, a plateau, a loss that does not fall."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.log_table import Series
 from hf_objectives.diagnostics.robust import block_medians, excursions, noise, trend
 
+_FEW = 7  # points, of which five or more in order are no chance
 _ENOUGH = 20  # points, below which a trend is not told from noise
 _SHARE = 0.1  # of the level: a spike below that is worth knowing, no more
 _FALL = 0.02  # of the loss that a run begins with: a smaller change is none
 _LOW = 0.1  # nats per token: a perplexity of 1.1
-_APART = 0.25  # of the evaluation loss
 _FLAT = 0.06  # of the loss at the beginning: a change that a flat curve may still have within its bounds
-_KNOWN = 1.5  # nats per token: a model that begins there has learned the language already
-_GUESSING = 5.0  # nats per token: a perplexity of 148, which no trained model has on its own kind of text
-_FIRST_PASS = 1.0  # epochs
-_PREFERENCE = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "margin", "accuracy")
+_FLOOD = 5  # spikes of a run that are told one by one
+_GUESSING = 5.0  # nats per token: a perplexity of 148, which few trained models have on any text
+_PREFERENCE = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "margin", "accuracy", "f1")
 _POLICY = ("kl", "reward", "completions/mean_length", "policy_loss")
 
 
@@ -32,19 +33,35 @@ def finite(series: Series) -> Series:
 
 
 def of_language_model(run: Curves) -> bool:
-    """Whether `loss` is nats per token: not in preference and reinforcement learning."""
-    return not any(key in run for key in (*_PREFERENCE, *_POLICY))
+    """Whether `loss` is nats per token: not in preference and reinforcement learning, nor where classes are told apart."""
+    return not any(key in run or f"eval_{key}" in run for key in (*_PREFERENCE, *_POLICY))
 
 
 def of_policy(run: Curves) -> bool:
     """Whether `loss` is that of a policy gradient, whose value says nothing about how good the model is."""
-    return any(key in run for key in _POLICY)
+    return any(key in run for key in _POLICY) and "rewards/chosen" not in run  # KTO logs a kl, too
 
 
 def spikes(run: Curves) -> Iterator[Finding]:
     """spike_recovered and spike_sustained: the loss leaps out of its noise, and comes back or does not."""
     if of_policy(run):
         return
+    found = list(_spikes(run))
+    for severity in ("info", "warning"):
+        alike = [one for one in found if (one.kind, one.severity) == ("spike_recovered", severity)]
+        if len(alike) > _FLOOD:
+            found = [one for one in found if one not in alike]
+            found.append(
+                replace(
+                    alike[0],
+                    last_step=alike[-1].last_step,
+                    evidence=f"{len(alike)} spikes, the first: {alike[0].evidence}; the last at {alike[-1].steps}",
+                )
+            )
+    yield from found
+
+
+def _spikes(run: Curves) -> Iterator[Finding]:
     steps, values = finite(run.get("loss"))
     floor = max(_SHARE / 2, 1e-3)
     at_once = list(_rises_at_once(steps, values))
@@ -103,8 +120,8 @@ def _rises_at_once(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Ite
     first = float(np.median(values[:3]))
     deviation = noise(values[len(values) // 3 :])  # of what came after
     early = values[: max(_ENOUGH // 2, len(values) // 10)]
-    high = np.flatnonzero(early > first + max(4 * deviation, _SHARE * abs(first)))
-    if len(high) < 2 or early.max() < first + max(2 * _SHARE * first, 5 * deviation):
+    high = np.flatnonzero(early > first + max(6 * deviation, 2 * _SHARE * abs(first)))
+    if len(high) < 2 or early.max() < first + max(3 * _SHARE * first, 8 * deviation):
         return
     top = int(early.argmax())
     after = np.flatnonzero(values[top:] <= first)
@@ -140,9 +157,23 @@ def _beside(run: Curves, steps: NDArray[np.int64], start: int) -> str:
 
 
 def not_decreasing(run: Curves) -> Iterator[Finding]:
-    """not_decreasing: the loss ends where it began, or above."""
+    """not_decreasing: the loss ends where it began, or above; or nothing has a gradient."""
     steps, values = finite(run.get("loss"))
-    if len(values) < _ENOUGH or of_policy(run):
+    norms = finite(run.get("grad_norm"))
+    if len(norms.values) >= _FEW and not norms.values.any() and values.any():
+        yield Finding(
+            "not_decreasing",
+            int(norms.steps[0]),
+            "error",
+            f"the gradient norm is exactly 0 at all of {len(norms.values)} logged steps",
+            "Nothing is trained: all weights are frozen, or the loss is cut off from them (no_grad, detach).",
+            int(norms.steps[-1]),
+        )
+        return
+    if of_policy(run):
+        return
+    if len(values) < _ENOUGH:
+        yield from _rises(steps, values)
         return
     medians = block_medians(values, min(20, len(values) // 5))
     deviation = noise(values)
@@ -178,7 +209,8 @@ def not_decreasing(run: Curves) -> Iterator[Finding]:
     whole = trend(values)
     falls = whole.p_falls < 0.01 and whole.change < 0
     if end > start + size or (start - best < size and not falls):
-        known = of_language_model(run) and start < _KNOWN and end <= start + size
+        # A trained model begins low, and may have little to learn from such text.
+        known = of_language_model(run) and start < _GUESSING and end <= start + size
         # That no fall was proved is not that there is none: the bounds have to say so.
         flat = whole.low > -_FLAT * abs(start) or (of_language_model(run) and end > _GUESSING)
         yield Finding(
@@ -186,7 +218,7 @@ def not_decreasing(run: Curves) -> Iterator[Finding]:
             int(steps[0]),
             "error" if end > start + size else "info" if known or not flat else "warning",
             f"{where}; change over the run {whole.change:+.2g} ({whole.low:+.2g} to {whole.high:+.2g})"
-            + ("; the model knew such text before" if known else ""),
+            + ("; either the model knew such text before, or nothing is trained" if known else ""),
             advice,
             int(steps[-1]),
         )
@@ -197,6 +229,24 @@ def not_decreasing(run: Curves) -> Iterator[Finding]:
             "warning",
             f"{where}: a perplexity of {np.exp(end):,.0f} after the whole run is close to guessing",
             advice,
+            int(steps[-1]),
+        )
+
+
+def _rises(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Iterator[Finding]:
+    """A run of few logged points whose loss rises all the same, by Kendall's rank correlation."""
+    if len(values) < _FEW or not values[0]:
+        return
+    edge = max(2, len(values) // 4)
+    start, end = float(np.median(values[:edge])), float(np.median(values[-edge:]))
+    p = float(stats.kendalltau(np.arange(len(values)), values, alternative="greater").pvalue)
+    if p < 0.01 and end - start > 2 * _SHARE * abs(start):
+        yield Finding(
+            "not_decreasing",
+            int(steps[0]),
+            "error",
+            f"loss {start:.4g} to {end:.4g} over {len(values)} logged steps; that it rises by chance has p = {p:.0e}",
+            "Learning rate too high, or a corrupted shard: look at the gradient norm, and log more often (logging_steps).",
             int(steps[-1]),
         )
 
@@ -219,6 +269,7 @@ def plateau(run: Curves) -> Iterator[Finding]:
         if (
             rest.p_falls > 0.02
             and rest.low > -(0.1 if len(values) >= 5 * _ENOUGH else 0.05) * fall
+            and rest.low > -_SHARE * abs(level)  # within its bounds, no more may be won
             and rest.high < 0.15 * fall
         ):
             low = of_language_model(run) and level < max(_LOW, 0.05 * start)
@@ -234,108 +285,3 @@ def plateau(run: Curves) -> Iterator[Finding]:
                 int(steps[-1]),
             )
             return
-
-
-def overfitting(run: Curves) -> Iterator[Finding]:
-    """overfitting: the evaluation loss rises again while the training loss falls on."""
-    steps, values = finite(run.get("eval_loss"))
-    train = finite(run.get("loss"))
-    if len(values) < 4:
-        return
-    low = int(values.argmin())
-    later = values[low + 1 :]
-    yield from _gap(run, low)
-    if len(later) < 2:
-        return
-    around = values[max(0, low - 2) :]  # the fall before it is no noise
-    deviation = noise(around) if len(around) >= 5 else noise(values)
-    rise = float(np.median(later[-max(2, len(later) // 3) :]) - values[low])
-    if rise <= max(4 * deviation, _FALL * abs(values[low])) or np.mean(later > values[low]) < 0.9:
-        return
-    whole = trend(later) if len(later) >= 8 else None
-    if whole is not None and whole.change < 0 and whole.p_falls < 0.05:
-        return  # one low value, and a fall from above it since
-    before, after = (train.values[train.steps <= steps[low]], train.values[train.steps > steps[low]])
-    falls = ""
-    if len(before) >= 3 and len(after) >= 3:
-        there, end = (
-            float(np.median(before[-max(3, len(before) // 10) :])),
-            float(np.median(after[-max(3, len(after) // 5) :])),
-        )
-        if end > there + 2 * noise(train.values) / max(3, len(after) // 5) ** 0.5:
-            return  # both rise: no gap, but a run that goes wrong as a whole
-        falls = f", training loss {there:.4g} to {end:.4g} meanwhile"
-    yield Finding(
-        "overfitting",
-        int(steps[low]),
-        "error" if values[-1] > values[0] and low > 0 else "warning",
-        f"evaluation loss {values[low]:.4g} at step {steps[low]:,}, {values[-1]:.4g} at step {steps[-1]:,}{falls}",
-        f"Take the checkpoint of step {steps[low]:,} (load_best_model_at_end). More or more varied data, fewer epochs, a "
-        "smaller learning rate, dropout or weight decay, a smaller model or LoRA.",
-        int(steps[-1]),
-    )
-
-
-def _gap(run: Curves, low: int) -> Iterator[Finding]:
-    """Learned by heart: over several epochs the training loss falls far below an evaluation loss that stands still."""
-    steps, values = finite(run.get("eval_loss"))
-    train, epochs = finite(run.get("loss")), finite(run.get("epoch"))
-    third = max(2, len(values) // 3)
-    if len(values) < 6 or not len(epochs.values) or epochs.values.max() < 2 or of_policy(run):
-        return
-    since = train.values[train.steps > steps[-third - 1]]
-    rises = np.median(values[-third:]) > values[low] * (1 + _FALL)
-    if len(since) < 6 or rises:  # what rises is told with its own figures
-        return
-    end = float(np.median(since[-max(3, len(since) // 3) :]))
-    stands = values[:-third].min() - values[-third:].min() < _FALL * values[low]
-    if stands and 0 < end < (1 - _APART) * values[-1]:  # a loss of exactly 0 is a NaN that was filtered
-        yield Finding(
-            "overfitting",
-            int(steps[-third - 1]),
-            "warning",
-            f"evaluation loss {values[-third - 1]:.4g} to {values[-1]:.4g} in the last {third} evaluations, training loss "
-            f"{end:.4g} after {epochs.values.max():.1f} epochs",
-            f"Further epochs teach the training rows alone. More or more varied data, fewer epochs (stop near step "
-            f"{steps[low]:,}), dropout or weight decay, a smaller model or LoRA.",
-            int(steps[-1]),
-        )
-
-
-def too_good(run: Curves) -> Iterator[Finding]:
-    """too_good: a perplexity near 1 in the first pass over the data, or on data that is not trained on."""
-    if not of_language_model(run):
-        return
-    steps, values = finite(run.get("loss"))
-    evaluation = finite(run.get("eval_loss"))
-    if len(evaluation.values) and 0 < (low := evaluation.values.min()) < _LOW:
-        at = int(evaluation.steps[int(evaluation.values.argmin())])
-        where = f"evaluation loss {low:.3g} nats per token at step {at:,} (a perplexity of {np.exp(low):.3f})"
-        yield _leak(at, where)
-        return
-    if len(values) < _ENOUGH:
-        return
-    width = max(3, len(values) // 50)
-    below = np.concatenate([[0], np.cumsum((values < _LOW) & (values > 0))])
-    low = np.flatnonzero(below[width:] - below[:-width] == width)
-    if not len(low):
-        return
-    last = int(low[0]) + width - 1
-    at, level = int(steps[last]), float(np.median(values[last - width + 1 : last + 1]))
-    epochs = finite(run.get("epoch"))
-    passed = float(np.interp(at, epochs.steps, epochs.values)) if len(epochs.steps) else None
-    if passed is not None and passed <= _FIRST_PASS:
-        yield _leak(
-            at, f"training loss {level:.3g} nats per token at step {at:,}, after {passed:.2f} of the first epoch"
-        )
-
-
-def _leak(step: int, evidence: str) -> Finding:
-    return Finding(
-        "too_good",
-        step,
-        "warning",
-        evidence,
-        "No natural text is that predictable. Look whether the model sees its labels (not shifted, no causal mask, the "
-        "answer in the prompt), whether evaluation rows are trained on, and which tokens are (hf-objectives inspect).",
-    )

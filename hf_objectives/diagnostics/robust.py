@@ -17,10 +17,15 @@ _DEVIATIONS = 6.0  # of the noise around the level; one normal value in 10^9
 _Q99 = 2.326  # standard deviations, of the normal distribution
 
 
-def noise(values: Values) -> float:
-    """Standard deviation of the noise around a curve's trend, from the differences of neighbours (median, MAD)."""
+def noise(values: Values, *, bends: bool = False) -> float:
+    """Standard deviation of the noise around a curve's trend, from the differences of neighbours (median, MAD).
+
+    Where a curve `bends` within few values, from the second differences, which a trend that turns does not widen.
+    """
     if len(values) < 3:
         return 0.0
+    if bends:
+        return float(MAD * np.median(np.abs(np.diff(values, 2))) / math.sqrt(6))
     steps = np.diff(values)
     return float(MAD * np.median(np.abs(steps - np.median(steps))) / math.sqrt(2))
 
@@ -80,6 +85,17 @@ class Excursion:
     back: bool
 
 
+def _first_not_above(values: Values, at: int, bound: float) -> int:
+    """Index from `at` on of the first value that is not above the bound; the number of values where there is none."""
+    size = 256  # grows: a log of a million steps may have many excursions, most of them short
+    while at < len(values):
+        found = np.flatnonzero(~(values[at : at + size] > bound))
+        if len(found):
+            return at + int(found[0])
+        at, size = at + size, 4 * size
+    return len(values)
+
+
 def excursions(values: Values, *, most: int = 50) -> list[Excursion]:
     """Stretches that rise out of the noise around the median of the values before them.
 
@@ -115,9 +131,8 @@ def excursions(values: Values, *, most: int = 50) -> list[Excursion]:
         start = int(above[k])
         risen = coming[start] - level[start] if shifted[start] else limit[start]
         bound = level[start] + min(limit[start], risen) / 2
-        below = np.flatnonzero(~(coming[start + 1 :] > bound))
         # With fewer than three values left the median of the next is unknown: whether it came back, too.
-        end = start + 1 + int(below[0]) if len(below) else n
+        end = _first_not_above(coming, start + 1, bound)
         back = end < n and not math.isnan(coming[end])
         end = end if back else n
         while end < n and values[end] > bound:  # the median falls two values before the last one above

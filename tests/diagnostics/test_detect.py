@@ -87,10 +87,57 @@ def test_plateau():
     assert list(found) == ["plateau"] and 15 <= found["plateau"].step <= 121 and found["plateau"].last_step == 300
 
 
-@pytest.mark.parametrize(("slope", "severity"), [(0.0, "warning"), (0.5, "error")])
-def test_not_decreasing(slope, severity):
-    found = kinds(log(noisy(3 * (1 + slope * T / N))))
+@pytest.mark.parametrize(("start", "slope", "severity"), [(8.0, 0.0, "warning"), (3.0, 0.5, "error")])
+def test_not_decreasing(start, slope, severity):
+    found = kinds(log(noisy(start * (1 + slope * T / N))))
     assert list(found) == ["not_decreasing"] and found["not_decreasing"].severity == severity
+
+
+@pytest.mark.parametrize(("start", "fall"), [(1.2, 0.0), (2.1, 0.0), (2.1, 0.015), (2.9, 0.01)])
+def test_a_trained_model_with_little_to_learn_is_no_fault(start, fall):
+    found = diagnose(log(noisy(start * (1 - fall * T / N))))
+    assert all(one.severity == "info" for one in found)
+    assert all("knew such text before, or nothing is trained" in one.evidence for one in found)
+
+
+def test_the_first_steps_of_a_noisy_fine_tuning_are_no_spike():
+    """Losses of a 135M model on real instructions, four rows a step; nothing is wrong."""
+    first = [1.34, 2.38, 1.63, 1.97, 1.92, 1.66, 1.62, 2.21, 1.5, 1.85, 1.14, 1.31, 1.67, 1.65, 1.78, 1.76, 1.67, 1.54]
+    rest = [1.77, 1.57, 1.94, 1.75, 1.69, 1.69, 1.77, 1.35, 1.42, 1.5, 2.14, 1.34, 2.05, 1.42, 1.65, 1.71, 1.47, 1.73]
+    losses = first + rest
+    for n in range(2, len(losses) + 1):
+        assert not kinds([{"step": i + 1, "loss": loss} for i, loss in enumerate(losses[:n])]), n
+
+
+def test_nothing_has_a_gradient():
+    found = kinds(log(noisy(np.full(N, 2.5)), grad_norm=np.zeros(N)))["not_decreasing"]
+    assert found.severity == "error" and found.evidence == "the gradient norm is exactly 0 at all of 300 logged steps"
+
+
+def test_few_points_that_rise():
+    rising = [2.0, 2.9, 3.1, 4.4, 6.0, 7.3, 9.0]
+    assert kinds([{"step": 500 * i, "loss": x} for i, x in enumerate(rising)])["not_decreasing"].severity == "error"
+    leaps = [1.7, 1.72, 1.69, 1.71, 1.68, 1.7, 1.73, 50.0, 51.0, 49.0, 50.5, 52.0, 50.0, 49.5, 51.5]
+    assert "not_decreasing" in kinds([{"step": 500 * i, "loss": x} for i, x in enumerate(leaps)])
+    assert not kinds([{"step": 500 * i, "loss": x} for i, x in enumerate(rising[::-1])])
+    assert not kinds([{"step": 500 * i, "loss": x} for i, x in enumerate([2.0, 2.1, 1.9, 2.2, 2.0, 2.1, 2.15])])
+
+
+@pytest.mark.parametrize("evaluation", [[1.5, 1.6, 2.0], [2.0, 1.5, 1.55, 1.7, 2.0]])
+def test_few_evaluations_that_rise(evaluation):
+    assert "overfitting" in kinds(log(eval_loss=evaluation))
+    assert not kinds(log(eval_loss=[1.5, 1.51, 1.52]))
+
+
+def test_several_evaluation_sets():
+    history = log(epochs=5)
+    for k, value in enumerate([3.0, 2.6, 2.3, 2.1, 2.0, 2.1, 2.3, 2.6, 2.9, 3.2]):
+        history.append({"step": (k + 1) * 30, "eval_code_loss": value})
+        history.append({"step": (k + 1) * 30, "eval_wiki_loss": 3 - 0.1 * k})
+    found = kinds(history)
+    assert list(found) == ["overfitting"] and found["overfitting"].evidence.startswith("eval_code_loss 2 at step 150")
+    history[-1]["eval_wiki_loss"] = float("nan")
+    assert kinds(history)["non_finite"].evidence.startswith("eval_wiki_loss is nan at step 300")
 
 
 def test_a_slow_fall_in_heavy_noise_is_a_fall():
@@ -105,6 +152,12 @@ def test_overfitting():
     )
     assert "checkpoint of step 150" in found["overfitting"].advice
     assert not kinds(log(epochs=5, eval_loss=[3.0, 2.6, 2.3, 2.1, 2.0, 2.0, 2.01, 2.0, 2.01, 2.0]))
+
+
+def test_overfitting_that_turns_sharply():
+    evaluation = [3.798, 3.366, 2.701, 2.379, 2.257, 2.125, 2.294, 2.321, 2.533, 2.796]
+    found = kinds(log(noisy(6 * 0.99**T), eval_loss=evaluation))["overfitting"]
+    assert (found.step, found.last_step) == (180, 300)
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
@@ -133,6 +186,51 @@ def test_gradient_explosion():
     norm[180:] *= 200
     found = kinds(log(grad_norm=norm))
     assert list(found) == ["gradient_explosion"] and found["gradient_explosion"].step == 181
+
+
+def test_a_single_large_gradient():
+    """Clipping takes care of it, unless the loss goes with it or it is out of all proportion."""
+    norm, loss = np.exp(0.2 * np.random.default_rng(1).standard_normal(N)), healthy_loss()
+    norm[180] *= 60
+    assert [(one.kind, one.severity) for one in diagnose(log(grad_norm=norm))] == [("gradient_explosion", "info")]
+    loss[181] *= 2
+    assert kinds(log(loss, grad_norm=norm))["gradient_explosion"].severity == "warning"
+    norm[180] *= 20
+    assert kinds(log(grad_norm=norm))["gradient_explosion"].severity == "warning"
+
+
+def test_many_spikes_are_told_once():
+    loss = healthy_loss()
+    loss[60::20] *= 2.5
+    spikes = [one for one in diagnose(log(loss)) if one.kind == "spike_recovered" and one.severity == "warning"]
+    assert len(spikes) == 1 and spikes[0].evidence.startswith("12 spikes, the first: ")
+    assert (spikes[0].step, spikes[0].last_step) == (61, 281)
+
+
+def test_restarts_whose_loss_answers_are_a_schedule():
+    within = T % 75
+    rate = 1e-3 * 0.5 * (1 + np.cos(np.pi * within / 75))
+    loss = noisy((2 + 4 * (1 + T / 5) ** -0.5) * np.where((T >= 75) & (within < 15), 1.3, 1.0))
+    found = [one for one in diagnose(log(loss, learning_rate=rate)) if one.kind == "schedule_fault"]
+    assert [(one.severity, one.step, one.last_step) for one in found] == [("info", 76, 226)]
+    assert "starts anew 3 times" in found[0].evidence
+
+
+def test_a_loss_of_zero_from_the_first_step_on():
+    """What a Trainer logs where every label is masked: no token, no gradient, nothing that looks wrong."""
+    lines = [{"step": i + 1, "loss": 0.0, "grad_norm": 0.0} for i in range(40)]
+    (found,) = diagnose(lines)
+    assert (found.kind, found.severity) == ("few_supervised_tokens", "error")
+    assert found.evidence == "the loss is exactly 0 at all of 40 logged steps, and so is the gradient norm"
+    filtered = [{**line, "grad_norm": float("nan")} for line in lines]
+    assert [one.kind for one in diagnose(filtered)] == ["non_finite"]
+
+
+def test_what_breaks_together_is_told_together():
+    loss, norm = healthy_loss(), np.ones(N)
+    loss[200:], norm[200:] = np.nan, np.nan
+    (found,) = [one for one in diagnose(log(loss, grad_norm=norm)) if one.kind == "non_finite"]
+    assert found.evidence == "loss is nan at step 201 and at every one after it; so is grad_norm"
 
 
 def test_a_rate_of_zero():
@@ -186,6 +284,21 @@ def test_epochs_that_are_learned_by_heart_are_no_sawtooth():
     assert "sawtooth" not in kinds(log(noisy(stairs), epochs=4))
 
 
+def test_kto_is_no_policy_run():
+    """It logs a kl beside the rewards of its pairs, and a loss that means something."""
+    loss = np.full(N, 0.5) + 0.01 * np.random.default_rng(1).standard_normal(N)
+    loss[150:] = 50
+    curves = {"kl": np.full(N, 0.1), "rewards__chosen": np.linspace(0, 1, N), "rewards__margins": np.linspace(0, 1, N)}
+    assert "spike_sustained" in kinds(log(loss, **curves))
+
+
+def test_classifiers_and_evaluated_preferences_are_not_too_good():
+    for key in ("eval_accuracy", "eval_f1", "eval_rewards/margins"):
+        history = log(eval_loss=[0.5, 0.2, 0.05])
+        history.append({"step": 300, key: 0.97})
+        assert not kinds(history)
+
+
 def test_too_good():
     loss = noisy(0.02 + 3 * np.exp(-T / 8))
     found = kinds(log(loss, epochs=1))
@@ -233,11 +346,17 @@ def test_a_policy_that_learns_has_no_finding():
     [
         ("reward_hacking", {"kl": noisy(0.5 * np.exp(5 * (T / N) ** 2))}),
         ("entropy_collapse", {"entropy": noisy(np.where(T < 150, 2.0, 0.05))}),
-        ("length_growth", {"completions__mean_length": noisy(100 + T)}),
+        ("length_growth", {"completions__mean_length": noisy(100 + T), "completions__clipped_ratio": T / N}),
+        ("length_growth", {"completions__mean_length": noisy(100 + T), "reward": noisy(np.full(N, 0.3))}),
     ],
 )
 def test_a_policy_that_runs_away(kind, changed):
     assert list(kinds(policy(**changed))) == [kind]
+
+
+def test_answers_that_grow_with_their_reward_are_worth_knowing():
+    (found,) = diagnose(policy(completions__mean_length=noisy(100 + T)))
+    assert (found.kind, found.severity) == ("length_growth", "info") and "; reward 0." in found.evidence
 
 
 def test_what_a_broken_run_does_afterwards_is_no_finding_of_its_own():
@@ -258,6 +377,15 @@ def test_short_logs_say_nothing_and_one_point_is_refused():
     assert diagnose([{"step": i, "loss": 1.0} for i in (1, 2, 3)]) == []
     with pytest.raises(FileFormatError, match="one point is no curve"):
         diagnose([{"step": 1, "loss": 1.0}])
+
+
+def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, caplog):
+    loss = healthy_loss()
+    loss[200:] += 3
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, log(loss))))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    assert [(one.run, one.kind) for one in diagnose(tmp_path)] == [("a", "spike_sustained")]
+    assert "b: one point is no curve" in caplog.text
 
 
 def test_a_finding_says_its_steps():
