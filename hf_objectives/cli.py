@@ -30,8 +30,8 @@ from hf_objectives.cli_replay import replay
 from hf_objectives.cli_report import report
 from hf_objectives.corpus.build import prepare_corpus
 from hf_objectives.corpus.config import CorpusSettings
+from hf_objectives.diagnostics.curves import read_curves
 from hf_objectives.diagnostics.mixture import plot_mixture, report_of_log
-from hf_objectives.diagnostics.plot import read_log
 from hf_objectives.errors import ConfigError, HFObjectivesError, nearest
 from hf_objectives.mixture.build import build_mixture
 from hf_objectives.preview import mixture_table
@@ -99,10 +99,10 @@ def mixture(argv: Sequence[str]) -> None:
     (given,), _ = parse_config((MixtureArguments,), argv)
     console = Console(stderr=False)
     if given.run is not None:
-        log = read_log(given.run)
-        console.print(mixture_table(report_of_log(log)))
+        curves = read_curves(given.run)
+        console.print(mixture_table(report_of_log(curves)))
         if given.plot:
-            print(plot_mixture(log, given.plot))
+            print(plot_mixture(curves, given.plot))
         return
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else None
     made = build_mixture(given.mixture, tokenizer=tokenizer, seed=given.seed)

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from hf_objectives.diagnostics.curves import read_runs
+from hf_objectives.diagnostics.curves import Curves, read_runs
 from hf_objectives.diagnostics.detect import diagnose as find
 from hf_objectives.diagnostics.findings import SEVERITIES, Finding
+from hf_objectives.diagnostics.visible import visible
+from hf_objectives.errors import FileFormatError
 
 _STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
+_FEW = 20  # points of training loss, under which most detectors are silent
 
 
 def diagnose(argv: Sequence[str]) -> int:
@@ -23,7 +26,7 @@ def diagnose(argv: Sequence[str]) -> int:
         0, or 1 where `--fail_on` names a severity and a finding has it or a worse one.
 
     Raises:
-        FileFormatError: there is no log, or nothing in it can be read.
+        FileFormatError: there is no log, nothing in it can be read, or no run can be judged.
     """
     parser = argparse.ArgumentParser("hf-objectives diagnose", description="Say what is wrong with a run.")
     parser.add_argument(
@@ -33,28 +36,52 @@ def diagnose(argv: Sequence[str]) -> int:
     parser.add_argument("--fail_on", choices=SEVERITIES, help="exit code 1 on a finding that is at least so bad")
     given = parser.parse_args(list(argv))
     runs = read_runs(given.log)
-    found = {run.name: find(run) for run in runs}
+    found = _found(runs)
     if given.json:
         content = [
-            {"run": run.name, "notes": run.notes, "findings": [one.to_dict() for one in found[run.name]]}
+            {"run": run.name, "notes": run.notes, "findings": [one.to_dict() for one in found.get(run.name, [])]}
             for run in runs
         ]
         print(json.dumps(content, indent=1, ensure_ascii=False))
     else:
         console = Console(highlight=False)
         for run in runs:
-            _print(console, run.name, run.notes, found[run.name], points=len(run.get("loss").steps))
+            _print(console, run, found.get(run.name))
     worst = max((SEVERITIES.index(one.severity) for findings in found.values() for one in findings), default=-1)
     return int(given.fail_on is not None and worst >= SEVERITIES.index(given.fail_on))
 
 
-def _print(console: Console, name: str, notes: Sequence[str], findings: Sequence[Finding], *, points: int) -> None:
-    console.rule(Text(f"{name}: {points:,} points of training loss"), align="left")
-    for note in notes:
-        console.print(Text(f"note: {note}", style="dim"))
-    if not findings:
+def _found(runs: Sequence[Curves]) -> dict[str, list[Finding]]:
+    """Findings by run. A run that cannot be judged has none and gets a note, as long as another one can be."""
+    found = {}
+    last: FileFormatError | None = None
+    for run in runs:
+        try:
+            found[run.name] = find(run)
+        except FileFormatError as error:
+            run.notes.append(f"not judged: {error}")
+            last = error
+    if last and not found:
+        raise last
+    return found
+
+
+def _print(console: Console, run: Curves, findings: Sequence[Finding] | None) -> None:
+    points = len(run.get("loss").steps)
+    console.rule(Text(visible(f"{run.name}: {points:,} points of training loss")), align="left")
+    for note in run.notes:
+        console.print(Text(visible(f"note: {note}"), style="dim"))
+    if findings is None:
+        return
+    if not findings and not points:
+        console.print("There was no training loss to judge.")
+    elif not findings and points < _FEW:
+        console.print(
+            f"Nothing was found, but there are too few points to judge most things ({points}; {_FEW} are needed)."
+        )
+    elif not findings:
         console.print("Nothing is wrong that a log can show.")
     for one in findings:
-        style = _STYLES[one.severity]
-        console.print(Text.assemble((one.severity, style), f"  {one.kind}, {one.steps}: {one.evidence}"))
-        console.print(Text(f"         {one.advice}", style="dim"))
+        what = visible(f"  {one.kind}, {one.steps}: {one.evidence}")
+        console.print(Text.assemble((one.severity, _STYLES[one.severity]), what))
+        console.print(Text(visible(f"         {one.advice}"), style="dim"))

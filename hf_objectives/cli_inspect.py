@@ -9,23 +9,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from hf_objectives import demo
 from hf_objectives.cli_args import named_sources, parse_config, read_template
 from hf_objectives.data_files import load_rows
 from hf_objectives.diagnostics.inspection import QUANTILES, InspectedRow, Inspection, inspect_rows
 from hf_objectives.diagnostics.inspection_page import write_page
-from hf_objectives.errors import ConfigError
+from hf_objectives.diagnostics.visible import visible
+from hf_objectives.errors import ConfigError, nearest
 from hf_objectives.preview import highlight
 
 _BUILT_IN = "builtin"
+_SOURCE_KEYS = ("path", "split", "weight", "max_epochs")  # a mixture's; the last two change no row
 _CHARACTERS = 700
 _BAR = 40
 _STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
-# Data must not steer the terminal: control characters are shown as pictures, line ends and tabs as they are.
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_PICTURES |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)  # C1, bidi
 
 
 @dataclass
@@ -58,8 +57,11 @@ class InspectArguments:
         self.chat_template = read_template(self.chat_template)
 
 
-def inspect(argv: Sequence[str]) -> None:
+def inspect(argv: Sequence[str]) -> int | None:
     """Show how rows are rendered and which tokens are trained, and warn of what is wrong.
+
+    Returns:
+        2 where rows are refused that training would refuse, as for any error; else None.
 
     Raises:
         HFObjectivesError: rows, tokenizer or settings that cannot be used.
@@ -79,11 +81,13 @@ def inspect(argv: Sequence[str]) -> None:
         control_tokens=given.control_tokens,
         expand_turns=given.expand_turns,
         chat_template=given.chat_template,
+        stops=_stops(given.tokenizer),
         show=1000 if given.html else max(1, given.examples),
     )
     print_inspection(inspection, tokenizer, console, examples=given.examples)
     if given.html:
         console.print(Text(f"The page is {write_page(inspection, given.html, tokenizer)}"))
+    return 2 if any(one.kind == "refused" for one in inspection.warnings) else None
 
 
 def _tokenizer(name: str) -> Any:
@@ -95,17 +99,35 @@ def _tokenizer(name: str) -> Any:
         raise ConfigError(f"no tokenizer can be loaded from {name}: {error}") from error
 
 
+def _stops(name: str) -> list[int]:
+    """Where the model of a tokenizer stops, as its generation config says; none where it has none."""
+    if name == _BUILT_IN:
+        return []
+    try:
+        known = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # a tokenizer without a model
+        return []
+    return [] if known is None else [known] if isinstance(known, int) else list(known)
+
+
 def _rows(sources: Mapping[str, Any], given: InspectArguments, console: Console) -> list[dict[str, Any]]:
     """Rows of every source, each with its source and number."""
     rows: list[dict[str, Any]] = []
     for name, about in sources.items():
-        where = about.get("path") if isinstance(about, Mapping) else about
+        options = dict(about) if isinstance(about, Mapping) else {"path": about}
+        for key in options:
+            if key not in _SOURCE_KEYS:
+                known = ", ".join(_SOURCE_KEYS)
+                raise ConfigError(
+                    f"source {name!r}: unknown key {key!r}; expected {known}{nearest(str(key), _SOURCE_KEYS)}"
+                )
+        where = options.get("path")
         if not isinstance(where, str):
             raise ConfigError(f"source {name!r} is {about!r}; expected a path, or a mapping with path")
         if where == _BUILT_IN:
-            rows += [{**row, "row": i} for i, row in enumerate(demo.chats(given.rows))]
+            rows += [{**row, "source": name, "row": i} for i, row in enumerate(demo.chats(given.rows))]
             continue
-        found = load_rows(where, split=given.dataset_split)
+        found = load_rows(where, split=str(options.get("split", given.dataset_split)))
         count = min(given.rows, len(found))
         rows += [{**found[i], "source": name, "row": i} for i in (k * len(found) // count for k in range(count))]
         if count < len(found):
@@ -124,23 +146,26 @@ def print_inspection(inspection: Inspection, tokenizer: Any, console: Console, *
     """
     console.rule("What is trained (marked)", align="left")
     for row in _few(inspection.examples, examples):
-        text = highlight(tokenizer, row.input_ids.tolist(), row.labels.tolist(), brackets=not console.is_terminal)
-        text.plain = text.plain.translate(_PICTURES)  # of the same length, so that the marks stay where they are
-        if len(text) > _CHARACTERS:
-            text = Text.assemble(text[:_CHARACTERS], (f" ... {len(text) - _CHARACTERS} characters more", "italic"))
-        head = f"{row.source} {row.row}" + (f", {row.fate}" if row.fate else "")
+        size = len(row.input_ids) - row.more
+        ids, labels = row.input_ids[:size].tolist(), row.labels[:size].tolist()
+        text = highlight(tokenizer, ids, labels, brackets=not console.is_terminal)
+        text.plain = visible(text.plain)  # of the same length, so that the marks stay where they are
+        if len(text) > _CHARACTERS or row.more:
+            left = f"{max(0, len(text) - _CHARACTERS):,} characters" + (f" and {row.more:,} tokens" if row.more else "")
+            text = Text.assemble(text[:_CHARACTERS], (f" ... {left} more", "italic"))
+        head = f"{visible(row.source)} {row.row}" + (f", {row.fate}" if row.fate else "")
         console.print(Text.assemble((f"[{head}] ", "bold"), text), "\n", sep="")
     console.print(_figures(inspection))
     _print_histogram(inspection, console)
     console.rule("Where every token goes", align="left")
     for line in inspection.ledger.lines():
-        console.print(Text(line))
+        console.print(Text(visible(line)))
     console.rule("Warnings", align="left")
     if not inspection.warnings:
         console.print("None.")
     for one in inspection.warnings:
-        evidence = one.evidence.translate(_PICTURES)
-        where = f" (rows: {one.places})" if one.rows else ""
+        evidence = visible(one.evidence)
+        where = f" (rows: {visible(one.places)})" if one.rows else ""
         console.print(Text.assemble((one.severity, _STYLES[one.severity]), f"  {one.kind}: {evidence}{where}"))
         console.print(Text(f"         {one.advice}", style="dim"))
 

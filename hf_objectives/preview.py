@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_objectives.diagnostics.token_texts import marked_runs
 from hf_objectives.ledger import Ledger
 from hf_objectives.mixture.report import MixtureReport
 from hf_objectives.trainers.guards import ends_of_runs
@@ -19,19 +20,14 @@ _CHARACTERS = 700
 
 
 def highlight(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], *, brackets: bool = False) -> Text:
-    """The text of a row with its trained tokens on green and the context dim; runs are decoded whole.
+    """The text of a row with its trained tokens on green and the context dim.
 
     `brackets` puts trained runs between ⟦ and ⟧ as well, for logs without colour.
     """
     text = Text()
-    start = 0
-    for i in range(1, len(input_ids) + 1):
-        if i == len(input_ids) or (labels[i] == -100) != (labels[start] == -100):
-            piece = tokenizer.decode(list(input_ids[start:i]))
-            if brackets and labels[start] != -100:
-                piece = f"⟦{piece}⟧"
-            text.append(piece, style="dim" if labels[start] == -100 else "bold black on green")
-            start = i
+    for piece, trained in marked_runs(tokenizer, input_ids, labels):
+        marked = f"⟦{piece}⟧" if brackets and trained else piece
+        text.append(marked, style="bold black on green" if trained else "dim")
     return text
 
 

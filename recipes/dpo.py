@@ -25,6 +25,7 @@ from transformers import set_seed
 from trl import get_peft_config
 
 from hf_objectives.cli_args import parse_config, read_template
+from hf_objectives.diagnostics.callback import DiagnosticsCallback
 from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.distributed import leave_group
 from hf_objectives.errors import HFObjectivesError
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print_plan(resolve_plan(args, rows, trainer.model, len(pairs), origin), console)
     measured = trainer.eval_dataset is not None or trainer.lm_evaluation is not None
     before = trainer.evaluate() if measured else {}
+    trainer.add_callback(DiagnosticsCallback(trainer))
     trainer.train(resume_from_checkpoint=resume_point(args))
     after = trainer.evaluate() if measured else {}
     trainer.save_model()

@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, get_peft_confi
 from hf_objectives import demo
 from hf_objectives.cli_args import parse_config
 from hf_objectives.demo.accuracy import exact_match
+from hf_objectives.diagnostics.callback import DiagnosticsCallback
 from hf_objectives.diagnostics.rewards import plot_rewards
 from hf_objectives.distributed import leave_group
 from hf_objectives.errors import ConfigError, HFObjectivesError, nearest
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print_plan(data, args, trainer, len(train), console)
     asked = demo.questions(200, split="test") if data.dataset_name == BUILT_IN else []
     before = evaluate(trainer, tokenizer, asked)
+    trainer.add_callback(DiagnosticsCallback(trainer))
     trainer.train(resume_from_checkpoint=resume_point(args))
     after = evaluate(trainer, tokenizer, asked)
     trainer.save_model()

@@ -29,6 +29,7 @@ from hf_objectives import demo
 from hf_objectives.calibration import Reliability
 from hf_objectives.cli_args import parse_config, read_template
 from hf_objectives.diagnostics.calibration_plot import plot_reward_model
+from hf_objectives.diagnostics.callback import DiagnosticsCallback
 from hf_objectives.distributed import leave_group
 from hf_objectives.errors import ConfigError, HFObjectivesError
 from hf_objectives.hub import push, write_card
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         print_plan(resolve_plan(args, rows, trainer.model, len(pairs), origin), console)
     before, reliability_before = evaluate(trainer)
+    trainer.add_callback(DiagnosticsCallback(trainer))
     trainer.train(resume_from_checkpoint=resume_point(args))
     after, reliability_after = evaluate(trainer)
     save(trainer, merge=data.merge_adapter)

@@ -22,7 +22,7 @@ def test_a_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFix
     output = tmp_path / "out.html"
     report([saved(tmp_path / "a"), "--output", str(output), "--compare", saved(tmp_path / "b")])
     assert capsys.readouterr().out.strip() == str(output)
-    assert "compared with b" in output.read_text(encoding="utf-8")
+    assert "compared with <bdi>b</bdi>" in output.read_text(encoding="utf-8")
 
 
 def test_a_folder_without_a_log_is_an_error_of_ours(tmp_path: Path) -> None:

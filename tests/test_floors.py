@@ -52,10 +52,12 @@ TESTED_ELSEWHERE = {
     "trainers/pair_drift": "trainers/test_dpo_cures.py",
     "cli_replay": "diagnostics/test_replay.py",
     "diagnostics/detect_loss": "diagnostics/test_detect.py",  # the detectors of one function
+    "diagnostics/detect_evaluation": "diagnostics/test_detect.py",
     "diagnostics/detect_optimizer": "diagnostics/test_detect.py",
     "diagnostics/detect_data": "diagnostics/test_detect.py",
     "diagnostics/detect_alignment": "diagnostics/test_detect.py",
     "diagnostics/findings": "diagnostics/test_detect.py",
+    "diagnostics/inspection_types": "diagnostics/test_inspection_warnings.py",  # what the warnings are made of
     "pair_prompt": "test_preferences.py",  # the prompt of a pair means something in the pair only
     "demo/skills": "test_demo.py",  # the parts of one corpus, tested by what they make together
     "demo/corpus": "test_demo.py",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
+import math
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_objectives.diagnostics.token_texts import MASKS, marked_runs
 from hf_objectives.errors import FileFormatError
 from hf_objectives.evaluation import split_riders
 from hf_objectives.losses import IGNORE, next_token_targets, token_nll
 from hf_objectives.projection import selected_logits
 
 EVENT, BATCHES, RANDOM = "event.json", "batches.pt", "random_state.pt"
+_KEYS = {"step", "kind", "loss", "level", "grad_norm", "weights", "examples"}
+_FIGURES = {"loss", "level", "limit", "deviations", "grad_norm"}
+_UNKNOWN = object()
+_TOKENS = 1024  # whose logits are brought to float32 at a time
 _KEPT = 4_000  # characters of a document that are written
 _ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed rows, for flash attention
-_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 
 
 def with_labels(batch: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -32,9 +38,9 @@ def with_labels(batch: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if "labels" in batch:
         return dict(batch)
-    for name in _MASKS:
+    for name in MASKS:
         if name in batch and batch[name].shape == batch["input_ids"].shape:
-            rest = {key: value for key, value in batch.items() if key not in _MASKS}
+            rest = {key: value for key, value in batch.items() if key not in MASKS}
             return {**rest, "labels": batch["input_ids"].masked_fill(~batch[name].bool(), IGNORE)}
     return None
 
@@ -43,71 +49,135 @@ def marked_text(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int])
     """The text of a row with each run of trained tokens between ⟦ and ⟧."""
     if tokenizer is None:
         return ""
-    pieces = []
-    for trained, run in itertools.groupby(range(len(input_ids)), key=lambda i: labels[i] != IGNORE):
-        text = tokenizer.decode([input_ids[i] for i in run])
-        pieces.append(f"⟦{text}⟧" if trained else text)
-    return "".join(pieces)
+    runs = marked_runs(tokenizer, input_ids, labels)
+    return "".join(f"⟦{text}⟧" if trained else text for text, trained in runs)
+
+
+def excerpt(marked: str, characters: int) -> str:
+    """A part of a marked text that shows where training begins, with a little of what stands before it."""
+    before = min(characters // 4, 200)
+    begin = max(0, marked.find("⟦") - before) if len(marked) > characters else 0
+    return (
+        ("…" if begin else "") + marked[begin : begin + characters] + ("…" if begin + characters < len(marked) else "")
+    )
+
+
+def describes(model: nn.Module) -> bool:
+    """Whether the losses of single documents can be told: a causal language model whose tokens are those of the batch."""
+    inner = _inner(model)
+    config = getattr(model, "active_peft_config", None)
+    return bool(
+        hasattr(inner, "can_generate")
+        and inner.can_generate()
+        and not getattr(inner.config, "is_encoder_decoder", False)
+        and not getattr(config, "is_prompt_learning", False)  # it puts tokens of its own before those of the batch
+    )
 
 
 @torch.no_grad()
-def describe_examples(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+def describe_examples(
+    model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, *, together: bool = False
+) -> list[dict[str, Any]]:
     """The documents of a batch, packed ones one by one.
 
     Args:
+        model: a causal language model (see `describes`).
         batch: `input_ids` and `labels` (int64 [batch, length], unshifted), or a mask of trained tokens instead of labels;
-            `source_ids`, `source_names` and `row_ids` where the collator gives them.
+            `source_ids` and `row_ids` (int64 [batch, length], or one a row) with `source_names` where the collator gives
+            them.
+        together: all rows in one forward pass, as in training (dropout draws otherwise), whatever memory that takes.
 
     Returns:
         A mapping for each: `batch_row`, `source` and `row` (None where unknown), `tokens` (trained ones), `loss` (mean nats
-        per trained token), `text`. Empty where the batch tells neither labels nor a mask.
+        per trained token; None where no token is trained), `text`. Empty where the batch tells neither labels nor a mask, or
+        the labels are not those of tokens.
     """
     whole = with_labels(batch)
-    if whole is None:
+    if whole is None or getattr(whole["labels"], "shape", None) != whole["input_ids"].shape:
         return []
     inputs, riders = split_riders(whole)
     ids, labels = inputs["input_ids"], riders["labels"]
-    targets = next_token_targets(labels)
-    positions = targets != IGNORE
-    nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
-    if bool(positions.any()):
-        logits = selected_logits(model, _accepted(model, inputs), positions)
-        nll[positions] = token_nll(logits, targets[positions]).double()
+    positions = next_token_targets(labels) != IGNORE
+    nll = _losses(model, inputs, labels, together)
     described = []
     for i in range(ids.shape[0]):
-        starts = inputs["position_ids"][i].eq(0).nonzero().flatten().tolist() if "position_ids" in inputs else []
-        for begin, end in itertools.pairwise([*(starts or [0]), ids.shape[1]]):
-            count = int(positions[i, begin:end].sum())
-            if not count:
-                continue
+        for begin, end in itertools.pairwise([*_starts(inputs, i), ids.shape[1]]):
             kept = torch.ones(end - begin, dtype=torch.bool, device=ids.device)
             if "attention_mask" in inputs and inputs["attention_mask"].shape == ids.shape:
                 kept = inputs["attention_mask"][i, begin:end].bool()
+            if not bool(kept.any()):
+                continue
+            count = int(positions[i, begin:end].sum())
             text = marked_text(tokenizer, ids[i, begin:end][kept].tolist(), labels[i, begin:end][kept].tolist())
             described.append(
                 {
                     "batch_row": i,
                     "source": _source(riders, i, begin),
-                    "row": int(riders["row_ids"][i, begin]) if "row_ids" in riders else None,
+                    "row": _rider(riders["row_ids"], i, begin) if "row_ids" in riders else None,
                     "tokens": count,
-                    "loss": float(nll[i, begin:end].sum()) / count,
-                    "text": text[:_KEPT],
+                    "loss": float(nll[i, begin:end].sum()) / count if count else None,
+                    "text": excerpt(text, _KEPT),
                 }
             )
     return described
 
 
+def _losses(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, together: bool) -> Tensor:
+    """Nats of each target, float64 [batch, length], 0 where none is trained. A few rows at a time, as evaluation does it: all
+    logits of a training batch in float32 may need more memory than its step."""
+    ids = inputs["input_ids"]
+    targets = next_token_targets(labels)
+    nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+    accepted = _accepted(model, inputs)
+    # Packed rows for flash attention name their documents by places in the whole batch.
+    together |= any(name in accepted for name in _ATTENTION)
+    at_once = ids.shape[0] if together else max(1, _TOKENS // ids.shape[1])
+    for rows in torch.arange(ids.shape[0], device=ids.device).split(at_once):
+        positions = targets[rows] != IGNORE
+        if not bool(positions.any()):
+            continue
+        part = {
+            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
+            for key, value in accepted.items()
+        }
+        logits, chosen = selected_logits(model, part, positions), targets[rows][positions]
+        losses = [token_nll(a, b) for a, b in zip(logits.split(_TOKENS), chosen.split(_TOKENS), strict=True)]
+        of_rows = nll[rows]
+        of_rows[positions] = torch.cat(losses).double()
+        nll[rows] = of_rows
+    return nll
+
+
+def _starts(inputs: Mapping[str, Any], i: int) -> list[int]:
+    """Where the documents of a row begin: at its first token, and at every position 0 after it."""
+    places = inputs.get("position_ids")
+    if (
+        not isinstance(places, Tensor) or places.dim() != 2
+    ):  # three dimensions: places in pictures, none packs documents
+        return [0]
+    row = places[i if places.shape[0] > 1 else 0]
+    return sorted({0, *row.eq(0).nonzero().flatten().tolist()})
+
+
+def _inner(model: nn.Module) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What of a batch the model takes; collators add what only their trainer knows, such as a reference's figures."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    names = {*inspect.signature(inner.forward).parameters, *_ATTENTION}
+    names = {*inspect.signature(_inner(model).forward).parameters, *_ATTENTION}
     return {key: value for key, value in inputs.items() if key in names}
 
 
+def _rider(values: Tensor, i: int, begin: int) -> int:
+    """A number of a document: of its first token, or of its row; of a pair's, which the rows of its two answers share."""
+    return int(values[i, begin] if values.dim() == 2 else values[i % len(values)])
+
+
 def _source(riders: Mapping[str, Any], i: int, begin: int) -> str | None:
-    if "source_ids" not in riders or int(riders["source_ids"][i, begin]) < 0:
+    if "source_ids" not in riders or (number := _rider(riders["source_ids"], i, begin)) < 0:
         return None
-    return riders["source_names"][int(riders["source_ids"][i, begin])]
+    return riders["source_names"][number]
 
 
 def random_state() -> dict[str, Any]:
@@ -121,13 +191,23 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Set what `random_state` returned."""
+@contextlib.contextmanager
+def restored_random_state(state: Mapping[str, Any]) -> Iterator[None]:
+    """Within it the random generators go on from what `random_state` returned; after it they are as they were."""
+    before = random_state()
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(before)
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
@@ -135,15 +215,47 @@ def write_event(
     folder: Path, event: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
 ) -> None:
     """Write an event: `event.json` for people, the tensors and random states for `replay`; `event.json` last, so that a
-    folder with one is whole."""
+    folder with one is whole.
+
+    What of a batch is neither a tensor nor made of numbers and texts is left out, and named under `left_out`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    on_cpu = [
-        {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for batch in batches
-    ]
-    torch.save(on_cpu, folder / BATCHES)
+    (folder / EVENT).unlink(missing_ok=True)  # of a run before it in the same folder
+    left_out: set[str] = set()
+    kept = []
+    for batch in batches:
+        plain = {str(key): _plain(value) for key, value in batch.items()}
+        left_out |= {key for key, value in plain.items() if value is _UNKNOWN}
+        kept.append({key: value for key, value in plain.items() if value is not _UNKNOWN})
+    torch.save(kept, folder / BATCHES)
     torch.save(dict(state), folder / RANDOM)
-    (folder / EVENT).write_text(json.dumps(event, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    whole = {**event, **({"left_out": sorted(left_out)} if left_out else {})}
+    (folder / EVENT).write_text(to_json(whole, indent=1), encoding="utf-8")
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and infinities, which it has no number for, as the texts "nan" and "inf"."""
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _plain(value: Any) -> Any:
+    """The value as torch reads it without running code of a file; `_UNKNOWN` where it is nothing of the kind."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()  # a view would be saved with all that it is a part of
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(one) for one in value]
+        return _UNKNOWN if any(one is _UNKNOWN for one in parts) else parts
+    return value if value is None or type(value) in (str, int, float, bool) else _UNKNOWN
 
 
 def read_event(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
@@ -161,6 +273,15 @@ def read_event(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         event = json.loads((folder / EVENT).read_text(encoding="utf-8"))
         batches = torch.load(folder / BATCHES, weights_only=True)
         state = torch.load(folder / RANDOM, weights_only=True)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, RecursionError) as error:
         raise FileFormatError(f"{folder} cannot be read ({error})") from error
+    except pickle.UnpicklingError:  # its text explains how to run a file's code
+        raise FileFormatError(
+            f"{folder}: {BATCHES} or {RANDOM} is damaged, or was not written by write_event"
+        ) from None
+    missing = _KEYS - (event.keys() if isinstance(event, dict) else set())
+    if missing:
+        raise FileFormatError(f"{folder / EVENT} has no {', '.join(sorted(missing))}; it is no event, or damaged")
+    for entry in (event, *event["examples"]):
+        entry.update({key: float(entry[key]) for key in _FIGURES & entry.keys() if entry[key] is not None})
     return event, batches, state

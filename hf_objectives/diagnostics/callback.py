@@ -5,28 +5,37 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import defaultdict, deque
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_objectives.diagnostics.batch_record import describe_examples, random_state, write_event
+from hf_objectives.diagnostics.batch_record import (
+    describe_examples,
+    describes,
+    excerpt,
+    random_state,
+    to_json,
+    write_event,
+)
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.monitor import Spike, SpikeMonitor
-from hf_objectives.diagnostics.robust import MAD
-from hf_objectives.distributed import any_rank, rank
+from hf_objectives.diagnostics.replay import WEIGHTS
+from hf_objectives.diagnostics.suspects import BLOCKLIST, SUSPECTS, Blocked, Suspects, write_blocklist
+from hf_objectives.distributed import any_rank, gather_objects, rank
 from hf_objectives.errors import ConfigError, NonFiniteError
 
 logger = logging.getLogger(__name__)
 ON_SPIKE = ("log", "skip", "stop")
+FINDINGS = "findings.jsonl"
 _FIRST_LOOK, _NEXT_LOOK = 20, 1.25  # logged lines before the detectors run, and the factor to the next time
-_KNOWN = 256  # losses of examples that are remembered of each source
-_ENOUGH = 32  # of them, without which the batch is compared with itself as well
-_FAR = 6.0  # robust deviations
+# Looks at the examples of a loss that is high, in deviations: their share of the time, and looks that are free beside it.
+_LOOKS = ((2.5, 0.01, 10), (1.5, 0.005, 5))
+_IN_A_ROW = 20  # steps left out, after which nothing is trained any more
+_WRAPPED = ("training_step", "_get_grad_norm")
 
 
 def _kind(spike: Spike) -> str:
@@ -44,24 +53,30 @@ class DiagnosticsCallback(TrainerCallback):
     On a spike or a loss or gradient that is not finite, before the optimizer's step, it writes
     `<output_dir>/diagnostics/step_<n>_rank_<r>/`: the loss of each example, its text with trained tokens marked, source and
     row, gradient norm, the tensors and the random states; `hf-objectives replay` computes that batch again. Examples whose
-    loss is far outside those of their source are named in `suspects.jsonl` beside it, and, where source and row are known, in
-    `blocklist.json`, which a mixture takes as its blocklist. As lines are logged it runs `diagnose`, logs each new finding
-    once and adds it to `findings.jsonl`.
+    loss is far outside those of their source are named in `suspects.jsonl` beside it, and, where source and row are known and
+    the event stands alone, in `blocklist.json`, which a mixture takes as its blocklist. As lines are logged it runs
+    `diagnose`, logs each new finding once and adds it to `findings.jsonl`.
+
+    Single examples are told of causal language models. Of trainers with reward functions (GRPO, RLOO, PPO), whose loss says
+    nothing about a batch, only values that are not finite are events. What fails in the monitor itself (a full disk, a batch
+    of another kind) is logged and ends the looks at examples, not the run.
 
     Args:
         trainer: the trainer that it is added to.
         on_spike: "log" writes and goes on; "skip" leaves the optimizer step out as well, on all ranks; "stop" does, too, and
-            ends training there (under DeepSpeed after the step).
+            ends training there (under DeepSpeed after the step). A trainer with `stop_on_non_finite` raises its own error
+            at a loss that is not finite.
         save_weights: write the weights of the moment too, so that a replay gives the very losses.
         sample_every: steps between two looks at the losses of all examples of a batch, which cost a forward pass each; they
-            are what an example of a spike is compared with. A loss that is high, but no spike, has its examples looked at,
-            too.
+            are what an example of a spike is compared with. 0 never looks without cause. A loss that is high, but no spike,
+            has its examples looked at, too, within 1 % of the time.
         max_events: events that are written; further ones are counted.
         output_dir: instead of the trainer's.
 
     Raises:
-        ConfigError: an unknown `on_spike`; "skip" under DeepSpeed, whose engine steps by itself, or with a trainer that stops
-            at non-finite losses before.
+        ConfigError: an unknown `on_spike`, a number below 0, a second monitor; "skip" under DeepSpeed, whose engine steps by
+            itself, or with a trainer that stops at non-finite losses before; weights under FSDP.
+        NonFiniteError: in training, after "skip" left out 20 steps in a row.
     """
 
     def __init__(
@@ -74,65 +89,108 @@ class DiagnosticsCallback(TrainerCallback):
         max_events: int = 20,
         output_dir: str | Path | None = None,
     ) -> None:
+        self._policy = hasattr(trainer, "reward_funcs")
         if on_spike not in ON_SPIKE:
             raise ConfigError(f"on_spike is {on_spike!r}; expected one of {', '.join(ON_SPIKE)}")
+        for name, number in (("sample_every", sample_every), ("max_events", max_events)):
+            if number < 0:
+                raise ConfigError(f"{name} is {number}; expected 0 or more")
         if on_spike == "skip" and trainer.is_deepspeed_enabled:
             raise ConfigError("on_spike='skip' under DeepSpeed, whose engine steps by itself; use 'log' or 'stop'")
         if on_spike == "skip" and getattr(trainer.args, "stop_on_non_finite", False):
             raise ConfigError(
                 "on_spike='skip' and stop_on_non_finite contradict each other; set stop_on_non_finite=False"
             )
+        if save_weights and trainer.is_fsdp_enabled:
+            raise ConfigError("save_weights under FSDP: one rank alone cannot gather the weights; use checkpoints")
+        if any(isinstance(one, DiagnosticsCallback) for one in trainer.callback_handler.callbacks):
+            raise ConfigError(
+                "the trainer has a DiagnosticsCallback already; trainer.remove_callback(DiagnosticsCallback)"
+            )
         self.trainer, self.on_spike, self.save_weights = trainer, on_spike, save_weights
         self.sample_every, self.max_events = sample_every, max_events
         self.folder = Path(output_dir or trainer.args.output_dir or ".") / "diagnostics"
         self.events = 0
-        self._monitor = SpikeMonitor()
-        self._known: dict[Any, deque[float]] = defaultdict(lambda: deque(maxlen=_KNOWN))
-        self._blocked: dict[str, set[int]] = defaultdict(set)
+        self._monitor, self._suspects = SpikeMonitor(), Suspects()
         self._window: list[tuple[Mapping[str, Any], Tensor]] = []
         self._random: dict[str, Any] = {}
         self._grad_norm: float | None = None
         self._said: set[tuple[str, int]] = set()
         self._next_look = _FIRST_LOOK
-        self._unwrapped: dict[str, Any] = {}
+        self._usual: dict[str, Any] = {}  # the trainer's own methods, by name
+        self._own: dict[str, bool] = {}  # whether they were set on the trainer itself
+        self._works, self._left_out = True, 0
+        self._began, self._spent, self._last = 0.0, 0.0, 0.0  # seconds: of the clock, in looks, in the last look
 
     # -- the trainer's step, seen from outside ----------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch: callbacks are told neither the batch nor its loss, so the trainer's two methods are wrapped."""
         self._leave()  # a training before this one may have ended in an error
-        self._window = []
-        self._unwrapped = {name: getattr(self.trainer, name) for name in ("training_step", "_get_grad_norm")}
+        self._window, self._next_look, self._works, self._left_out = [], _FIRST_LOOK, True, 0
+        self._began, self._spent = time.perf_counter(), 0.0
+        self._own = {name: name in vars(self.trainer) for name in _WRAPPED}
+        self._usual = {name: getattr(self.trainer, name) for name in _WRAPPED}
         self.trainer.training_step = self._training_step
         self.trainer._get_grad_norm = self._get_grad_norm
+        self._suspects.read(self.folder / BLOCKLIST)
+        self._said = set()
+        if state.global_step:
+            self._go_on(args, state)
+
+    def _go_on(self, args: Any, state: Any) -> None:
+        """What was said and seen before a resume."""
+        if args.logging_strategy == "steps" and args.logging_steps == 1:
+            self._monitor.seed([line["loss"] for line in state.log_history[-64:] if "loss" in line])
+        found = self._path(FINDINGS)
+        if found.is_file():
+            lines = map(json.loads, found.read_text(encoding="utf-8").splitlines())
+            self._said = {(line["kind"], line["step"]) for line in lines if line["step"] <= state.global_step}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the trainer as it was."""
+        """Leave the trainer as it was; look at the whole log once more, and gather what all ranks would leave out."""
         self._leave()
+        self._suspects.finish()
+        gathered = gather_objects({source: set(rows) for source, rows in self._suspects.blocked.items()})
+        self._safely(self._close, state, gathered)
         if self.events > self.max_events:
             logger.warning(
                 "%d spikes in all; the first %d were written to %s", self.events, self.max_events, self.folder
             )
 
+    def _close(self, state: Any, gathered: list[Blocked]) -> None:
+        if state.is_world_process_zero:
+            write_blocklist(self.folder / BLOCKLIST, gathered)
+        self._diagnose(state)
+
     def _leave(self) -> None:
-        for name in self._unwrapped:
-            delattr(self.trainer, name)
-        self._unwrapped = {}
+        for name, method in self._usual.items():
+            if self._own[name]:
+                setattr(self.trainer, name, method)
+            else:
+                vars(self.trainer).pop(name, None)
+        self._usual, self._window = {}, []
 
     def _training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not self._window:
             self._random = random_state()
-        loss = self._unwrapped["training_step"](model, inputs, *args, **kwargs)
+        try:
+            loss = self._usual["training_step"](model, inputs, *args, **kwargs)
+        except BaseException:
+            self._leave()
+            raise
         self._window.append((inputs if isinstance(inputs, Mapping) else {}, loss))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         try:
-            norm = self._unwrapped["_get_grad_norm"](model, grad_norm)
+            norm = self._usual["_get_grad_norm"](model, grad_norm)
         except NonFiniteError:
             # The trainer stops here, on all ranks; the record is written all the same.
             self._grad_norm = None if grad_norm is None else float(grad_norm)
             self._look(self.trainer.state)
+            if self._suspects.finish():
+                write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
             self._leave()
             raise
         self._grad_norm = None if norm is None else float(norm)
@@ -141,47 +199,86 @@ class DiagnosticsCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge the step before the weights change."""
         bad = self._look(state)
-        if self.on_spike != "log" and any_rank(bad):
-            # The optimizer's step follows all the same; without gradients it leaves weights, moments and weight decay as
-            # they are. DeepSpeed's engine has its own.
-            if not self.trainer.is_deepspeed_enabled:
-                self.trainer.optimizer.zero_grad(set_to_none=True)
-                logger.warning("step %d: left out", state.global_step + 1)
-            control.should_training_stop |= self.on_spike == "stop"
+        if self.on_spike == "log":
+            return
+        self._left_out = self._left_out + 1 if any_rank(bad) else 0
+        if not self._left_out:
+            return
+        # The optimizer's step follows all the same; without gradients it leaves weights, moments and weight decay as they
+        # are. DeepSpeed's engine has its own.
+        if not self.trainer.is_deepspeed_enabled:
+            self.trainer.optimizer.zero_grad(set_to_none=True)
+            logger.warning("step %d: left out", state.global_step + 1)
+        control.should_training_stop |= self.on_spike == "stop"
+        if self._left_out > _IN_A_ROW:
+            self._leave()
+            raise NonFiniteError(
+                f"step {state.global_step + 1}: the last {self._left_out} steps were left out, nothing is trained any more; "
+                f"their batches are in {self.folder}"
+            )
 
     def _look(self, state: Any) -> bool:
+        """Whether the step stands out; if so, or if one of its examples may, it is looked at and written."""
         window, self._window = self._window, []
         if not window:
             return False
         loss = float(sum(float(one) for _, one in window))
         spike = self._monitor.add(loss)
+        if self._policy and math.isfinite(loss):
+            spike = None
         # Under an fp16 scaler an overflow is no fault: it lowers its scale and leaves the step out itself.
         scaled = getattr(self.trainer.accelerator, "scaler", None) is not None
         if spike is None and not scaled and self._grad_norm is not None and not math.isfinite(self._grad_norm):
             spike = Spike(loss, loss, math.inf, math.inf)
+        self._safely(self._examine, state, loss, spike, window)
+        return spike is not None
+
+    def _safely(self, look: Callable[..., None], state: Any, *args: Any) -> None:
+        """A monitor must not end what it watches, and a rank that fails alone would leave the others waiting."""
+        if not self._works:
+            return
+        try:
+            look(state, *args)
+        except Exception:
+            self._works = False
+            logger.exception(
+                "step %d: the monitor failed; it goes on judging steps, but writes nothing more", state.global_step + 1
+            )
+
+    def _examine(
+        self, state: Any, loss: float, spike: Spike | None, window: list[tuple[Mapping[str, Any], Tensor]]
+    ) -> None:
         step = state.global_step + 1
+        if self._suspects.settle(spike is not None):
+            write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
         if spike is not None:
             self.events += 1
             if self.events <= self.max_events:
                 self._record(step, state, spike, window)
-        elif self._monitor.high or step % self.sample_every == 0 or step == 1:
+        elif self._is_due(step):
             examples = self._examples(window)
             if self._name_suspects(step, examples) and step > 1:
                 self.events += 1
                 if self.events <= self.max_events:
                     self._write(step, state, Spike(loss, math.nan, math.nan, math.nan), window, examples)
-        return spike is not None
+
+    def _is_due(self, step: int) -> bool:
+        if self.sample_every and (step % self.sample_every == 0 or step == 1):
+            return True
+        elapsed, height = time.perf_counter() - self._began, self._monitor.height
+        return any(height > high and self._spent <= share * elapsed + free * self._last for high, share, free in _LOOKS)
 
     # -- examples -----------------------------------------------------------------------------------------------------
 
     def _examples(self, window: list[tuple[Mapping[str, Any], Tensor]]) -> list[dict[str, Any]]:
         """The losses of the step's examples, by a forward pass without gradient that leaves no trace."""
         trainer = self.trainer
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            return []  # a sharded model runs on all ranks or on none
         model = trainer.accelerator.unwrap_model(trainer.model)
+        # A sharded model runs on all ranks or on none.
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not describes(model):
+            return []
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        training, described = model.training, []
+        training, described, begin = model.training, [], time.perf_counter()
         model.eval()
         try:
             for number, (batch, _) in enumerate(window):
@@ -191,43 +288,24 @@ class DiagnosticsCallback(TrainerCallback):
                 described += [{"micro_batch": number, **one} for one in found]
         finally:
             model.train(training)
+        self._last = time.perf_counter() - begin
+        self._spent += self._last
         return described
 
     def _name_suspects(
         self, step: int, examples: list[dict[str, Any]], limit: float = math.inf
     ) -> list[dict[str, Any]]:
-        """Mark each example with its distance from its source's usual loss; those far outside are suspects."""
-        suspects = []
-        for one in examples:
-            known = list(self._known[one["source"]])
-            # With a short history of its source, the batch itself says what is usual, too.
-            beside = [other["loss"] for other in examples if other is not one and other["source"] == one["source"]]
-            usual = np.array(known if len(known) >= _ENOUGH else known[-_ENOUGH:] + beside)
-            usual = usual[np.isfinite(usual)]
-            far = 0.0
-            if len(usual) >= 5:
-                level = float(np.median(usual))
-                spread = max(MAD * float(np.median(np.abs(usual - level))), 0.05 * abs(level), 1e-6)
-                far = (one["loss"] - level) / spread
-            one["deviations"] = far if math.isfinite(one["loss"]) else math.inf
-            one["suspect"] = not math.isfinite(one["loss"]) or far > _FAR or one["loss"] > limit
-        for one in examples:
-            if one["suspect"]:
-                suspects.append(one)
-                self._append("suspects.jsonl", {"step": step, **one})
-                if one["source"] is not None and one["row"] is not None:
-                    self._blocked[one["source"]].add(one["row"])
-            else:
-                self._known[one["source"]].append(one["loss"])
-        if suspects and self._blocked:
-            rows = {source: sorted(numbers) for source, numbers in self._blocked.items()}
-            self._path("blocklist.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+        suspects = self._suspects.judge(examples, limit)
+        for one in suspects:
+            self._append(SUSPECTS, {"step": step, **one})
+        self._suspects.take(suspects, len(examples))
         return suspects
 
     def _record(self, step: int, state: Any, spike: Spike, window: list[tuple[Mapping[str, Any], Tensor]]) -> None:
         examples = self._examples(window)
         # Where the step's loss is in nats per token, what is out of its noise by itself is suspect, too.
-        mean = sum(one["loss"] * one["tokens"] for one in examples) / max(1, sum(one["tokens"] for one in examples))
+        trained = [one for one in examples if one["tokens"]]
+        mean = sum(one["loss"] * one["tokens"] for one in trained) / max(1, sum(one["tokens"] for one in trained))
         same_unit = math.isfinite(spike.value) and abs(mean - spike.value) < 0.25 * abs(spike.value)
         self._name_suspects(step, examples, spike.limit if same_unit else math.inf)
         self._write(step, state, spike, window, examples)
@@ -240,12 +318,7 @@ class DiagnosticsCallback(TrainerCallback):
         window: list[tuple[Mapping[str, Any], Tensor]],
         examples: list[dict[str, Any]],
     ) -> None:
-        trainer = self.trainer
-        suspects = [one for one in examples if one["suspect"]]
-        # Where none stands out, the batch as a whole is what the spike came with.
-        suspects = suspects or sorted(examples, key=lambda one: -one["loss"])[:1]
         folder = self.folder / f"step_{step}_rank_{rank()}"
-        rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
         event = {
             "step": step,
             "rank": rank(),
@@ -256,26 +329,37 @@ class DiagnosticsCallback(TrainerCallback):
             "limit": spike.limit,
             "deviations": spike.deviations,
             "grad_norm": self._grad_norm,
-            **rates,
-            "epoch": state.epoch,
-            "weights": "weights" if self.save_weights else None,
-            "model": getattr(trainer.model.config, "_name_or_path", None) if hasattr(trainer.model, "config") else None,
-            "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": trainer.args.data_seed},
+            **self._surroundings(state),
             "examples": examples,
         }
-        write_event(folder, event, [batch for batch, _ in window], self._random)
         if self.save_weights:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "weights")
-        named = "; ".join(
-            f"source {one['source']!r}, row {one['row']}, loss {one['loss']:.3g}: {one['text'][:120]!r}"
-            for one in suspects[:3]
-        )
+            self.trainer.accelerator.unwrap_model(self.trainer.model).save_pretrained(folder / WEIGHTS)
+        write_event(folder, event, [batch for batch, _ in window], self._random)
         logger.warning(
             "step %d: loss %.4g%s, gradient norm %s. %s Written to %s",
             *(step, spike.value, f", usually {spike.level:.4g}" if spike.level == spike.level else "", self._grad_norm),
-            f"Look at {named}." if named else "The batch names no labels.",
+            _words(examples),
             folder,
         )
+
+    def _surroundings(self, state: Any) -> dict[str, Any]:
+        """What of the run a replay has to know."""
+        trainer, args = self.trainer, self.trainer.args
+        config = getattr(trainer.model, "config", None)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
+        rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
+        return {
+            **rates,
+            "epoch": state.epoch,
+            "run": str(Path(args.output_dir or ".").resolve()),
+            "weights": WEIGHTS if self.save_weights else None,
+            "model": getattr(config, "_name_or_path", None),
+            "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+            "autocast": precision,
+            "attn_implementation": getattr(config, "_attn_implementation", None),
+            "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": seed},
+        }
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -284,25 +368,42 @@ class DiagnosticsCallback(TrainerCallback):
         lines = len(state.log_history)
         if lines >= self._next_look:
             self._next_look = max(lines + 10, int(lines * _NEXT_LOOK))
-            self._diagnose(state)
+            self._safely(self._diagnose, state)
 
     def _diagnose(self, state: Any) -> None:
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or len(state.log_history) < 2:
             return
         for one in diagnose(state.log_history):
             # What lasts begins at the same step in every look; what only begins to show may move a little.
             if any(kind == one.kind and abs(step - one.step) <= max(5, one.step // 10) for kind, step in self._said):
                 continue
             self._said.add((one.kind, one.step))
-            self._append("findings.jsonl", one.to_dict())
+            self._append(FINDINGS, one.to_dict())
             say = logger.info if one.severity == "info" else logger.warning
             say("%s, %s: %s. %s", one.kind, one.steps, one.evidence, one.advice)
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
-        with self._path(name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(to_json(entry) + "\n")
 
     def _path(self, name: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         stem, ending = name.split(".")
         return self.folder / (name if rank() == 0 else f"{stem}_rank_{rank()}.{ending}")
+
+
+def _words(examples: list[dict[str, Any]]) -> str:
+    """What to look at in a batch."""
+    if not examples:
+        return "The monitor can tell no documents in this batch."
+    if not any(one["tokens"] for one in examples):
+        return f"No token of this batch is trained: every label is masked, as in {excerpt(examples[0]['text'], 120)!r}."
+    suspects = [one for one in examples if one["suspect"]]
+    # Where none stands out, the batch as a whole is what the spike came with.
+    suspects = suspects or sorted((one for one in examples if one["tokens"]), key=lambda one: -one["loss"])[:1]
+    named = "; ".join(
+        f"source {one['source']!r}, row {one['row']}, loss {one['loss']:.3g}: {one['text'][:120]!r}"
+        for one in suspects[:3]
+    )
+    return f"Look at {named}."

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_objectives.diagnostics.log_files import PATTERNS, STATE, read_file
-from hf_objectives.diagnostics.log_table import LogTable, Series
-from hf_objectives.errors import FileFormatError
+from hf_objectives.diagnostics.log_files import PATTERNS, STATE, TAGGED, read_file
+from hf_objectives.diagnostics.log_table import LogTable, Series, tables_by_run
+from hf_objectives.diagnostics.visible import visible
+from hf_objectives.errors import ConfigError, FileFormatError
 
 Log = Sequence[Mapping[str, Any]]
 _EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
+_SHOWN = 8  # names of curves
+_STEPS = re.compile(rb'"global_step"\s*:\s*(\d+)')
 _BITS = 0.005  # relative; two ways of writing one perplexity agree better than that
 
 
@@ -79,9 +83,8 @@ def read_runs(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Cur
             raise FileFormatError(
                 f"entry {i} of the log is {line!r:.60}; expected a mapping such as a Trainer's log_history has"
             )
-    table = LogTable()
-    table.extend(log)  # type: ignore[arg-type]
-    return [_curves("the log", [(table, [])])]
+    tables = tables_by_run(log)  # type: ignore[arg-type]
+    return _named_apart([_curves(name or "the log", [(table, [])]) for name, table in tables.items()])
 
 
 def _read_path(path: Path) -> list[Curves]:
@@ -89,38 +92,81 @@ def _read_path(path: Path) -> list[Curves]:
         raise FileFormatError(f"no log at {path}")
     if path.is_file():
         return _read_file(path, path.parent.name if path.name == STATE and path.parent.name else path.stem)
-    if state := _state_of(path):
-        return _read_file(state, path.resolve().name)
-    if files := _files_of(path):
-        if "tfevents" in files[0].name:  # event files of one folder are one run that was resumed
-            return [_curves(path.resolve().name, [read_file(file)[""] for file in files])]
-        return [
-            run for file in files for run in _read_file(file, path.resolve().name if len(files) == 1 else file.stem)
-        ]
-    below = [
-        folder for folder in sorted(path.iterdir()) if folder.is_dir() and (_state_of(folder) or _files_of(folder))
-    ]
-    if not below:
-        raise FileFormatError(
-            f"no log in {path}: expected {STATE} or checkpoint-*/{STATE}, or a file {', '.join(PATTERNS)}; "
-            f"it holds {_inside(path)}. A Trainer writes its log with the first checkpoint, or by trainer.save_state()"
-        )
-    runs: list[Curves] = []
-    failed: list[FileFormatError] = []
+    runs, failed = _read_files(path)
+    left = [f"left out: {error}" for error in failed]
+    below = [] if runs else [folder for folder in sorted(path.iterdir()) if folder.is_dir() and any(_logs_in(folder))]
     for folder in below:
         try:
             runs += _read_path(folder)
         except FileFormatError as error:
             failed.append(error)
+            left.append(f"another run was left out: {error}")
+    if not runs and failed:
+        # A missing package keeps a log from being read; a file that is none says less.
+        first = next((error for error in failed if isinstance(error, ConfigError)), failed[0])
+        more = f" (and {len(failed) - 1} more file{'s' if len(failed) > 2 else ''})" if len(failed) > 1 else ""
+        raise type(first)(f"{first}{more}")
     if not runs:
-        raise failed[0]
-    runs[0].notes += [f"another run was left out: {error}" for error in failed]
+        raise FileFormatError(
+            f"no log in {path}: expected {STATE} or checkpoint-*/{STATE}, or a file {', '.join(PATTERNS)}; "
+            f"it holds {_inside(path)}. A Trainer writes its log with the first checkpoint, or by trainer.save_state()"
+        )
+    runs[0].notes += left
     return runs
 
 
+def _read_files(folder: Path) -> tuple[list[Curves], list[FileFormatError | ConfigError]]:
+    """The runs in the files of a folder, and what is wrong with those that were tried and left.
+
+    Data, predictions and results have the same endings as logs: files are tried until some hold a training loss; those
+    that hold other curves count where there is no such file.
+    """
+    failed: list[FileFormatError | ConfigError] = []
+    best: list[Curves] = []
+    of_best: list[str] = []
+    for runs_of in _logs_in(folder):
+        runs: list[Curves] = []
+        read: list[str] = []
+        for name, files in runs_of.items():
+            try:
+                runs += _read_file(files[0], name) if len(files) == 1 else [_merged(files, name)]
+                read.append(str(files[0]))
+            except (FileFormatError, ConfigError) as error:
+                failed.append(error)
+        if len(runs) == 1 and runs[0].name in runs_of:  # a file's name; the folder's says more
+            runs[0].name = visible(folder.resolve().name)
+        found = any("loss" in run for run in runs)
+        left = of_best if found or not best else read
+        failed += [FileFormatError(f"{file}: no curve of training loss") for file in left]
+        if found or not best:
+            best, of_best = runs, read
+        if found:
+            break
+    return best, failed
+
+
+def _logs_in(folder: Path) -> Iterator[dict[str, list[Path]]]:
+    """Files that may hold a log, the likeliest first: of each kind the files of every run, by a name."""
+    if state := _state_of(folder):
+        yield {state.stem: [state]}
+    for pattern in PATTERNS:
+        for where in (pattern, f"runs/*/{pattern}", f"logs/{pattern}"):
+            runs: dict[str, list[Path]] = {}
+            for file in sorted(file for file in folder.glob(where) if file.is_file()):
+                tagged = TAGGED.fullmatch(file.name)
+                # Event files of one folder are of one run: resumed, or with a writer for the evaluation.
+                name = pattern if "tfevents" in pattern else tagged["run"] if tagged else file.stem
+                runs.setdefault(name, []).append(file)
+            if runs:
+                yield runs
+
+
+def _merged(files: Sequence[Path], name: str) -> Curves:
+    return _curves(name, [content for file in files for content in read_file(file).values()], str(files[0]))
+
+
 def _read_file(path: Path, name: str) -> list[Curves]:
-    runs = read_file(path)
-    return [_curves(run or name, [content]) for run, content in runs.items()]
+    return [_curves(run or name, [content], str(path)) for run, content in read_file(path).items()]
 
 
 def _state_of(folder: Path) -> Path | None:
@@ -134,15 +180,20 @@ def _state_of(folder: Path) -> Path | None:
     own = folder / STATE
     if not own.is_file():
         return newest
-    return newest if newest and newest.stat().st_mtime > own.stat().st_mtime else own
+    if newest is None:
+        return own
+    # A copy loses the times of files; the step stands in the file.
+    step, later = _step_in(own), _step_in(newest)
+    if step is not None and later is not None:
+        return newest if later > step else own
+    return newest if newest.stat().st_mtime > own.stat().st_mtime else own
 
 
-def _files_of(folder: Path) -> list[Path]:
-    for pattern in PATTERNS:
-        for where in (pattern, f"runs/*/{pattern}", f"logs/{pattern}"):
-            if files := sorted(file for file in folder.glob(where) if file.is_file()):
-                return files
-    return []
+def _step_in(state: Path) -> int | None:
+    """The step of a state, from its head: its keys are sorted, and global_step comes before the log."""
+    with state.open("rb") as file:
+        found = _STEPS.search(file.read(1 << 16).partition(b'"log_history"')[0])
+    return int(found[1]) if found else None
 
 
 def _inside(folder: Path) -> str:
@@ -150,18 +201,23 @@ def _inside(folder: Path) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
 
 
-def _curves(name: str, contents: Sequence[tuple[LogTable, list[str]]]) -> Curves:
+def _curves(name: str, contents: Sequence[tuple[LogTable, list[str]]], where: str = "") -> Curves:
     table = contents[0][0]
     for more, _ in contents[1:]:
         table.append(more)
     series, said, seams = table.curves()
-    notes = [note for _, found in contents for note in found] + said
+    # Keys are data, and notes are printed.
+    notes = [visible(note) for note in (*dict.fromkeys(note for _, found in contents for note in found), *said)]
     if not series:
         raise FileFormatError(
-            f'{name}: no curve could be read; expected lines such as {{"step": 1, "loss": 2.3}}. '
+            f'{visible(where or name)}: no curve could be read; expected lines such as {{"step": 1, "loss": 2.3}}. '
             + ("; ".join(notes) or "It has no lines")
         )
-    return Curves(name, series, notes + _units(series), seams)
+    if "loss" not in series:
+        found = [visible(key) for key in series]
+        rest = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        notes.append(f"no curve of training loss; found: {', '.join(found[:_SHOWN])}{rest}")
+    return Curves(visible(name), series, notes + _units(series), seams)
 
 
 def _units(series: Mapping[str, Series]) -> list[str]:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_objectives.chat import IGNORE, Labelled
 from hf_objectives.dataset_packing import pack_table
-from hf_objectives.diagnostics.inspection_warnings import LabelWarning, Place, WholeRow, find_warnings
-from hf_objectives.encode import RowEncoder, RowSettings, encode_row
-from hf_objectives.errors import ConfigError, FormatError
+from hf_objectives.diagnostics.findings import SEVERITIES
+from hf_objectives.diagnostics.inspection_types import (
+    InspectedRow,
+    LabelWarning,
+    PackedRow,
+    Place,
+    Statistics,
+    WholeRow,
+)
+from hf_objectives.diagnostics.inspection_warnings import find_warnings
+from hf_objectives.diagnostics.token_texts import TokenTexts
+from hf_objectives.encode import SKIPPED, RowEncoder, RowSettings, encode_row
+from hf_objectives.errors import ConfigError, DataError, FormatError
 from hf_objectives.formats import Row, to_example
 from hf_objectives.ledger import Ledger
 from hf_objectives.packing import check_packing
@@ -22,86 +32,8 @@ from hf_objectives.packing import check_packing
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BARS = 20
 _TOKENS_SHOWN = 300_000
-_WIDEST_GROUP = 8  # tokens; no character takes more, and text that never decodes must not grow without end
-
-
-class Token(NamedTuple):
-    """A piece of text that decodes whole, its ids (several where they share a character) and whether it is trained."""
-
-    text: str
-    ids: tuple[int, ...]
-    trained: bool
-
-
-@dataclass(frozen=True, slots=True)
-class InspectedRow:
-    """One row as it will be trained, or as it would have been.
-
-    Attributes:
-        source, row: where it is from.
-        fate: "" where the row is trained whole, else what becomes of it: "left out: ...", "cut ...", "part 1 of 3".
-        input_ids, labels: int32 [tokens].
-        tokens: the same with texts, in order.
-        warnings: kinds of the warnings about it.
-    """
-
-    source: str
-    row: int
-    fate: str
-    input_ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    tokens: list[Token]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRow:
-    """One packed row: source, number and tokens of each of its documents, in order."""
-
-    documents: list[tuple[str, int, list[Token]]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the row."""
-        return sum(len(token.ids) for _, _, tokens in self.documents for token in tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """The rows in figures.
-
-    Attributes:
-        rows: rows looked at.
-        kept_rows: rows that are trained, before packing.
-        tokens: tokens of the rows as they are.
-        kept_tokens, trained_tokens: tokens that are left under the policies, and those of them that are trained.
-        shortest, mean, longest: tokens of a row as it is.
-        quantiles: tokens of a row at the shares of `QUANTILES`.
-        too_long: rows longer than max_length.
-        packed_rows, fill: rows after packing and the share of their room that is used; None without packing.
-    """
-
-    rows: int
-    kept_rows: int
-    tokens: int
-    kept_tokens: int
-    trained_tokens: int
-    shortest: int
-    mean: float
-    longest: int
-    quantiles: tuple[int, ...]
-    too_long: int
-    packed_rows: int | None = None
-    fill: float | None = None
-
-    @property
-    def trained_share(self) -> float:
-        """Share of the kept tokens that is trained."""
-        return self.trained_tokens / max(1, self.kept_tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name, for JSON."""
-        return {**asdict(self), "trained_share": self.trained_share}
+_LONG_ROW = 8_000  # tokens; of a longer row the beginning is shown, unless it is trained whole
+_REASONS = 3  # for refusing rows that are quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +74,7 @@ def inspect_rows(
     expand_turns: bool = False,
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    stops: Collection[int] = (),
     source: str = "data",
     show: int = 1_000,
     show_tokens: int = _TOKENS_SHOWN,
@@ -153,12 +86,13 @@ def inspect_rows(
         tokenizer: a fast transformers tokenizer.
         max_length, packing, strategy, overlength, train_on, control_tokens, expand_turns, chat_template, template_kwargs:
             see `prepare_dataset`.
+        stops: ids at which generation stops beside EOS, `eos_token_id` of the model's generation config.
         source: source of rows that name none.
         show: rows to give with their tokens: of each source one, then of each warning one, then the first.
         show_tokens: most tokens to give of them, and of the packed rows.
 
     Raises:
-        DataError: a row that cannot be used, or no row; names source and row.
+        DataError: no row, or none that can be used; names source and row. A few such rows are a warning, `refused`.
         ConfigError: an unknown setting.
     """
     if packing:
@@ -169,36 +103,28 @@ def inspect_rows(
     settings = RowSettings(
         max_length, train_on, control_tokens, overlength, expand_turns, chat_template, kwargs, packing
     )  # fmt: skip
-    named = _named(rows, source)
-    whole = _whole_rows(named, tokenizer, settings)
-    ledger = Ledger()
-    encoder = RowEncoder(tokenizer, settings)
-    labelled, sources, numbers = encoder.encode(named, source=source, ledger=ledger)
+    named, places = _named(rows, source)
+    labelled, positions, ledger, refused = _encoded(named, places, tokenizer, settings)
+    usable = [i for i in range(len(named)) if i not in refused]
+    whole = _whole_rows(usable, named, places, tokenizer, settings)
+    for account in ledger.accounts.values():
+        for listed in account.dropped_examples.values():
+            listed[:] = [places[i][1] for i in listed]
     total = ledger.total()
     share = total.trained / max(1, total.trained + total.masked)
-    warnings = find_warnings(whole, tokenizer, settings, share)
+    warnings = _told(refused, places) + find_warnings(whole, tokenizer, settings, share, stops)
+    warnings.sort(key=lambda one: -SEVERITIES.index(one.severity))
     texts = TokenTexts(tokenizer)
-    pieces: defaultdict[Place, list[int]] = defaultdict(list)
-    for i, place in enumerate(zip(sources, numbers, strict=True)):
-        pieces[place].append(i)
-    chosen = _chosen(whole, warnings, show, show_tokens)
-    flags: defaultdict[Place, list[str]] = defaultdict(list)
-    for warning in warnings:
-        for place in warning.rows:
-            flags[place].append(warning.kind)
-    examples = [
-        one
-        for row in chosen
-        for one in _inspected(row, pieces[row.place], labelled, settings, texts, tuple(flags[row.place]))
-    ]
+    examples = _examples(whole, warnings, labelled, positions, settings, texts, show, show_tokens)
     packed: list[PackedRow] = []
     count: int | None = None
     fill: float | None = None
     if packing and max_length is not None:
-        packed, count, fill = _packed(labelled, sources, numbers, max_length, strategy, texts, show, show_tokens)
-    sizes = np.array([len(row.ids) for row in whole])
+        where = [places[i] for i in positions]
+        packed, count, fill = _packed(labelled, where, max_length, strategy, texts, show, show_tokens)
+    sizes = np.array([size for row in whole for size in row.sizes])
     statistics = Statistics(
-        len(whole), total.rows_out, int(sizes.sum()), total.trained + total.masked, total.trained,
+        len(named), total.rows_out, int(sizes.sum()), total.trained + total.masked, total.trained,
         int(sizes.min()), float(sizes.mean()), int(sizes.max()),
         tuple(int(size) for size in np.quantile(sizes, QUANTILES, method="lower")),
         0 if max_length is None else int((sizes > max_length).sum()), count, fill,
@@ -207,50 +133,107 @@ def inspect_rows(
     return Inspection(examples, packed, statistics, histogram(sizes), warnings, ledger, max_length, policies)
 
 
-def _named(rows: Iterable[Row], source: str) -> list[Row]:
-    """Rows that carry their source and number."""
+def _named(rows: Iterable[Row], source: str) -> tuple[list[Row], list[Place]]:
+    """Rows that carry their position as their number, which alone is sure to be one row's, and their places in words."""
     named: list[Row] = []
+    places: list[Place] = []
     for position, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise FormatError(
-                f"a row is {type(row).__name__}; expected a mapping of column names to values",
-                source=source,
-                row=position,
-            )
-        own = row.get("row")
-        number = own if isinstance(own, int) else position
-        named.append({**row, "source": str(row.get("source") or source), "row": number})
+            named.append(row)  # refused when it is encoded
+            places.append((source, position))
+            continue
+        name, own = str(row.get("source") or source), row.get("row")
+        named.append({**row, "source": name, "row": position})
+        places.append((name, own if isinstance(own, int) else position))
     if not named:
         raise FormatError("no rows; expected at least one", source=source)
-    return named
+    return named, places
 
 
-def _whole_rows(rows: Sequence[Row], tokenizer: Any, settings: RowSettings) -> list[WholeRow]:
-    """Each row encoded without a limit on its length; rows that train nothing included."""
+def _encoded(
+    rows: Sequence[Row], places: Sequence[Place], tokenizer: Any, settings: RowSettings
+) -> tuple[Labelled, list[int], Ledger, dict[int, DataError]]:
+    """Rows as they will be trained, the position of each, the ledger, and the rows that cannot be used with why.
+
+    Raises:
+        DataError: no row can be used.
+    """
+    ledger = Ledger()
+    try:
+        labelled, _, positions = RowEncoder(tokenizer, settings).encode(rows, source=places[0][0], ledger=ledger)
+    except DataError as error:
+        first = error
+        first.row = None if error.row is None else places[error.row][1]
+    else:
+        return labelled, positions, ledger, {}
+    refused: dict[int, DataError] = {}
+    encoder = RowEncoder(tokenizer, settings)
+    for i, row in enumerate(rows):
+        try:
+            encoder.encode([row], source=places[i][0], numbers=[i], ledger=Ledger())
+        except DataError as error:
+            refused[i] = error
+    if len(refused) == len(rows):
+        raise first
+    ledger = Ledger()
+    usable = [row for i, row in enumerate(rows) if i not in refused]
+    labelled, _, positions = RowEncoder(tokenizer, settings).encode(usable, source="", ledger=ledger)
+    for i, reason in refused.items():
+        account = ledger[places[i][0]]
+        account.rows_in += 1
+        account.drop(type(reason).__name__ + SKIPPED, tokens=0, row=i)
+    return labelled, positions, ledger, refused
+
+
+def _told(refused: Mapping[int, DataError], places: Sequence[Place]) -> list[LabelWarning]:
+    """The warning about rows that cannot be used, if there are any."""
+    if not refused:
+        return []
+    reasons: defaultdict[str, list[int]] = defaultdict(list)
+    for i, error in refused.items():
+        reasons[error.reason].append(i)
+    quoted = []
+    for reason, alike in list(reasons.items())[:_REASONS]:
+        (name, number), turn = places[alike[0]], refused[alike[0]].turn
+        more = f" and {len(alike) - 1:,} more" if len(alike) > 1 else ""
+        quoted.append(f"{name} {number}{f', turn {turn}' if turn is not None else ''}{more}: {reason}")
+    evidence = f"{len(refused):,} of {len(places):,} rows cannot be used. {'; '.join(quoted)}"
+    if len(reasons) > _REASONS:
+        evidence += f"; and {len(reasons) - _REASONS:,} other reasons"
+    advice = (
+        "Training refuses the data because of them. Mend them or take them out; all else here is of the other rows."
+    )
+    return [LabelWarning("refused", "error", evidence, advice, tuple(places[i] for i in refused), tuple(refused))]
+
+
+def _whole_rows(
+    usable: Sequence[int], rows: Sequence[Row], places: Sequence[Place], tokenizer: Any, settings: RowSettings
+) -> list[WholeRow]:
+    """Each usable row encoded without a limit on its length; rows that train nothing included."""
     encoder = RowEncoder(tokenizer, replace(settings, max_length=None))
-    labelled, sources, numbers = encoder.encode(rows, source="", ledger=Ledger())
-    parts: defaultdict[Place, list[int]] = defaultdict(list)
-    for i, place in enumerate(zip(sources, numbers, strict=True)):
-        parts[place].append(i)
+    labelled, _, positions = encoder.encode([rows[i] for i in usable], source="", ledger=Ledger())
+    parts: defaultdict[int, list[int]] = defaultdict(list)
+    for i, position in enumerate(positions):
+        parts[position].append(i)
     whole = []
-    for row in rows:
-        place = row["source"], row["row"]
-        if mine := parts.get(place):
-            arrays = [_arrays(labelled, i) for i in mine]
-            ids, labels = (np.concatenate(both) for both in zip(*arrays, strict=True))
+    for position in usable:
+        row, (source, number) = rows[position], places[position]
+        if position in parts:
+            arrays = [_arrays(labelled, i) for i in parts[position]]
         else:
             one = encode_row(
                 tokenizer,
                 row,
                 train_on=settings.train_on,
                 control_tokens=settings.control_tokens,
-                source=place[0],
-                row_index=place[1],
+                source=source,
+                row_index=number,
                 chat_template=settings.chat_template,
                 **settings.template_kwargs,
             )
-            ids, labels = np.array(one["input_ids"], np.int32), np.array(one["labels"], np.int32)
-        whole.append(WholeRow(*place, to_example(row), ids, labels))
+            arrays = [(np.array(one["input_ids"], np.int32), np.array(one["labels"], np.int32))]
+        ids, labels = (np.concatenate(both) for both in zip(*arrays, strict=True))
+        whole.append(WholeRow(position, source, number, to_example(row), ids, labels, tuple(len(a) for a, _ in arrays)))
     return whole
 
 
@@ -259,21 +242,57 @@ def _arrays(labelled: Labelled, i: int) -> tuple[NDArray[np.int32], NDArray[np.i
     return labelled.ids[a:b], labelled.labels[a:b]
 
 
-def _chosen(whole: Sequence[WholeRow], warnings: Sequence[LabelWarning], show: int, show_tokens: int) -> list[WholeRow]:
-    """The rows to show: one of each source, one of each warning, then the first, as many as there is room for."""
-    by_place = {row.place: i for i, row in enumerate(whole)}
+def _examples(
+    whole: Sequence[WholeRow],
+    warnings: Sequence[LabelWarning],
+    labelled: Labelled,
+    positions: Sequence[int],
+    settings: RowSettings,
+    texts: TokenTexts,
+    show: int,
+    show_tokens: int,
+) -> list[InspectedRow]:
+    """Rows to show; `labelled` are the pieces that are left of rows, at `positions`."""
+    pieces: defaultdict[int, list[int]] = defaultdict(list)
+    for i, position in enumerate(positions):
+        pieces[position].append(i)
+    flags: defaultdict[int, list[str]] = defaultdict(list)
+    for warning in warnings:
+        for position in warning.positions:
+            flags[position].append(warning.kind)
+    most = max(_LONG_ROW, min(settings.max_length or 0, show_tokens // 10))
+    return [
+        one
+        for row in _chosen(whole, warnings, show, show_tokens, most)
+        for one in _inspected(row, pieces[row.position], labelled, settings, texts, tuple(flags[row.position]), most)
+    ]
+
+
+def _chosen(
+    whole: Sequence[WholeRow], warnings: Sequence[LabelWarning], show: int, show_tokens: int, most: int
+) -> list[WholeRow]:
+    """The rows to show: one of each source, one of each warning (of repeats two), then the first, as there is room."""
+    index = {row.position: i for i, row in enumerate(whole)}
     first: dict[str, int] = {}
     for i, row in enumerate(whole):
         first.setdefault(row.source, i)
-    order = [*first.values(), *(by_place[warning.rows[0]] for warning in warnings if warning.rows), *range(len(whole))]
+    told = [index[position] for one in warnings for position in one.positions[: _told_by(one)] if position in index]
     picked: list[int] = []
     tokens = 0
-    for i in dict.fromkeys(order):
-        if len(picked) == show or (tokens + len(whole[i].ids) > show_tokens and picked):
+    for i in dict.fromkeys([*first.values(), *told, *range(len(whole))]):
+        size = sum(min(size, most) for size in whole[i].sizes)
+        if len(picked) == show:
             break
+        if picked and tokens + size > show_tokens:
+            continue
         picked.append(i)
-        tokens += len(whole[i].ids)
+        tokens += size
     return [whole[i] for i in sorted(picked)]
+
+
+def _told_by(warning: LabelWarning) -> int:
+    """Rows that show what a warning means."""
+    return 2 if warning.kind == "duplicates" else 1
 
 
 def _inspected(
@@ -283,38 +302,41 @@ def _inspected(
     settings: RowSettings,
     texts: TokenTexts,
     warnings: tuple[str, ...],
+    most: int,
 ) -> list[InspectedRow]:
     """What becomes of a row: its kept pieces, or the row itself with why it is left out."""
-    limit, size = settings.max_length, len(row.ids)
-    if not pieces:
-        if not (row.labels != IGNORE).any():
-            fate = "left out: no trained token"
-        elif settings.overlength == "cut":
-            fate = "left out: no trained token before the cut at max_length"
-        else:
-            fate = f"left out: {size:,} tokens, longer than max_length {limit:,}"
-        arrays, fates = [(row.ids, row.labels)], [fate]
-    else:
-        arrays = [_arrays(labelled, i) for i in pieces]
-        kept = sum(len(ids) for ids, _ in arrays)
-        if len(pieces) > 1:
-            fates = [f"part {k + 1} of {len(pieces)}" for k in range(len(pieces))]
-        elif kept < size:
-            fates = [f"cut from {size:,} to {kept:,} tokens"]
-        elif limit is not None and kept > limit:
-            fates = ["split over packed rows"]
-        else:
-            fates = [""]
+    arrays = [_arrays(labelled, i) for i in pieces] or [(row.ids, row.labels)]
+    fates = _fates(row, [len(ids) for ids, _ in arrays] if pieces else [], settings)
     return [
-        InspectedRow(*row.place, fate, ids, labels, texts.tokens(ids, labels), warnings)
+        InspectedRow(
+            *row.place, fate, ids, labels, texts.tokens(ids[:most], labels[:most]), max(0, len(ids) - most), warnings
+        )
         for (ids, labels), fate in zip(arrays, fates, strict=True)
     ]
 
 
+def _fates(row: WholeRow, kept: Sequence[int], settings: RowSettings) -> list[str]:
+    """What became of each piece of a row of which `kept` tokens are left, or of the row."""
+    limit, size, made = settings.max_length, len(row.ids), len(row.sizes)
+    if not kept:
+        if not (row.labels != IGNORE).any():
+            return ["left out: no trained token"]
+        if settings.overlength == "cut":
+            return ["left out: no trained token before the cut at max_length"]
+        if made > 1:
+            return [f"left out: {made} parts, all longer than max_length {limit:,}"]
+        return [f"left out: {size:,} tokens, longer than max_length {limit:,}"]
+    if len(kept) > 1 or made > 1:
+        lost = f", {made - len(kept)} others left out" if made > len(kept) else ""
+        return [f"part {k + 1} of {len(kept)}{lost}" for k in range(len(kept))]
+    if kept[0] < size:
+        return [f"cut from {size:,} to {kept[0]:,} tokens"]
+    return ["split over packed rows" if limit is not None and kept[0] > limit else ""]
+
+
 def _packed(
     labelled: Labelled,
-    sources: Sequence[str],
-    numbers: Sequence[int],
+    places: Sequence[Place],
     max_length: int,
     strategy: str,
     texts: TokenTexts,
@@ -322,9 +344,10 @@ def _packed(
     show_tokens: int,
 ) -> tuple[list[PackedRow], int, float]:
     """Packed rows to show, how many there are, and how full they are."""
-    if not len(numbers):
+    if not len(places):
         return [], 0, 0.0
-    table = labelled.to_table().append_column("source", [list(sources)]).append_column("row", [list(numbers)])
+    sources, numbers = ([place[k] for place in places] for k in (0, 1))
+    table = labelled.to_table().append_column("source", [sources]).append_column("row", [numbers])
     packed = pack_table(table, max_length, strategy=strategy, overflow="split", allow_empty=True)
     count = packed.num_rows
     lengths = packed["seq_lengths"].combine_chunks().flatten().to_numpy()
@@ -337,53 +360,11 @@ def _packed(
             break
         documents, at = [], 0
         for name, number, length in zip(row["sources"], row["rows"], row["seq_lengths"], strict=True):
-            ids, labels = (np.array(row[key][at : at + length], np.int32) for key in ("input_ids", "labels"))
+            ids, labels = (row[key][at : at + length] for key in ("input_ids", "labels"))
             documents.append((name, number, texts.tokens(ids, labels)))
             at += length
         shown.append(PackedRow(documents))
     return shown, count, fill
-
-
-class TokenTexts:
-    """Texts of tokens in their context: what each adds to the decoded text, tokens that share a character together.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._backend = tokenizer.backend_tokenizer
-        self._added: dict[tuple[tuple[int, ...], tuple[int, ...]], str | None] = {}
-
-    def tokens(self, ids: NDArray[np.int32], labels: NDArray[np.int32]) -> list[Token]:
-        """Ids and labels, int32 [tokens], as tokens whose texts join to the decoded row."""
-        tokens: list[Token] = []
-        before: tuple[int, ...] = ()
-        start = 0
-        listed, trained = ids.tolist(), (labels != IGNORE).tolist()
-        for end in range(1, len(listed) + 1):
-            group = tuple(listed[start:end])
-            text = self._text(before, group)
-            last = end == len(listed) or len(group) == _WIDEST_GROUP
-            if text is None and not last:
-                continue
-            if text is None:
-                text = self._decode(before + group)[len(self._decode(before)) :]
-            tokens.append(Token(text, group, any(trained[start:end])))
-            before, start = group, end
-        return tokens
-
-    def _text(self, before: tuple[int, ...], group: tuple[int, ...]) -> str | None:
-        """What `group` adds to `before`; None while it ends within a character."""
-        key = before, group
-        if key not in self._added:
-            alone, both = self._decode(before), self._decode(before + group)
-            whole = not both.endswith("\ufffd") and both.startswith(alone) and (len(both) > len(alone) or not before)
-            self._added[key] = both[len(alone) :] if whole else None
-        return self._added[key]
-
-    def _decode(self, ids: tuple[int, ...]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=False) if ids else ""
 
 
 def histogram(sizes: NDArray[np.int64]) -> list[tuple[int, int, int]]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import orjson
+from markupsafe import Markup
 
-from hf_objectives.diagnostics.inspection import QUANTILES, Inspection, Token
+from hf_objectives.diagnostics.inspection import QUANTILES, Inspection
+from hf_objectives.diagnostics.report_curves import script_json
+from hf_objectives.diagnostics.token_texts import Token
+from hf_objectives.diagnostics.visible import visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -27,32 +33,35 @@ def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) 
         The path.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is the page's own
     )
+    # The page's policy names the script by its hash, of its text with line ends as a browser reads them.
+    script = (_TEMPLATES / "inspection.js").read_text(encoding="utf-8").replace("\r\n", "\n")
     page = environment.get_template("inspection.html.jinja").render(
         one=inspection,
         figures=inspection.statistics,
         quantiles=list(zip(QUANTILES, inspection.statistics.quantiles, strict=True)),
         most=max(count for _, _, count in inspection.histogram),
-        data=_script_json(page_data(inspection, tokenizer)),
+        data=Markup(script_json(page_data(inspection, tokenizer))),
+        script=Markup(script),
+        hash=Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_bytes(page.encode("utf-8", "replace"))  # half a surrogate pair is no UTF-8
     return path
-
-
-def _script_json(data: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    return orjson.dumps(data).decode().replace("<", "\\u003c")
 
 
 def page_data(inspection: Inspection, tokenizer: Any = None) -> dict[str, Any]:
     """What the page draws, as JSON values: each piece of text once, rows as numbers of pieces.
 
     Returns:
-        `pieces`: text, ids and names of each piece. `examples`: source, row, fate, kinds of warnings, pieces `p` and `m`,
-        the lengths of runs of pieces in turn untrained and trained. `packed`: rows, each a list of such documents.
+        `pieces`: text, ids and names of each piece. `examples`: source, row, fate, kinds of warnings, `x` tokens that are
+        left out here, pieces `p` and `m`, the lengths of runs of pieces in turn untrained and trained. `packed`: rows,
+        each a list of such documents.
     """
     numbers: dict[tuple[str, tuple[int, ...]], int] = {}
     pieces: list[list[Any]] = []
@@ -63,8 +72,7 @@ def page_data(inspection: Inspection, tokenizer: Any = None) -> dict[str, Any]:
             key = token.text, token.ids
             if key not in numbers:
                 numbers[key] = len(pieces)
-                names = tokenizer.convert_ids_to_tokens(list(token.ids)) if tokenizer is not None else []
-                pieces.append([token.text, list(token.ids), " ".join(map(str, names))])
+                pieces.append([visible(token.text), list(token.ids), _names(tokenizer, token)])
             listed.append(numbers[key])
             trained.append(token.trained)
         runs = [(flag, len(list(run))) for flag, run in itertools.groupby(trained)]
@@ -72,11 +80,20 @@ def page_data(inspection: Inspection, tokenizer: Any = None) -> dict[str, Any]:
         return {"p": listed, "m": [0, *lengths] if runs and runs[0][0] else lengths}
 
     examples = [
-        {"s": row.source, "r": row.row, "f": row.fate, "w": list(row.warnings), **encoded(row.tokens)}
+        {"s": visible(row.source), "r": row.row, "f": row.fate, "w": list(row.warnings), "x": row.more}
+        | encoded(row.tokens)
         for row in inspection.examples
     ]
     packed = [
-        [{"s": source, "r": number, **encoded(tokens)} for source, number, tokens in row.documents]
+        [{"s": visible(source), "r": number, **encoded(tokens)} for source, number, tokens in row.documents]
         for row in inspection.packed
     ]
     return {"pieces": pieces, "examples": examples, "packed": packed}
+
+
+def _names(tokenizer: Any, token: Token) -> str:
+    """Names of a piece's tokens in the vocabulary, and of what in its text cannot be seen."""
+    names: Sequence[str | None] = tokenizer.convert_ids_to_tokens(list(token.ids)) if tokenizer is not None else []
+    unseen = [c for c in dict.fromkeys(token.text) if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t"]
+    told = [f"U+{ord(c):04X} {unicodedata.name(c, 'control character')}" for c in unseen]
+    return "  ".join(filter(None, [visible(" ".join(map(str, names))), ", ".join(told)]))

@@ -15,15 +15,24 @@ from typing import Any
 
 import torch
 
+from hf_objectives.diagnostics.token_texts import MASKS, marked_runs
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import DataError
 from hf_objectives.losses import IGNORE
 
 LABELS, ENVIRONMENT = "labels.json", "environment.json"
 PACKAGES = ("hf_objectives", "torch", "transformers", "trl", "datasets", "accelerate", "peft")
-_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+# `max_tokens` and `label_keys` are no secrets, nor are the tokens of a vocabulary, such as `eos_token`.
 _SECRET = re.compile(
-    r"^(token|.*(hub|auth|access|api)_?token|.*api_?key|.*password.*|.*secret.*|.*credential.*)$", re.I
+    r"token$|key$|(?:^|[_\-. ])auth(?:$|[_\-. ]|orization|entication)"
+    r"|bearer|pass(?:word|wd|phrase)|secret|credential",
+    re.I,
+)
+_VOCABULARY = re.compile(r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|stop|eot|eom|think|image|audio|video)_token$", re.I)
+_SECRET_TEXTS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "(left out)"),
+    (re.compile(r"\bBearer\s+\S+", re.I), "Bearer (left out)"),
+    (re.compile(r"(?<=://)[^/\s?#]*@"), ""),  # user and password of an address
 )
 
 
@@ -41,19 +50,18 @@ def save_label_preview(tokenizer: Any, rows: Iterable[Mapping[str, Any]], path: 
     """
     content = []
     for row in itertools.islice(rows, most):
-        ids, trained = list(row["input_ids"]), _trained(row)
-        if len(ids) != len(trained):
-            raise DataError(f"a row has {len(ids)} input_ids and {len(trained)} labels; expected as many of both")
-        pieces = [
-            [tokenizer.decode([int(ids[i]) for i in run]), bool(is_trained)]
-            for is_trained, run in itertools.groupby(range(len(ids)), key=trained.__getitem__)
-        ]
-        content.append({"source": row.get("source"), "pieces": pieces})
+        ids, labels = list(row["input_ids"]), _labels(row)
+        if len(ids) != len(labels):
+            raise DataError(f"a row has {len(ids)} input_ids and {len(labels)} labels; expected as many of both")
+        content.append({"source": row.get("source"), "pieces": marked_runs(tokenizer, ids, labels)})
     return _write(path, content)
 
 
 def save_environment(path: str | Path, args: Any = ()) -> Path:
-    """Write versions, device, number of processes and settings as JSON; secrets such as `hub_token` are left out.
+    """Write versions, device, number of processes and settings as JSON, without secrets.
+
+    Left out are settings whose name says so (`hub_token`, `wandb_key`, `Authorization`), tokens of the Hub, and the user
+    and password in addresses.
 
     Args:
         path: the file; `environment.json` in the output folder is where a report looks for it.
@@ -64,7 +72,7 @@ def save_environment(path: str | Path, args: Any = ()) -> Path:
         field.name: _plain(getattr(one, field.name))
         for one in several
         for field in dataclasses.fields(one)
-        if not _SECRET.match(field.name)
+        if not _is_secret(field.name)
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
@@ -72,13 +80,18 @@ def save_environment(path: str | Path, args: Any = ()) -> Path:
     return _write(path, content)
 
 
-def _trained(row: Mapping[str, Any]) -> list[bool]:
+def _labels(row: Mapping[str, Any]) -> list[int]:
+    """The labels of a row, or 1 where its mask trains a token."""
     if row.get("labels") is not None:
-        return [int(label) != IGNORE for label in row["labels"]]
-    for name in _MASKS:
+        return [int(label) for label in row["labels"]]
+    for name in MASKS:
         if row.get(name) is not None:
-            return [bool(flag) for flag in row[name]]
-    raise DataError(f"a row has the columns {sorted(row)}; expected labels or one of {', '.join(_MASKS)}")
+            return [1 if flag else IGNORE for flag in row[name]]
+    raise DataError(f"a row has the columns {sorted(row)}; expected labels or one of {', '.join(MASKS)}")
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(name) is not None and _VOCABULARY.search(name) is None
 
 
 def _plain(value: Any) -> Any:
@@ -88,10 +101,15 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items() if not _SECRET.match(str(key))}
+        return {str(key): _plain(one) for key, one in value.items() if not _is_secret(str(key))}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    text = str(value)
+    for pattern, instead in _SECRET_TEXTS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def _version(package: str) -> str | None:

@@ -6,26 +6,29 @@ import csv
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from hf_objectives.diagnostics.log_table import LogTable
+from hf_objectives.diagnostics.log_names import RUN_KEYS, canonical
+from hf_objectives.diagnostics.log_state import CHUNK, HISTORY, StateLines
+from hf_objectives.diagnostics.log_table import LogTable, tables_by_run
 from hf_objectives.errors import ConfigError, FileFormatError
 
 STATE = "trainer_state.json"
 #: Names of files that hold a log.
 PATTERNS = ("*.jsonl", "*.ndjson", "*.csv", "*.tsv", "events.out.tfevents.*", "*.db", "*.sqlite", "*log*.json")
-_HISTORY = re.compile(r'"log_history"\s*:\s*\[')
-_CHUNK = 1 << 22  # characters
-_GAP = re.compile(r"[\s,]*")
+Contents = dict[str, tuple[LogTable, list[str]]]
+#: A curve that TensorBoard exported: the run and the tag are in the name of the file.
+TAGGED = re.compile(r"(?P<run>.*)-tag-(?P<tag>.+)\.csv")
+_EXAMPLE = '{"step": 1, "loss": 2.3}'
 
 
-def read_file(path: Path) -> dict[str, tuple[LogTable, list[str]]]:
-    """The runs in a log file by name, with what could not be read of each.
+def read_file(path: Path) -> Contents:
+    """The runs in a log file by name, with what could not be read of each; "" is one that the file does not name.
 
     Raises:
         FileFormatError: the file is empty, or nothing that a log is kept in.
@@ -39,120 +42,139 @@ def read_file(path: Path) -> dict[str, tuple[LogTable, list[str]]]:
         return _trackio(path)
     if "tfevents" in path.name:
         return {"": _tensorboard(path)}
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise FileFormatError(f"{path} is UTF-16; expected UTF-8, which iconv -f UTF-16 -t UTF-8 makes of it")
     text = head.decode("utf-8-sig", errors="replace").lstrip()
     if path.suffix in (".csv", ".tsv"):
-        return {"": _csv(path)}
-    if text.startswith("[") or _HISTORY.search(text) or (path.name == STATE):
-        return {"": _json_array(path)}
+        return _csv(path)
+    if path.name == STATE or text.startswith("[") or HISTORY.search(text):
+        return _state(path)
     if text.startswith("{") or path.suffix in (".jsonl", ".ndjson"):
-        # A state file whose history stands further down than its head has one object over many lines.
-        first = text.split("\n", 1)[0].strip()
-        return {"": _json_array(path) if first == "{" else _json_lines(path)}
+        return _state(path) if _is_one_object(path) else _json_lines(path)
     raise FileFormatError(
         f"{path} is no log that is known; expected {STATE}, JSON lines, CSV, TensorBoard events or trackio's database"
     )
 
 
-_EXAMPLE = '{"step": 1, "loss": 2.3}'
+def _is_one_object(path: Path) -> bool:
+    """Whether a file is a state under another name: an object over many lines, or a line with a log_history."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline(CHUNK)
+    return first.strip() == "{" or HISTORY.search(first) is not None
 
 
-def _json_lines(path: Path) -> tuple[LogTable, list[str]]:
-    table, bad = LogTable(), []
+def _state(path: Path) -> Contents:
+    lines = StateLines(path)
+    return {name: (table, lines.notes) for name, table in tables_by_run(lines).items()}
+
+
+def _json_lines(path: Path) -> Contents:
+    bad: list[tuple[int, bool]] = []
 
     def lines() -> Iterator[dict[str, Any]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                try:
-                    entry = orjson.loads(line)
-                except orjson.JSONDecodeError:
-                    try:
-                        entry = json.loads(line)  # takes NaN and Infinity
-                    except ValueError:
-                        entry = None
-                if isinstance(entry, dict):
+                if (entry := _object(line)) is not None:
                     yield entry
                 else:
                     bad.append((number, not line.endswith(b"\n")))
 
-    table.extend(lines())
+    tables = tables_by_run(lines())
     notes = []
     if bad and bad[-1][1]:
         notes.append(f"line {bad.pop()[0]:,}, the last, is cut short: the log is damaged there or still being written")
     if bad:
         notes.append(f"{len(bad):,} lines are no JSON objects and were left out, the first is line {bad[0][0]:,}")
-    return table, notes
+    return {name: (table, notes) for name, table in tables.items()}
 
 
-def _json_array(path: Path) -> tuple[LogTable, list[str]]:
-    """The objects of a state's `log_history`, or of an array of log lines; as far as the file goes."""
-    table, notes = LogTable(), []
-
-    def entries() -> Iterator[dict[str, Any]]:
-        decode = json.JSONDecoder().raw_decode
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            text = file.read(_CHUNK)
-            while (found := _HISTORY.search(text)) is None and not text.lstrip().startswith("["):
-                more = file.read(_CHUNK)
-                if not more:
-                    notes.append("it has no log_history")
-                    return
-                text += more
-            at = found.end() if found else text.index("[") + 1
-            whole = 0  # up to here whole objects were taken at once
-            while True:
-                at = _GAP.match(text, at).end()  # type: ignore[union-attr]
-                if text[at : at + 1] == "]":
-                    return
-                if at >= whole and (cut := text.rfind("}", at) + 1):
-                    # Many objects at once, an order faster; one by one where that fails, as at the end and at a NaN.
-                    whole = cut
-                    try:
-                        some = orjson.loads(f"[{text[at:cut]}]")
-                    except orjson.JSONDecodeError:
-                        some = None
-                    if some and all(isinstance(entry, dict) for entry in some):
-                        yield from some
-                        at = cut
-                        continue
-                try:
-                    entry, end = decode(text, at)
-                except ValueError as error:
-                    more = file.read(_CHUNK)
-                    if not more:
-                        notes.append(
-                            f"it ends in the middle of its log ({error.args[0].split(':')[0].lower()}): damaged there or "
-                            "still being written; the lines before were read"
-                        )
-                        return
-                    text, at, whole = text[at:] + more, 0, 0
-                    continue
-                at = end
-                if not isinstance(entry, dict):
-                    notes.append(f"an entry of the log is no object: {str(entry)[:60]}")
-                    continue
-                yield entry
-
-    table.extend(entries())
-    return table, notes
+def _object(text: Any) -> dict[str, Any] | None:
+    """What a line holds, where that is an object."""
+    try:
+        entry = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        try:
+            entry = json.loads(text)  # takes NaN and Infinity
+        except (ValueError, TypeError, RecursionError):
+            return None
+    return entry if isinstance(entry, dict) else None
 
 
-def _csv(path: Path) -> tuple[LogTable, list[str]]:
-    table, ragged = LogTable(), 0
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path) -> Contents:
+    bad: list[tuple[int, str]] = []
+    ragged = 0
+    with path.open("rb") as raw:
+        raw.seek(-1, 2)
+        ended = raw.read(1) in b"\r\n"
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         header = file.readline()
         file.seek(0)
-        delimiter = max("\t;,", key=header.count)
+        reader = csv.reader(file, delimiter=max("\t;,", key=header.count))
+        try:
+            names = [name.strip() for name in next(reader)]
+        except csv.Error as error:
+            raise FileFormatError(f"{path}, line 1: {error}; expected the names of columns") from error
 
-        def rows() -> Iterator[dict[str, Any]]:
+        def rows() -> Iterator[list[str]]:
             nonlocal ragged
-            for row in csv.DictReader(file, delimiter=delimiter):
-                ragged += None in row or None in row.values()
-                yield {key.strip(): value for key, value in row.items() if key is not None and value not in (None, "")}
+            while True:
+                try:
+                    for row in reader:
+                        ragged += 0 < len(row) != len(names)
+                        yield row
+                    return
+                except csv.Error as error:  # the reader goes on with the next line
+                    bad.append((reader.line_num, str(error)))
 
-        table.extend(rows())
-    return table, [f"{ragged:,} lines have more or fewer cells than the header"] if ragged else []
+        tables = tables_by_run(_lines_of(path, names, rows()))
+    notes = []
+    if bad:
+        number, reason = bad[0]
+        notes.append(f"{len(bad):,} lines cannot be read and were left out, the first is line {number:,} ({reason})")
+    if ragged:
+        notes.append(f"{ragged:,} lines have more or fewer cells than the header")
+    if not ended:
+        notes.append("the last line has no line end: it may be cut short")
+    return {name: (table, notes) for name, table in tables.items()}
+
+
+def _lines_of(path: Path, names: list[str], rows: Iterable[list[str]]) -> Iterator[Mapping[str, Any]]:
+    """Rows as log lines, also those of the tables that Weights & Biases and TensorBoard export."""
+    if len(names) > 1 and all(" - " in name for name in names[1:]):
+        yield from _side_by_side(names, rows)
+        return
+    if [name.lower() for name in names] == ["wall time", "step", "value"] and (tagged := TAGGED.fullmatch(path.name)):
+        names = [*names[:2], _tag(tagged["tag"])]
+    for row in rows:
+        cells = zip(names, row, strict=False)
+        yield {name: value for name, value in cells if value} if "" in row else dict(cells)
+
+
+def _side_by_side(names: list[str], rows: Iterable[list[str]]) -> Iterator[Mapping[str, Any]]:
+    """Runs side by side under `NAME - key`, each with the extremes of what was averaged for the picture."""
+    columns: dict[str, list[tuple[int, str]]] = {}
+    for i, name in enumerate(names[1:], 1):
+        if not name.endswith(("__MIN", "__MAX")):
+            run, key = name.rsplit(" - ", 1)
+            columns.setdefault(run, []).append((i, key))
+    for row in rows:
+        for run, its in columns.items():
+            if values := {key: row[i] for i, key in its if i < len(row) and row[i]}:
+                yield {RUN_KEYS[0]: run, names[0]: row[0], **values}
+
+
+def _tag(tag: str) -> str:
+    """A tag from the name of a file, where TensorBoard writes _ in place of its first /."""
+    slashed = tag.replace("_", "/", 1)
+    return slashed if canonical(slashed) != slashed else tag
+
+
+# -- trackers ------------------------------------------------------------------------------------------------------
 
 
 def _tensorboard(path: Path) -> tuple[LogTable, list[str]]:
@@ -174,19 +196,32 @@ def _tensorboard(path: Path) -> tuple[LogTable, list[str]]:
     return table, []
 
 
-def _trackio(path: Path) -> dict[str, tuple[LogTable, list[str]]]:
+def _trackio(path: Path) -> Contents:
     """Trackio's own reader wants the project by name in its own folder; the table is plain."""
-    runs: dict[str, tuple[LogTable, list[str]]] = {}
+    runs: Contents = {}
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as base:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
             names = [name for (name,) in base.execute("select distinct run_name from metrics order by id")]
             for name in names:
-                table = LogTable()
                 rows = base.execute("select step, metrics from metrics where run_name = ? order by id", (name,))
-                table.extend({"step": step, **json.loads(metrics)} for step, metrics in rows)
-                runs[name] = table, []
+                runs[str(name)] = _trackio_run(rows)
     except sqlite3.DatabaseError as error:
         raise FileFormatError(f"{path} is a database, but not one that trackio wrote ({error})") from error
     if not runs:
         raise FileFormatError(f"{path} holds no run")
     return runs
+
+
+def _trackio_run(rows: Iterable[tuple[Any, Any]]) -> tuple[LogTable, list[str]]:
+    table, bad = LogTable(), []
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for step, metrics in rows:
+            if (entry := _object(metrics)) is not None:
+                yield {"step": step, **entry}
+            else:
+                bad.append(step)
+
+    table.extend(lines())
+    notes = [f"{len(bad):,} rows are no JSON objects and were left out, the first is of step {bad[0]}"] if bad else []
+    return table, notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,11 @@ import numpy as np
 from hf_objectives.diagnostics.robust import MAD
 
 _DEVIATIONS = 6.0  # of the noise around the level
-_HIGH = 2.5  # deviations from which a step's examples are worth a look
+_FEW = 4  # losses, from which on the height of the next can be told, if roughly
+_NONE = 1e-4  # nats: a loss that is not there yet, as with sparse rewards, or that is learned
 _SHARE = 0.1  # of the level: less is no spike, however quiet the run
+_LATELY, _OFTEN = 128, 4  # steps, and rises of one height among them, which make it usual
+_ALIKE = 0.5  # of a height: less apart is one height
 _LOWEST_OF_64 = 3.2  # standard deviations that the lowest of 64 normal values stays above, 19 times of 20
 
 
@@ -30,7 +34,8 @@ class Spike:
 class SpikeMonitor:
     """Compares each loss with the median and the noise (median absolute difference of neighbours) of those before.
 
-    A spike is kept out of what later losses are compared with; `patience` spikes in a row are a new level, which is taken.
+    A spike is kept out of what later losses are compared with; `patience` spikes in a row are a new level, which is taken. A
+    height that comes back again and again is a part of the data (a harder source), no spike any more.
 
     Args:
         window: losses that are looked back on.
@@ -38,23 +43,36 @@ class SpikeMonitor:
         patience: spikes in a row after which the new level is accepted.
 
     Attributes:
-        high: the loss added last is no spike, but high enough that one bad example among good ones may be the cause.
+        height: of the loss added last over the level, in deviations; 0 before there is a level. What is high and no spike may
+            be due to one bad example among good ones.
     """
 
     def __init__(self, window: int = 64, warmup: int = 12, patience: int = 20) -> None:
         self._warmup, self._patience = warmup, patience
         self._kept: deque[float] = deque(maxlen=window)
         self._apart: list[float] = []
-        self.high = False
+        self._episodes: deque[tuple[int, float]] = deque(
+            maxlen=window
+        )  # number and height of each rise above the limit
+        self._count = 0
+        self.height = 0.0
+
+    def seed(self, values: Iterable[float]) -> None:
+        """Take losses of before a resume, to compare with."""
+        self._kept.extend(value for value in values if math.isfinite(value))
 
     def add(self, value: float) -> Spike | None:
         """Take the loss of a step; a spike if it is one. A loss that is not finite is one and never kept."""
-        self.high = False
+        self.height = 0.0
+        self._count += 1
         spike = self._judge(value)
+        if spike is not None and math.isfinite(value) and self._is_usual(spike):
+            spike = None
         if spike is None:
             self._kept.append(value)
             self._apart.clear()
-        elif math.isfinite(value):
+            return None
+        if math.isfinite(value):
             self._apart.append(value)
             if len(self._apart) >= self._patience:
                 self._kept.clear()
@@ -62,14 +80,25 @@ class SpikeMonitor:
                 self._apart.clear()
         return spike
 
+    def _is_usual(self, spike: Spike) -> bool:
+        """Whether rises of about this height came several times lately, each after losses that were none."""
+        height = spike.value - spike.level
+        lately = [seen for at, seen in self._episodes if at > self._count - _LATELY]
+        usual = sum(abs(seen - height) <= _ALIKE * height for seen in lately) >= _OFTEN
+        if not self._apart:
+            self._episodes.append((self._count, height))
+        return usual and not self._apart
+
     def _judge(self, value: float) -> Spike | None:
         if not math.isfinite(value):
             level = float(np.median(self._kept)) if self._kept else math.nan
             return Spike(value, level, math.inf, math.inf)
-        if len(self._kept) < self._warmup:
+        if len(self._kept) < _FEW:
             return None
         kept = np.array(self._kept)
         level = float(np.median(kept[-16:]))
+        if abs(level) < _NONE:
+            return None  # a tenth of nothing is no measure
         around = kept - np.median(kept)
         noise = float(MAD * np.median(np.abs(np.diff(kept))) / math.sqrt(2))
         # Losses whose low outliers reach further than normal ones have high outliers that do, too.
@@ -80,5 +109,6 @@ class SpikeMonitor:
             max(noise, 1e-12) if around[-1] < 0 else max(noise, float(MAD * np.median(np.abs(around))) / 2, 1e-12)
         )
         limit = level + max(_DEVIATIONS * tail * deviation, _SHARE * abs(level))
-        self.high = limit >= value > level + _HIGH * deviation
-        return Spike(value, level, limit, (value - level) / deviation) if value > limit else None
+        self.height = (value - level) / deviation
+        judged = len(kept) >= self._warmup
+        return Spike(value, level, limit, self.height) if judged and value > limit else None

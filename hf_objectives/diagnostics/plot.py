@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_objectives.diagnostics.curves import Curves, read_curves, read_runs
+from hf_objectives.diagnostics.curves import Curves, Log, read_curves, read_runs
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.findings import SEVERITIES, Finding
-from hf_objectives.diagnostics.panels import SMOOTHED_FROM, Line, Panel, colour_of, panels_of, spans_decades
+from hf_objectives.diagnostics.panels import (
+    FINDING_COLOURS,
+    SMOOTHED_FROM,
+    Line,
+    Panel,
+    colour_of,
+    dashes_of,
+    panels_of,
+    shortened,
+    shown_in,
+    spans_decades,
+)
 from hf_objectives.diagnostics.reduction import reduce_points, smooth_points
+from hf_objectives.diagnostics.visible import visible
 from hf_objectives.errors import ConfigError, FileFormatError
 
-Log = Sequence[Mapping[str, Any]]
 One = str | Path | Log | Curves
 FORMATS = ("png", "svg", "pdf")
-_COLOURS = {"info": "#4878a8", "warning": "#e08a00", "error": "#c81e1e"}
 _MARKS, _LISTED = 12, 8
-_PANEL_OF = {"gradient_explosion": "grad_norm", "schedule_fault": "learning_rate", "mixture_drift": "share"}
+_TEXT, _LINE_HEIGHT = "findings", 0.17  # inches
+_BANDS_UP_TO = 16  # runs; the bands of more would lie over all that is drawn
 
 
 def plot_training_metrics(
@@ -32,7 +42,7 @@ def plot_training_metrics(
     *,
     findings: Sequence[Finding] | None = None,
 ) -> Path:
-    """Draw what the log has of loss, perplexity, learning rate, gradient norm, tokens a second, and sources.
+    """Draw what the log has of loss, perplexity, learning rate, gradient norm, tokens a second, rewards, and sources.
 
     Training is drawn pale as logged with its moving median over it, validation dashed. Perplexity is on a log scale; where
     a log of a language model has none it is exp(loss). Logs of a million lines are drawn by the extremes of each pixel.
@@ -47,50 +57,61 @@ def plot_training_metrics(
         The path of the picture.
 
     Raises:
-        FileFormatError: no log where `log` says, or a log without a single loss.
+        FileFormatError: no log where `log` says, or a log with nothing that is drawn.
         ConfigError: another ending.
     """
-    # A figure of its own, not pyplot's: no global state, no window, safe beside a user's own plots.
     from matplotlib.figure import Figure
 
     _check_ending(output)
     runs = _runs(log)
     for run in runs:
-        if "loss" not in run and "eval_loss" not in run:
-            raise FileFormatError(f"{run.name} has neither a 'loss' nor an 'eval_loss'; nothing to draw")
+        if not panels_of([run]):
+            raise FileFormatError(
+                f"{run.name} has neither a 'loss' nor an 'eval_loss', nor anything else that is drawn; it has "
+                f"{', '.join(sorted(run.series)[:8])}"
+            )
     panels = panels_of(runs)
     found = _diagnosed(runs) if findings is None else list(findings)
     found.sort(key=lambda one: (-SEVERITIES.index(one.severity), one.step))
     columns = 3 if len(panels) > 4 else min(2, len(panels))
-    width, panel_height = 4.9 * columns + (1.5 if columns == 1 else 0), 3.1
+    width = 4.9 * columns + (1.5 if columns == 1 else 0)
     lines = _listing(found, several=len(runs) > 1, characters=int(width * 14.5))
-    rows = -(-len(panels) // columns)
-    text_height = 0.17 * len(lines)
-    figure = Figure(figsize=(width, panel_height * rows + text_height + 0.45), layout="constrained")
-    # Cells that are left over widen the first panel, which is the loss.
-    spare = rows * columns - len(panels)
-    cells = [panels[0].name] * (1 + spare) + [panel.name for panel in panels[1:]]
-    mosaic = [cells[i * columns : (i + 1) * columns] for i in range(rows)]
-    ratios = [panel_height] * rows
-    if lines:
-        mosaic.append(["findings"] * columns)
-        ratios.append(text_height)
-    axes = figure.subplot_mosaic(mosaic, height_ratios=ratios)  # type: ignore[arg-type]
+    # A figure of its own, not pyplot's: no global state, no window, safe beside a user's own plots.
+    figure = Figure(layout="constrained")
+    held_out = any(line.held_out for panel in panels for line in panel.lines)
+    title_height = _title(figure, runs, width, held_out=held_out)
+    axes = _grid(figure, panels, columns, width, title_height, len(lines))
     for panel in panels:
         _draw_panel(axes[panel.name], panel)
     _same_steps([axes[panel.name] for panel in panels], runs)
     for run in runs:
         for seam in run.seams:
             axes[panels[0].name].axvline(seam, color="black", linewidth=0.7, linestyle=":", alpha=0.6)
-    _mark(axes, found)
-    if lines:
-        axes["findings"].axis("off")
-        for i, (line, colour) in enumerate(lines):
-            axes["findings"].text(
-                0, 1 - (i + 0.5) / len(lines), line, color=colour, fontsize=8, va="center", parse_math=False
-            )
-    _title(figure, runs)
+    _mark({panel.name: axes[panel.name] for panel in panels}, found, bands=len(runs) <= _BANDS_UP_TO)
+    for i, (line, colour) in enumerate(lines):
+        at = 1 - (i + 0.5) / len(lines)
+        axes[_TEXT].text(0, at, line, color=colour, fontsize=8, va="center", parse_math=False)
     return save(figure, output)
+
+
+def _grid(
+    figure: Any, panels: Sequence[Panel], columns: int, width: float, title_height: float, lines: int
+) -> dict[str, Any]:
+    """Axes by panel, and below them those of the findings, in a figure that is high enough for title and text, too."""
+    rows, height = -(-len(panels) // columns), 3.1
+    # Cells that are left over widen the first panel, which is the loss.
+    spare = rows * columns - len(panels)
+    cells = [panels[0].name] * (1 + spare) + [panel.name for panel in panels[1:]]
+    mosaic = [cells[i * columns : (i + 1) * columns] for i in range(rows)]
+    ratios = [height] * rows
+    if lines:
+        mosaic.append([_TEXT] * columns)
+        ratios.append(_LINE_HEIGHT * lines)
+    figure.set_size_inches(width, sum(ratios) + title_height)
+    axes = figure.subplot_mosaic(mosaic, height_ratios=ratios)
+    if lines:
+        axes[_TEXT].axis("off")
+    return dict(axes)
 
 
 # -- what is drawn -----------------------------------------------------------------------------------------------
@@ -142,7 +163,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 
     handles = []
     for line in panel.lines:
-        (drawn,) = _draw_line(axes, line, geometric=panel.log is True)
+        (drawn,) = draw_line(axes, line, geometric=panel.log is True)
         if line.label:
             handles.append((drawn, _plain(line.label)))
     values = np.concatenate([line.series.values for line in panel.lines] or [np.ones(1)])
@@ -152,6 +173,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         # Plain numbers instead of powers of ten, and between the decades only where the range is short.
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.5)))
+    _widen(axes, log=axes.get_yscale() == "log")
+    if log and panel.least is not None and (values[np.isfinite(values)] >= panel.least).all():
+        axes.set_ylim(bottom=max(panel.least, axes.get_ylim()[0]))
     if panel.name == "tokens_per_second":
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     if panel.name == "learning_rate":
@@ -172,18 +196,39 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.legend(*zip(*handles, strict=True), frameon=False, fontsize=8, ncols=1 + (len(handles) > 5))
 
 
-def _draw_line(axes: Any, line: Line, *, geometric: bool) -> Any:
+def _widen(axes: Any, *, log: bool) -> None:
+    """Room about a curve that is constant but for rounding, whose axis would have one number at all of its ticks."""
+    low, high = axes.get_ylim()
+    if high - low < 1e-9 * max(abs(low), abs(high)):
+        middle = (low + high) / 2
+        axes.set_ylim(
+            (middle / 1.1, middle * 1.1) if log else (middle - 0.05 * abs(middle), middle + 0.05 * abs(middle))
+        )
+
+
+def draw_line(axes: Any, line: Line, *, geometric: bool = False) -> Any:
+    """Draw a curve, a long one pale as it was logged with its trend over it.
+
+    Args:
+        axes: matplotlib's.
+        line: what to draw.
+        geometric: the trend is that of the logarithms.
+
+    Returns:
+        What stands for the curve in a legend: a list of one `Line2D`.
+    """
     steps, values = line.series
-    raw_steps, raw = reduce_points(steps, values)
+    style: Any = (0, line.dashes) if line.dashes else "-"
+    shared = {"color": line.colour, "linestyle": style}
+    reduced, finite = reduce_points(steps, values), int(np.isfinite(values).sum())
     if line.held_out:
-        few = "o" if len(steps) <= 40 else ""
-        return axes.plot(raw_steps, raw, "--", marker=few, markersize=3, linewidth=1.3, color=line.colour, zorder=3)
-    finite = int(np.isfinite(values).sum())
+        return axes.plot(
+            *reduced, **shared, marker="o" if len(steps) <= 40 else "", markersize=3, linewidth=1.3, zorder=3
+        )
     if not line.smooth or finite < SMOOTHED_FROM:
-        few = "o" if finite < 3 else ""
-        return axes.plot(raw_steps, raw, line.style, marker=few, markersize=4, linewidth=1.3, color=line.colour)
-    axes.plot(raw_steps, raw, color=line.colour, alpha=0.28, linewidth=0.8)
-    return axes.plot(*smooth_points(steps, values, geometric=geometric), color=line.colour, linewidth=1.5, zorder=2.5)
+        return axes.plot(*reduced, **shared, marker="o" if finite < 3 else "", markersize=4, linewidth=1.3)
+    axes.plot(*reduced, color=line.colour, alpha=0.28, linewidth=0.8)
+    return axes.plot(*smooth_points(steps, values, geometric=geometric), **shared, linewidth=1.5, zorder=2.5)
 
 
 def _same_steps(axes: list[Any], runs: list[Curves]) -> None:
@@ -203,28 +248,29 @@ def _same_steps(axes: list[Any], runs: list[Curves]) -> None:
 # -- findings ----------------------------------------------------------------------------------------------------
 
 
-def _mark(axes: Mapping[str, Any], found: Sequence[Finding]) -> None:
-    """The gravest findings, each a band or a line with its number in the panel that shows it."""
-    placed: dict[str, list[float]] = {}
+def _mark(axes: Mapping[str, Any], found: Sequence[Finding], *, bands: bool = True) -> None:
+    """The gravest findings, each a band or a line with its number in the panels that show it."""
+    placed: dict[str, list[tuple[float, int]]] = {}
     shaded = set()
     for number, one in enumerate(found[:_MARKS], 1):
-        name = _PANEL_OF.get(one.kind, "loss")
-        name = name if name in axes else "loss"
-        panel, colour = axes[name], _COLOURS[one.severity]
-        low, high = panel.get_xlim()
-        at = min(max(one.step, low), high)
-        band = (name, one.step, one.last_step)
-        if one.last_step > one.step and band not in shaded:
-            shaded.add(band)
-            panel.axvspan(at, min(one.last_step, high), color=colour, alpha=0.1, linewidth=0, zorder=0)
-        panel.axvline(at, color=colour, linewidth=1.1, alpha=0.8, zorder=1)
-        near = [x for x in placed.setdefault(name, []) if abs(x - at) < 0.05 * (high - low)]
-        placed[name].append(at)
-        panel.text(
-            at, 0.96 - 0.11 * (len(near) % 6), str(number), transform=panel.get_xaxis_transform(), fontsize=8,
-            color="white", ha="center", va="center", zorder=5,
-            bbox={"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "none"},
-        )  # fmt: skip
+        colour = FINDING_COLOURS[one.severity][0]
+        for name in shown_in(one.kind, axes):
+            panel = axes[name]
+            low, high = panel.get_xlim()
+            at = min(max(one.step, low), high)
+            band = (name, one.step, one.last_step)
+            if bands and one.last_step > one.step and band not in shaded:
+                shaded.add(band)
+                panel.axvspan(at, min(one.last_step, high), color=colour, alpha=0.1, linewidth=0, zorder=0)
+            panel.axvline(at, color=colour, linewidth=1.1, alpha=0.8, zorder=1)
+            near = [height for x, height in placed.setdefault(name, []) if abs(x - at) < 0.05 * (high - low)]
+            free = next((height for height in range(8) if height not in near), len(near) % 8)
+            placed[name].append((at, free))
+            panel.text(
+                at, 0.96 - 0.11 * free, str(number), transform=panel.get_xaxis_transform(), fontsize=8,
+                color="white", ha="center", va="center", zorder=5,
+                bbox={"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "none"},
+            )  # fmt: skip
 
 
 def _listing(found: Sequence[Finding], *, several: bool, characters: int) -> list[tuple[str, str]]:
@@ -232,32 +278,41 @@ def _listing(found: Sequence[Finding], *, several: bool, characters: int) -> lis
     lines = []
     for number, one in enumerate(found[:_LISTED], 1):
         who = f"{one.run}, " if several and one.run else ""
-        text = f"{number}  {one.kind} ({who}{one.steps}): {one.evidence}"
+        text = visible(f"{number}  {one.kind} ({who}{one.steps}): {one.evidence}")
         for i, part in enumerate(textwrap.wrap(text, characters - 4, max_lines=2, placeholder=" ...")):
-            lines.append((("    " if i else "") + part, _COLOURS[one.severity]))
+            lines.append((("    " if i else "") + part, FINDING_COLOURS[one.severity][0]))
     if len(found) > _LISTED:
         lines.append((f"and {len(found) - _LISTED} more", "black"))
     return lines
 
 
-def _title(figure: Any, runs: Sequence[Curves]) -> None:
-    """The name of one run; for several, which colour is whose and what the dashes mean."""
+def _title(figure: Any, runs: Sequence[Curves], width: float, *, held_out: bool) -> float:
+    """The name of one run; for several, which line is whose and what the dashes mean. Returns its height in inches."""
     from matplotlib.lines import Line2D
 
     if len(runs) == 1:
         figure.suptitle(_plain(runs[0].name), fontsize=11, x=0.01, ha="left")
-        return
-    handles = [Line2D([], [], color=colour_of(i), linewidth=2, label=_plain(run.name)) for i, run in enumerate(runs)]
-    if any("eval_loss" in run for run in runs):
-        handles.append(Line2D([], [], color="black", linestyle="--", marker="o", markersize=3, label="validation"))
-    widest = max(len(run.name) for run in runs) + 8
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 13) // widest))
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+        return 0.45
+    names = shortened([run.name for run in runs])
+    handles = []
+    for i, name in enumerate(names):
+        style: Any = (0, dashes_of(i)) if dashes_of(i) else "-"
+        handles.append(Line2D([], [], color=colour_of(i), linewidth=2, linestyle=style, label=_plain(name)))
+    if held_out:
+        style = (0, dashes_of(0, broken=True))
+        handles.append(Line2D([], [], color="black", linestyle=style, marker="o", markersize=3, label="validation"))
+    handle_length = 2.0 + 2.0 * (len(runs) > 8)
+    widest = max(len(name) for name in names) + 6 + handle_length
+    columns = max(1, min(len(handles), int(width * 13 / widest)))
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=handle_length
+    )
+    return 0.3 + 0.19 * -(-len(handles) // columns)
 
 
 def _plain(text: str) -> str:
     """Text of the user's as it stands: no mathematics between dollars, and no label that a legend would hide."""
-    text = text.replace("$", r"\$")
+    text = visible(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
@@ -281,54 +336,3 @@ def save(figure: Any, output: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
-
-
-def read_log(log: str | Path | Log) -> Log:
-    """A Trainer's log history from where it is.
-
-    Raises:
-        FileFormatError: no `trainer_state.json` there, or one that is not JSON.
-    """
-    if not isinstance(log, (str, Path)):
-        return log
-    path = Path(log)
-    if path.is_dir():
-        found = sorted(path.glob("**/trainer_state.json"), key=lambda state: (len(state.parts), state.stat().st_mtime))
-        own = [state for state in found if state.parent == path]
-        if not found:
-            raise FileFormatError(f"no trainer_state.json under {path}")
-        path = own[0] if own else found[-1]
-    try:
-        return json.loads(path.read_text())["log_history"]
-    except FileNotFoundError as error:
-        raise FileFormatError(f"no log at {path}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FileFormatError(f"{path} is not a trainer_state.json with a log_history ({error!r})") from error
-
-
-def series(history: Log, key: str) -> list[tuple[float, float]]:
-    """Steps and values of a key, where a log line has it."""
-    return [(entry["step"], float(entry[key])) for entry in history if entry.get(key) is not None and "step" in entry]
-
-
-def draw(
-    axes: Any,
-    points: list[tuple[float, float]],
-    label: str,
-    *,
-    mean: Callable[[Sequence[float]], float] | None = None,
-    marker: str = "",
-    style: str = "-",
-) -> None:
-    """One curve; a long one, where it has a `mean`, as the values in pale and their moving mean over them."""
-    if not points:
-        return
-    steps, values = zip(*points, strict=True)
-    if mean is None or len(points) < 20:
-        axes.plot(steps, values, style, marker=marker, label=label)
-        return
-    (line,) = axes.plot(steps, values, alpha=0.3)
-    # A tenth of the curve, centred: enough to see a trend, without the lag that a trailing mean has where it is steep.
-    half = max(1, len(values) // 20)
-    means = [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    axes.plot(steps, means, color=line.get_color(), label=label)

@@ -45,7 +45,7 @@ def smooth_points(
     """The trend of a curve: its moving median over a tenth of it, and a short moving mean over that.
 
     A lone spike leaves no mark on a median, and a step stays a step, where a mean would begin to rise before it. Windows
-    are centred, without the lag of trailing ones, and narrower at the beginning, where a loss is steep.
+    are centred, without the lag of trailing ones, and narrower towards both ends.
 
     Args:
         steps: [points], rising.
@@ -74,7 +74,7 @@ def smooth_points(
 def _moving(of: Callable[..., Any], y: NDArray[np.float64], most: int) -> NDArray[np.float64]:
     result, good = np.full(len(y), np.nan), np.isfinite(y)
     for i in np.flatnonzero(good).tolist():
-        half = min(most, i)
+        half = min(most, i, len(y) - 1 - i)
         window = slice(i - half, i + half + 1)
         result[i] = of(y[window][good[window]])
     return result

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +16,14 @@ from hf_objectives.diagnostics.curves import Curves, Log, read_curves
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.findings import SEVERITIES, Finding
 from hf_objectives.diagnostics.label_preview import ENVIRONMENT, LABELS
-from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of, script_json
+from hf_objectives.diagnostics.panels import FINDING_COLOURS, sources_of, with_perplexities
+from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of, script_hash, script_json
+from hf_objectives.diagnostics.visible import visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _EVENTS_AT_MOST, _EXAMPLES_AT_MOST, _ROWS_AT_MOST = 20, 12, 20
+_FEW = 20  # points, below which most of what `diagnose` looks for is not told from noise
+_DEEPEST = 50  # levels of a JSON file
 _TEXT_AT_MOST = 4_000  # characters of a document
 
 
@@ -65,7 +67,7 @@ def write_report(
         "other": runs[1].name if compare is not None else None,
         "summary": _summary(curves, findings),
         "findings": findings,
-        "diagnosed": drawn,
+        "verdict": _verdict(curves, drawn),
         "rows": rows_of(runs),
         "mixture": _mixture(curves),
         "perplexities": _perplexities(curves),
@@ -86,25 +88,29 @@ def write_report(
 def _render(content: dict[str, Any], figures: dict[str, Any]) -> str:
     """The page. Its policy names the two scripts by their hashes: the browser runs no other."""
     scripts = [bokeh_script(), (_TEMPLATES / "report.js").read_text(encoding="utf-8")]
-    # A browser hashes what stands between the tags, line ends as it reads them.
-    scripts = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     jinja = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     jinja.filters["figure"] = _figure_text
     return jinja.get_template("report.html.jinja").render(
         **content,
-        hashes=hashes,
+        hashes=[script_hash(script) for script in scripts],
+        colours=FINDING_COLOURS,
         style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         bokeh=Markup(scripts[0]),
         script=Markup(scripts[1]),
         figures=Markup(script_json(figures)),
     )
+
+
+def _shown(value: Any) -> Any:
+    """Text with pictures for the characters that steer: a bidi control in one name would turn round what follows."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _figure_text(value: Any) -> str:
@@ -138,36 +144,41 @@ def _summary(curves: Curves, findings: Sequence[Finding]) -> list[tuple[str, str
             cards.append((title, _figure_text(float(values[good[-1]])), said))
     counts = [(severity, sum(one.severity == severity for one in findings)) for severity in reversed(SEVERITIES)]
     said = ", ".join(f"{count} {severity}" for severity, count in counts if count)
-    return [*cards, ("Findings", str(len(findings)), said or "nothing wrong that a log can show")]
+    return [*cards, ("Findings", str(len(findings)), said or "see below")]
+
+
+def _verdict(curves: Curves, drawn: bool) -> str:
+    """What it means that nothing was found."""
+    points = len(curves.get("loss").steps)
+    if not drawn:
+        return "The log has one step; findings need at least two."
+    if not points:
+        return "Nothing was found, but the log has no training loss to judge."
+    if points < _FEW:
+        return f"Nothing was found, but there are too few points to judge most things ({points}; {_FEW} are needed)."
+    return "Nothing is wrong that a log can show."
 
 
 def _mixture(curves: Curves) -> list[dict[str, Any]]:
     """The sources of a mixture: share asked for and share given at the end, and passes."""
     rows = []
-    for source in _sources(curves, "mixture/", "/share"):
+    for source in sources_of([curves], "mixture/", "/share"):
         names = ("asked", "share", "epochs")
         rows.append({"source": source, **{name: _last(curves, f"mixture/{source}/{name}") for name in names}})
     return rows
 
 
 def _perplexities(curves: Curves) -> list[dict[str, Any]]:
-    rows = []
-    for source in _sources(curves, "eval_", "_perplexity"):
-        steps, values = curves.get(f"eval_{source}_perplexity")
+    completed, rows = with_perplexities(curves), []
+    for source in sources_of([completed], "eval_", "_perplexity"):
+        key = f"eval_{source}_perplexity"
+        steps, values = completed.get(key)
         good = np.flatnonzero(np.isfinite(values))
         if len(good):
             best = good[values[good].argmin()]
             figures = {"first": float(values[good[0]]), "last": float(values[good[-1]]), "best": float(values[best])}
-            rows.append({"source": source, **figures, "at": int(steps[best])})
+            rows.append({"source": source, "made": key in completed.made, **figures, "at": int(steps[best])})
     return rows
-
-
-def _sources(curves: Curves, start: str, end: str) -> list[str]:
-    return sorted(
-        key[len(start) : -len(end)]
-        for key in curves.series
-        if key.startswith(start) and key.endswith(end) and len(key) > len(start) + len(end)
-    )
 
 
 def _last(curves: Curves, key: str) -> float | None:
@@ -191,13 +202,26 @@ def _read(path: Path, kind: type, notes: list[str]) -> Any:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({error})")
+        return None
+    if _depth(content) > _DEEPEST:
+        notes.append(f"{path.name} is nested more than {_DEEPEST} deep; it was left out")
         return None
     if isinstance(content, kind):
         return content
     notes.append(f"{path.name} holds {type(content).__name__}; expected {kind.__name__}")
     return None
+
+
+def _depth(content: Any) -> int:
+    """Levels of lists and mappings, no more counted than are allowed and one."""
+    level, depth = [content], 0
+    while level and depth <= _DEEPEST:
+        depth += 1
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [one for values in inner for one in values]
+    return depth
 
 
 def _labels(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]:

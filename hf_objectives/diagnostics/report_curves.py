@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,19 +14,28 @@ import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.diagnostics.findings import Finding
-from hf_objectives.diagnostics.panels import SMOOTHED_FROM, Line, Panel, panels_of, spans_decades
+from hf_objectives.diagnostics.panels import (
+    FINDING_COLOURS,
+    SMOOTHED_FROM,
+    Line,
+    Panel,
+    panels_of,
+    shortened,
+    shown_in,
+    spans_decades,
+)
 from hf_objectives.diagnostics.reduction import reduce_points, smooth_points
+from hf_objectives.diagnostics.visible import visible
 from hf_objectives.errors import ConfigError
 
 Scale = Literal["linear", "log"]
-COLOURS = {"info": "#0072b2", "warning": "#b8860b", "error": "#d62728"}
-#: Tags by which the page's script finds the renderers to switch.
-RAW, SMOOTH = "raw", "smooth"
+#: Tags by which the page's script finds the renderers and the figures to switch.
+RAW, SMOOTH, FIRST = "raw", "smooth", "first"
 _MARKS_AT_MOST = 40  # findings that are drawn; more would hide the curves
 _MARKERS_UP_TO = 200  # points of a validation curve
-_NAME_AT_MOST = 36  # characters of a legend; the table has the whole name
-_GREATEST = 1e250  # of an axis, whose margins have to stay finite
-_DASHES = {"-": "solid", "--": "dashed"}
+_VALIDATION = ", validation"
+# Bokeh sets what stands between these as TeX.
+_TEX = re.compile(r"\$(?=\$)|\\(?=[()\[\]])")
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,9 @@ def bokeh_script() -> str:
 def figures_of(runs: list[Curves], findings: Sequence[Finding]) -> dict[str, Any]:
     """The figures as JSON for `Bokeh.embed.embed_item`.
 
-    Every panel of `panels_of`, linked in x, with the findings as bands. A panel that may be logarithmic is there twice,
-    over the same points, tagged "log" and "linear"; one of the two is visible.
+    Every panel of `panels_of`, linked in x, with the findings as bands, named in the panels that show them. A panel that
+    may be logarithmic is there twice, over the same points, tagged "log" and "linear"; one of the two is tagged "first".
+    The page's script makes these visible, fits the values' axes to what is seen, and gives all the page's colours.
 
     Args:
         runs: the run, and those to compare it with.
@@ -86,19 +98,25 @@ def figures_of(runs: list[Curves], findings: Sequence[Finding]) -> dict[str, Any
     low, high = min(int(steps[0]) for steps in series), max(int(steps[-1]) for steps in series)
     margin = max(1.0, (high - low) * 0.02)
     x_range = Range1d(start=low - margin, end=high + margin)
+    panels = panels_of(runs)
+    labels = _labels(panels)
+    names = [panel.name for panel in panels]
     figures = []
-    for n, panel in enumerate(panels_of(runs)):
-        lines = [_Drawn(line, panel) for line in panel.lines]
+    for panel in panels:
+        lines = [_Drawn(line, panel, labels[line.label, line.held_out]) for line in panel.lines]
         log_first = panel.log or (panel.log is None and spans_decades([drawn.values for drawn in lines]))
         can_log = panel.log is not False and any((drawn.values > 0).any() for drawn in lines)
         scales: tuple[Scale, ...] = ("linear", "log") if can_log else ("linear",)
         for scale in scales:
             figure = _figure(panel, lines, scale, x_range)
             figure.tags = [scale, panel.name] + (["switches"] if can_log else [])
-            figure.visible = not can_log or (scale == "log") == bool(log_first)
-            _mark(figure, findings[:_MARKS_AT_MOST], named=n == 0)
+            figure.tags += [] if panel.least is None else [panel.least]
+            figure.tags += [FIRST] if not can_log or (scale == "log") == bool(log_first) else []
+            figure.visible = False  # until the page's script has fitted and coloured it: what it paints first may stay
+            _mark(figure, [(one, panel.name in shown_in(one.kind, names)) for one in findings[:_MARKS_AT_MOST]])
             figures.append(figure)
-    figures[-1].below[0].axis_label = "step"
+    for figure in figures[-2:]:  # the last panel, on either scale
+        figure.below[0].axis_label = "step" if figure.tags[1] == names[-1] else None
     item = json_item(Column(children=figures, sizing_mode="stretch_width", spacing=8), ID("plots"))
     assert not isinstance(item, Serialized)
     return dict(item)
@@ -139,10 +157,10 @@ def script_json(content: Any) -> str:
 class _Drawn:
     """A line's data, shared by the linear and the logarithmic figure."""
 
-    def __init__(self, line: Line, panel: Panel) -> None:
+    def __init__(self, line: Line, panel: Panel, label: str) -> None:
         from bokeh.models import ColumnDataSource
 
-        self.line = line
+        self.line, self.label = line, label
         steps, self.values = reduce_points(*line.series)
         self.source = ColumnDataSource({"x": steps.astype(float), "y": self.values})
         self.trend = None
@@ -152,25 +170,24 @@ class _Drawn:
 
 
 def _figure(panel: Panel, lines: Sequence[_Drawn], scale: Scale, x_range: Any) -> Any:
-    from bokeh.models import BoxZoomTool, HoverTool, PanTool, ResetTool, WheelZoomTool
+    from bokeh.models import HoverTool, PanTool, Range1d, WheelZoomTool
     from bokeh.plotting import figure as new_figure
 
     wheel = WheelZoomTool(dimensions="width", modifiers={"ctrl": True})  # the bare wheel scrolls the page
     figure: Any = new_figure(
-        title=panel.title,
+        title=_drawn_text(panel.title),
         height=300 if panel.name == "loss" else 230,
         sizing_mode="stretch_width",
         x_range=x_range,
-        y_range=_span([drawn.values for drawn in lines], scale),
+        y_range=Range1d(start=1, end=10),  # until the page's script fits it
         y_axis_type=scale,
-        tools=[PanTool(dimensions="width"), wheel, BoxZoomTool(dimensions="width"), ResetTool(), "save"],
+        tools=[PanTool(dimensions="width"), wheel],
         active_scroll=wheel,
-        background_fill_color=None,
+        background_fill_color=None,  # until the page's script sets its own
         border_fill_color=None,
         min_border_right=12,
-        toolbar_location="above",
+        toolbar_location=None,  # its buttons would be a dozen tab stops a panel; the page has its own
     )
-    figure.toolbar.logo = None
     _format_axes(figure, panel, scale)
     hovered = [_draw(figure, drawn, legend=len(lines) > 1) for drawn in lines]
     number = "@y{0.00%}" if panel.share else "@y{%.5g}"
@@ -184,9 +201,9 @@ def _figure(panel: Panel, lines: Sequence[_Drawn], scale: Scale, x_range: Any) -
             line_policy="nearest",
         )
     )
-    for legend in figure.legend:
+    for legend in figure.legend if len(lines) > 1 else ():
         legend.click_policy = "hide"
-        legend.background_fill_alpha = 0
+        legend.background_fill_alpha = 0.7
         legend.border_line_color = None
         legend.padding = 2
         legend.label_text_font_size = "11px"
@@ -198,12 +215,13 @@ def _format_axes(figure: Any, panel: Panel, scale: str) -> None:
 
     figure.below[0].formatter = NumeralTickFormatter(format="0[.]0a")
     values = figure.left[0]
+    if scale == "log":
+        values.ticker = FixedTicker(ticks=[])  # the page's script sets them
     if panel.share:
         values.formatter = NumeralTickFormatter(format="0%")
     elif panel.name == "learning_rate":
         values.formatter = PrintfTickFormatter(format="%.2g")
     elif scale == "log":
-        values.ticker = FixedTicker(ticks=_log_ticks(figure.y_range.start, figure.y_range.end))
         values.formatter = PrintfTickFormatter(format="%.4g")
     else:
         values.formatter = NumeralTickFormatter(format="0.[000]a")
@@ -211,83 +229,65 @@ def _format_axes(figure: Any, panel: Panel, scale: str) -> None:
 
 def _draw(figure: Any, drawn: _Drawn, *, legend: bool) -> Any:
     line = drawn.line
-    label = {"legend_label": _short(line.label)} if legend and line.label else {}
-    if line.held_out:
-        renderer = figure.line(
-            "x", "y", source=drawn.source, color=line.colour, line_width=2, line_dash="dashed", **label
-        )
-        if len(drawn.values) <= _MARKERS_UP_TO:
-            figure.scatter("x", "y", source=drawn.source, color=line.colour, size=5, **label)
-    else:
-        pale = drawn.trend is not None
-        renderer = figure.line(
-            *("x", "y"),
-            source=drawn.source,
-            color=line.colour,
-            alpha=0.5 if pale else 1.0,
-            line_width=1.2 if pale else 2,
-            line_dash=_DASHES.get(line.style, "solid"),
-            **label,
-        )
-        if pale:
-            renderer.tags = [RAW]  # as a keyword they would go to the glyph
-            trend = figure.line("x", "y", source=drawn.trend, color=line.colour, line_width=2.4, **label)
-            trend.tags = [SMOOTH]
-        if len(drawn.values) == 1:  # no line has one point
-            figure.scatter("x", "y", source=drawn.source, color=line.colour, size=6)
-    renderer.name = _short(line.label) or "as asked"
+    label = {"legend_label": drawn.label} if legend and line.label else {}
+    dash: Any = [round(1.7 * length) for length in line.dashes] or "solid"  # in pixels
+    shared = {"x": "x", "y": "y", "color": line.colour, **label}
+    pale = drawn.trend is not None
+    width = 1.2 if pale else 2
+    renderer = figure.line(
+        **shared, source=drawn.source, alpha=0.5 if pale else 1.0, line_width=width, line_dash="solid" if pale else dash
+    )
+    if pale:
+        renderer.tags = [RAW]  # as a keyword they would go to the glyph
+        figure.line(**shared, source=drawn.trend, line_width=2.4, line_dash=dash).tags = [SMOOTH]
+    if len(drawn.values) <= (_MARKERS_UP_TO if line.held_out else 1):  # no line has one point
+        figure.scatter(**shared, source=drawn.source, size=5 if line.held_out else 6)
+    renderer.name = drawn.label or "as asked"
     return renderer
 
 
-def _span(values: Sequence[np.ndarray], scale: str) -> Any:
-    """The range of the values; bokeh's own is not computed while a figure is hidden."""
-    from bokeh.models import Range1d
-
-    every = np.concatenate(values) if values else np.zeros(0)
-    every = every[np.isfinite(every) & ((every > 0) | (scale == "linear"))]
-    if not len(every):
-        return Range1d(start=0.1, end=10)
-    low, high = np.clip((every.min(), every.max()), -_GREATEST, _GREATEST).tolist()
-    if scale == "log":
-        low = max(low, 1 / _GREATEST)
-        high = max(low, high)
-        factor = max(1.05, math.exp(0.05 * (math.log(high) - math.log(low))))
-        return Range1d(start=low / factor, end=high * factor)
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return Range1d(start=low - margin, end=high + margin)
+def _labels(panels: Sequence[Panel]) -> dict[tuple[str, bool], str]:
+    """What stands in legends for a line's label, by it and whether it is held out: the name within it short."""
+    pairs = list(dict.fromkeys((line.label, line.held_out) for panel in panels for line in panel.lines))
+    ends = [_VALIDATION if held_out and label.endswith(_VALIDATION) else "" for label, held_out in pairs]
+    names = [visible(label.removesuffix(end)) for (label, _), end in zip(pairs, ends, strict=True)]
+    short = shortened(names)
+    return {pair: _drawn_text(name + end) for pair, name, end in zip(pairs, short, ends, strict=True)}
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round values of a logarithmic axis: at most a dozen, at least two where the range has any."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for mantissas in ((1,), (1, 2, 5), range(1, 10), np.arange(10, 100) / 10):
-        ticks = [float(f"{m * 10.0**power:.6g}") for power in powers for m in mantissas]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            break
-    return ticks[:: math.ceil(len(ticks) / 12) or 1]
+def _drawn_text(text: str) -> str:
+    """Text that bokeh draws as it stands, and no more of it than control characters' pictures."""
+    return _TEX.sub(lambda found: f"{found[0]}\u200b", visible(text))
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME_AT_MOST else f"{name[: _NAME_AT_MOST - 1]}…"
-
-
-def _mark(figure: Any, findings: Sequence[Finding], *, named: bool) -> None:
+def _mark(figure: Any, findings: Sequence[tuple[Finding, bool]]) -> None:
+    """Bands and lines of findings, and the names of those that this figure shows."""
     from bokeh.models.annotations import BoxAnnotation, Label, Span
 
-    for i, one in enumerate(findings):
-        colour = COLOURS[one.severity]
+    named = 0
+    for one, here in findings:
+        colour = FINDING_COLOURS[one.severity][0]
         if one.last_step > one.step:
             band = BoxAnnotation(left=one.step, right=one.last_step, fill_color=colour, fill_alpha=0.09)
-            band.line_color, band.level = None, "underlay"
+            band.line_color, band.level, band.tags = None, "underlay", [one.severity]
             figure.add_layout(band)
         # Under the curves: a line would hide a spike of one step.
         line = Span(location=one.step, dimension="height", line_color=colour, line_alpha=0.7, level="underlay")
+        line.tags = [one.severity]
         figure.add_layout(line)
-        if named:
-            label = Label(x=one.step, y=8 + 15 * (i % 5), y_units="screen", x_offset=4, text=one.kind)
-            label.text_font_size, label.text_color = "11px", colour
+        if here:
+            label = Label(x=one.step, y=8 + 17 * (named % 5), y_units="screen", x_offset=4, text=_drawn_text(one.kind))
+            label.text_font_size, label.text_color, label.background_fill_alpha = "11px", colour, 0.85
+            label.tags = [one.severity]
             figure.add_layout(label)
+            named += 1
+
+
+def script_hash(script: str) -> str:
+    """The source of a script as a content security policy allows it: sha256 of what stands between its tags."""
+    # A browser hashes line ends as it reads them.
+    script = script.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _need_bokeh() -> None:

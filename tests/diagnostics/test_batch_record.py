@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_objectives import demo
+from hf_objectives.diagnostics import batch_record
 from hf_objectives.diagnostics.batch_record import (
     describe_examples,
+    describes,
+    excerpt,
     marked_text,
     random_state,
     read_event,
-    restore_random_state,
+    restored_random_state,
     with_labels,
     write_event,
 )
 from hf_objectives.errors import FileFormatError
+
+EVENT = {"step": 1, "kind": "spike", "loss": 2.0, "level": 1.0, "grad_norm": None, "weights": None, "examples": []}
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +106,23 @@ def test_marked_text_keeps_every_character(tokenizer):
     assert f"⟦{tokenizer.decode(ids[1:3])}⟧" in text
 
 
+def test_an_excerpt_shows_where_training_begins():
+    assert excerpt("a system prompt ⟦the answer⟧", 100) == "a system prompt ⟦the answer⟧"
+    assert excerpt("p" * 50 + "⟦the answer⟧" + "q" * 50, 20) == "…ppppp⟦the answer⟧qqq…"
+    assert excerpt("x" * 30, 10) == "xxxxxxxxxx…"
+
+
 def test_events_are_written_and_read(tmp_path, tokenizer):
     state = random_state()
     drawn = random.random(), float(np.random.rand()), float(torch.rand(1))
-    write_event(tmp_path / "step_1_rank_0", {"step": 1, "loss": float("nan")}, [batch(tokenizer)], state)
+    write_event(tmp_path / "step_1_rank_0", {**EVENT, "loss": float("nan")}, [batch(tokenizer)], state)
     event, (whole,), kept = read_event(tmp_path / "step_1_rank_0")
     assert event["step"] == 1 and torch.equal(whole["input_ids"], batch(tokenizer)["input_ids"])
-    restore_random_state(kept)
-    assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == drawn
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with restored_random_state(kept):
+        assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == drawn
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generators are as they were
 
 
 def test_a_folder_without_an_event_says_what_is_expected(tmp_path):
@@ -106,3 +131,110 @@ def test_a_folder_without_an_event_says_what_is_expected(tmp_path):
     (tmp_path / "event.json").write_text("{")
     with pytest.raises(FileFormatError, match="cannot be read"):
         read_event(tmp_path)
+
+
+def test_what_no_reader_takes_is_left_out_and_named(tmp_path, tokenizer):
+    """A numpy array, a path, an object: torch would write them, and refuse to read them without running code of the file."""
+    whole = {
+        **batch(tokenizer),
+        "lengths": np.array([3, 4]),
+        "path": tmp_path,
+        "odd": object(),
+        "names": ["a", ["b", 1]],
+    }
+    wide = torch.zeros(1_000_000)
+    whole["view"] = wide[:2]
+    write_event(tmp_path / "e", EVENT, [whole], random_state())
+    event, (read,), _ = read_event(tmp_path / "e")
+    assert event["left_out"] == ["odd", "path"]
+    assert read["lengths"].tolist() == [3, 4] and read["names"] == ["a", ["b", 1]] and read["view"].tolist() == [0, 0]
+    assert (tmp_path / "e" / "batches.pt").stat().st_size < 100_000  # not all that the view is a part of
+
+
+def test_event_json_is_json_for_every_reader(tmp_path, tokenizer):
+    examples = [{"loss": float("inf"), "tokens": 3, "deviations": float("inf")}]
+    write_event(
+        tmp_path / "e", {**EVENT, "loss": float("nan"), "examples": examples}, [batch(tokenizer)], random_state()
+    )
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    json.loads((tmp_path / "e" / "event.json").read_text(), parse_constant=refuse)
+    event, _, _ = read_event(tmp_path / "e")
+    assert math.isnan(event["loss"]) and event["examples"][0]["loss"] == math.inf
+
+
+@pytest.mark.parametrize("damage", ["empty batches", "no keys", "a list", "an object in it"])
+def test_a_damaged_event_is_named(damage, tmp_path, tokenizer):
+    folder = tmp_path / "e"
+    write_event(folder, EVENT, [batch(tokenizer)], random_state())
+    if damage == "empty batches":
+        (folder / "batches.pt").write_bytes(b"")
+    elif damage == "an object in it":
+        torch.save([{"path": tmp_path}], folder / "batches.pt")
+    else:
+        (folder / "event.json").write_text({"no keys": "{}", "a list": "[]"}[damage])
+    with pytest.raises(FileFormatError, match=str(folder)) as raised:
+        read_event(folder)
+    assert "weights_only" not in str(raised.value)
+
+
+def test_rows_and_sources_that_are_one_a_row(model, tokenizer):
+    """As the collator of pairs has it: the two answers of a pair share its row."""
+    texts = ("Monday comes before Tuesday.", "One and one is two.") * 2
+    whole = {**batch(tokenizer, texts), "row_ids": torch.tensor([5, 8])}
+    whole |= {"source_ids": torch.tensor([1, 0]), "source_names": ["a", "b"]}
+    described = describe_examples(model, whole, tokenizer)
+    assert [(one["source"], one["row"]) for one in described] == [("b", 5), ("a", 8)] * 2
+
+
+def test_a_row_of_which_nothing_is_trained_is_told(model, tokenizer):
+    whole = batch(tokenizer)
+    whole["labels"][1] = -100
+    first, second = describe_examples(model, whole, tokenizer)
+    assert first["tokens"] > 0 and (second["tokens"], second["loss"]) == (0, None) and "One and one" in second["text"]
+
+
+def test_the_beginning_of_a_row_that_goes_on_with_a_document_is_told(model, tokenizer):
+    whole = batch(tokenizer, ("Monday comes before Tuesday.",), masked=0)
+    length = whole["input_ids"].shape[1]
+    for places in (torch.arange(5, 5 + length)[None], torch.tensor([[*range(5, 9), *range(length - 4)]])):
+        described = describe_examples(model, {**whole, "position_ids": places}, tokenizer)
+        assert sum(one["tokens"] for one in described) == length - 1
+        assert len(described) == 1 + int((places == 0).any())
+
+
+def test_rows_are_taken_a_few_at_a_time(model, tokenizer, monkeypatch):
+    texts = tuple(f"{number} and one is a number." for number in ("One", "Two", "Three", "Four", "Five"))
+    whole = batch(tokenizer, texts)
+    together = [one["loss"] for one in describe_examples(model, whole, tokenizer, together=True)]
+    monkeypatch.setattr(batch_record, "_TOKENS", 2 * whole["input_ids"].shape[1])
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    apart = [one["loss"] for one in describe_examples(model, whole, tokenizer)]
+    handle.remove()
+    assert seen == [2, 2, 1] and apart == pytest.approx(together, abs=1e-6)
+
+
+def test_models_whose_documents_cannot_be_told(model, tokenizer):
+    tiny = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    seq2seq = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    assert describes(model) and not describes(BertForMaskedLM(BertConfig(**tiny)))
+    assert not describes(T5ForConditionalGeneration(seq2seq)) and not describes(torch.nn.Linear(2, 2))
+    assert not describes(LlamaForSequenceClassification(LlamaConfig(**tiny)))
+    prompted = get_peft_model(
+        demo.build_model(tokenizer), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    assert not describes(prompted)
+    assert describes(get_peft_model(demo.build_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", r=2)))
+    classes = {**batch(tokenizer), "labels": torch.tensor([0, 1])}
+    assert describe_examples(model, classes, tokenizer) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from matplotlib.image import imread
 
@@ -28,3 +30,9 @@ def test_says_what_is_drawn(tmp_path):
     text = path.read_text()
     for words in ("after, ECE 0.500", "calibrated", "95 % interval", "Loss (nats per pair)", "held out"):
         assert f"<!-- {words} -->" in text
+
+
+def test_json_lines_and_folders_are_logs(tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in TRAINED + HELD_OUT))
+    for place in (tmp_path / "log.jsonl", tmp_path):
+        assert plot_reward_model(place, {}, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

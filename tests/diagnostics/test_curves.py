@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 
 import pytest
 
 from hf_objectives.diagnostics.curves import Curves, read_curves, read_runs
-from hf_objectives.errors import FileFormatError
+from hf_objectives.errors import ConfigError, FileFormatError
 
 
 def state(folder, losses, *, when=None):
@@ -81,3 +82,92 @@ def test_an_output_folder_without_a_log_says_what_was_looked_for(tmp_path):
 def test_units_that_do_not_belong_together_are_told(loss, words):
     run = read_curves([{"step": i, "loss": loss, "perplexity": math.exp(2.0)} for i in range(5)])
     assert len(run.notes) == len(words) and all(word in note for word, note in zip(words, run.notes, strict=True))
+
+
+def log(path, keys=("loss",), steps=40):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"step": i, **dict.fromkeys(keys, 2.0)}) + "\n" for i in range(1, steps)))
+
+
+def test_the_state_of_more_steps_counts_where_times_are_lost(tmp_path):
+    for folder, steps, when in ((tmp_path, 100, 1_000), (tmp_path / "checkpoint-50", 50, 2_000)):
+        path = state(folder, [1.0] * steps)
+        history = json.loads(path.read_text())["log_history"]
+        content = {"best_global_step": 7, "epoch": 1.0, "global_step": steps, "log_history": history}
+        path.write_text(json.dumps(content, indent=2))
+        os.utime(path, (when, when))
+    assert len(read_curves(tmp_path).get("loss").steps) == 100
+    newer = state(tmp_path / "checkpoint-150", [1.0] * 150)
+    newer.write_text(newer.read_text().replace('{"log', '{"global_step": 150, "log', 1))
+    os.utime(newer, (500, 500))
+    assert len(read_curves(tmp_path).get("loss").steps) == 150
+    # A state that does not say its step: a key of a log line is none, and the times decide.
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0, "global_step": 900}]}')
+    os.utime(tmp_path / "trainer_state.json", (100, 100))
+    assert len(read_curves(tmp_path).get("loss").steps) == 150
+
+
+def test_other_files_do_not_hide_the_log(tmp_path):
+    log(tmp_path / "a" / "train_log.jsonl")
+    (tmp_path / "a" / "predictions.jsonl").write_text('{"text": "a"}\n')
+    run = read_curves(tmp_path / "a")
+    assert run.name == "a" and len(run.get("loss").steps) == 39
+    assert len(run.notes) == 1 and "predictions.jsonl: no curve could be read" in run.notes[0]
+    # Another pattern, and one that gives curves but no training loss.
+    log(tmp_path / "b" / "metrics.jsonl", keys=("eval_loss",))
+    (tmp_path / "b" / "log.csv").write_text("step,loss\n1,2.5\n2,2.4\n")
+    run = read_curves(tmp_path / "b")
+    assert run.get("loss").values.tolist() == [2.5, 2.4] and "metrics.jsonl: no curve of training loss" in run.notes[0]
+    # A state without lines.
+    log(tmp_path / "c" / "log.jsonl")
+    (tmp_path / "c" / "trainer_state.json").write_text('{"log_history": []}')
+    assert len(read_curves(tmp_path / "c").get("loss").steps) == 39
+    # A data file above run folders.
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    runs = read_runs(tmp_path)
+    assert [one.name for one in runs] == ["a", "b", "c"] and any("train.jsonl" in note for note in runs[0].notes)
+
+
+def test_events_are_found_beside_data(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(1, 31):
+            writer.add_scalar("train/loss", 2.0, step)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    run = read_curves(tmp_path)
+    assert len(run.get("loss").steps) == 30 and "train.jsonl" in run.notes[0]
+
+
+def test_a_folder_of_files_without_a_curve_is_an_error(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(FileFormatError, match=r"a.jsonl: no curve could be read.*\(and 1 more file\)"):
+        read_curves(tmp_path)
+
+
+def test_a_missing_package_is_named_before_a_file_that_is_no_log(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"\x18\0\0\0")
+    with pytest.raises(ConfigError, match=r"tensorboard.*\(and 1 more file\)"):
+        read_curves(tmp_path)
+
+
+def test_no_training_loss_is_said():
+    (run,) = read_runs([{"step": i, "eval_loss": 2.0, "accuracy": 0.5} for i in (1, 2)])
+    assert run.notes == ["no curve of training loss; found: eval_loss, accuracy"]
+    (run,) = read_runs([{"step": i, **{f"m{k}": 1.0 for k in range(12)}} for i in (1, 2)])
+    assert run.notes == ["no curve of training loss; found: m0, m1, m2, m3, m4, m5, m6, m7 and 4 more"]
+
+
+def test_a_log_history_of_several_runs():
+    runs = read_runs([{"run": name, "step": i, "loss": 1.0} for i in (1, 2) for name in ("a", "b\x1b")])
+    assert [(run.name, len(run.get("loss").steps)) for run in runs] == [("a", 2), ("b␛", 2)]
+
+
+def test_notes_and_errors_do_not_steer_the_terminal():
+    run = read_curves([{"step": 1, "loss": 1.0, "\x1b[31mred": "high"}])
+    assert run.notes == ["␛[31mred: 1 values that are no numbers were left out, the first 'high'"]
+    with pytest.raises(FileFormatError, match="␛"):
+        read_curves([{"step": 1, "\x1b[31mred": "high"}])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_objectives import demo
-from hf_objectives.diagnostics.inspection import TokenTexts, histogram, inspect_rows
+from hf_objectives.diagnostics.inspection import histogram, inspect_rows
 from hf_objectives.errors import ConfigError, ConversationError, FormatError
 from hf_objectives.prepare import prepare_dataset
 
@@ -36,15 +36,6 @@ def test_what_is_shown_is_what_is_trained(tokenizer):
     assert figures.rows == 40 and figures.kept_rows == len(prepared) and figures.too_long == 40 - len(prepared)
     assert figures.kept_tokens == sum(map(len, prepared["input_ids"]))
     assert sum(count for _, _, count in found.histogram) == 40
-
-
-def test_tokens_that_share_a_character_stay_together():
-    tokenizer = corpus.byte_tokenizer()
-    ids = np.array(tokenizer("a👩é")["input_ids"], np.int32)
-    tokens = TokenTexts(tokenizer).tokens(ids, ids)
-    assert [(token.text, len(token.ids)) for token in tokens] == [("a", 1), ("👩", 4), ("é", 2)]
-    broken = TokenTexts(tokenizer).tokens(ids[:3], ids[:3])  # a row that ends within a character
-    assert [len(token.ids) for token in broken] == [1, 2] and broken[1].text == "\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -107,5 +98,75 @@ def test_what_cannot_be_looked_at(tokenizer):
         inspect_rows([chat("a", "b")], tokenizer, overlength="droop")
     with pytest.raises(ConfigError, match="packing needs max_length"):
         inspect_rows([chat("a", "b")], tokenizer, max_length=None, packing=True)
-    with pytest.raises(ConversationError, match="row 1"):
-        inspect_rows([chat("a", "b"), {"messages": [{"role": "robot", "content": "x"}]}], tokenizer)
+
+
+def words(row) -> str:
+    return "".join(token.text for token in row.tokens)
+
+
+def test_a_long_row_leaves_room_for_the_others():
+    tokenizer = corpus.byte_tokenizer()
+    rows = [chat(f"q{i}", "a") for i in range(10)]
+    rows.insert(3, chat("x" * 50_000, "a"))
+    found = inspect_rows(rows, tokenizer, max_length=100, show_tokens=20_000)
+    assert [row.row for row in found.examples] == list(range(11))
+    long = found.examples[3]
+    assert sum(len(token.ids) for token in long.tokens) == 8_000 and long.more == len(long.input_ids) - 8_000
+    assert len(long.input_ids) > 50_000 and "x" * 7_000 in words(long)
+    few = inspect_rows(
+        rows, tokenizer, max_length=100, show_tokens=100
+    )  # the long row is one of the first to be picked
+    assert len(few.examples) > 1 and 3 not in [row.row for row in few.examples]
+
+
+def test_rows_are_told_apart_whatever_their_numbers(tokenizer):
+    rows = [{**chat("first", "one"), "row": 0}, {**chat("second", "two"), "row": 0}]
+    found = inspect_rows(rows, tokenizer, max_length=40, packing=True)
+    assert [(row.row, "first" in words(row), "second" in words(row)) for row in found.examples] == [
+        (0, True, False),
+        (0, False, True),
+    ]
+    assert found.warnings == [] and found.statistics.kept_rows == 2
+    assert [number for row in found.packed for _, number, _ in row.documents] == [0, 0]
+
+
+def test_the_ledger_names_rows_by_their_own_numbers(tokenizer):
+    found = inspect_rows([{**chat("x " * 100, "one"), "row": 70}, chat("second", "two")], tokenizer, max_length=40)
+    assert found.ledger["data"].dropped_examples == {"longer than max_length": [70]}
+
+
+def test_lengths_of_expanded_turns_are_those_of_the_rows_made_of_them():
+    tokenizer = corpus.byte_tokenizer()
+    turns = [message for i in range(4) for message in chat(f"question {i}", "x" * 40)["messages"]]
+    found = inspect_rows([{"messages": turns}], tokenizer, max_length=200, expand_turns=True)
+    # A token a byte and one a control token: 1 + 4 + 1 + 10 + 1 + 1 of the user, 1 + 9 + 1 + 40 + 1 + 1 of the answer.
+    sizes = [71, 142, 213, 284]
+    figures = found.statistics
+    assert (figures.rows, figures.shortest, figures.longest, figures.tokens) == (1, 71, 284, sum(sizes))
+    assert figures.too_long == 2 and sum(count for _, _, count in found.histogram) == 4
+    assert [row.fate for row in found.examples] == [f"part {k} of 2, 2 others left out" for k in (1, 2)]
+    (warning,) = found.warnings
+    assert "1 of 1 rows have parts that are longer than max_length 200, the longest 284 tokens" in warning.evidence
+
+
+def test_rows_that_cannot_be_used_are_told_and_the_others_looked_at(tokenizer):
+    robot = {"messages": [{"role": "robot", "content": "x"}]}
+    found = inspect_rows([chat("a", "b"), {**robot, "row": 40}, "text", robot, chat("c", "d")], tokenizer)
+    warning = found.warnings[0]
+    assert (warning.kind, warning.severity, warning.rows) == (
+        "refused",
+        "error",
+        (("data", 40), ("data", 2), ("data", 3)),
+    )
+    assert "3 of 5 rows cannot be used. data 40, turn 0 and 1 more: unknown role 'robot'" in warning.evidence
+    assert "data 2: a row is str" in warning.evidence
+    assert [row.row for row in found.examples] == [0, 4] and found.statistics.rows == 5
+    assert found.ledger["data"].rows_in == 5 and found.ledger["data"].rows_out == 2
+    with pytest.raises(ConversationError, match="source 'x', row 7.*robot"):
+        inspect_rows([{**robot, "row": 7}, robot], tokenizer, source="x")
+
+
+def test_repeats_are_shown_beside_what_they_repeat(tokenizer):
+    rows = [chat("same", "same"), *(chat(f"q{i}", "a") for i in range(20)), chat("same", "same")]
+    found = inspect_rows(rows, tokenizer, show=3)
+    assert [row.row for row in found.examples if "duplicates" in row.warnings] == [0, 21]

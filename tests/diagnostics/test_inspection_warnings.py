@@ -7,13 +7,8 @@ import pytest
 
 from hf_objectives.diagnostics.inspection import inspect_rows
 
-HEADED = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Quill, created by Penholder.<|im_end|>\n{% endif %}"
-    + corpus.CHATML
-)
 NO_STOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
 NO_STOP += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %B %Y') }}.<|im_end|>\n" + corpus.CHATML
 
 
 def chat(question: str, answer: str, **more) -> dict:
@@ -24,13 +19,13 @@ def sound(count: int = 4) -> list[dict]:
     return [chat(f"question {i}", f"answer {i}") for i in range(count)]
 
 
-def warnings(rows, template=corpus.CHATML, **settings):
-    tokenizer = corpus.byte_tokenizer(template)
+def warnings(rows, template=corpus.CHATML, names=None, **settings):
+    tokenizer = corpus.byte_tokenizer(template, **names or {})
     return {one.kind: one for one in inspect_rows(rows, tokenizer, **settings).warnings}
 
 
 def test_sound_rows_give_none():
-    assert warnings([*sound(), {"messages": corpus.TOOL, "tools": corpus.TOOLS}][:4]) == {}
+    assert warnings(sound()) == {}
     assert warnings([{"text": "one"}, {"text": "two"}]) == {}
     assert warnings(sound(), train_on="all") == {}  # the newline after a stop hides it from nobody
 
@@ -39,6 +34,23 @@ def test_no_stop_token():
     found = warnings(sound(), NO_STOP)["no_stop_token"]
     assert found.severity == "error" and found.evidence.startswith("4 of 4 trained turns end without")
     assert found.rows == tuple(("data", i) for i in range(4)) and "first is trained turn 0 of data 0" in found.evidence
+
+
+def test_a_stop_that_is_none():
+    other = {"eos_token": "<|endoftext|>"}
+    found = warnings(sound(), names=other)["stop_is_not_eos"]
+    assert found.evidence.startswith("4 of 4 trained turns end with <|im_end|>, at which") and len(found.rows) == 4
+    assert found.evidence.endswith("it stops at <|endoftext|>") and found.severity == "warning"
+    im_end = corpus.byte_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    known = corpus.byte_tokenizer(**other).convert_tokens_to_ids("<|im_end|>")
+    assert im_end != known and "stop_is_not_eos" not in warnings(sound(), names=other, stops=[known])
+    assert warnings([{"text": "one"}, {"text": "two"}], names=other) == {}
+
+
+def test_a_turn_that_ends_with_an_added_token():
+    called = corpus.CHATML.replace("'<|im_end|>'", "('<|im_end|>' if message.role == 'user' else '</tool_call>')")
+    found = warnings(sound(), called)
+    assert "end with </tool_call>, at which generation does not stop" in found["stop_is_not_eos"].evidence
 
 
 def test_nothing_trained():
@@ -56,6 +68,18 @@ def test_control_tokens_in_text(policy, severity):
     assert "<|im_end|>" in found.evidence and "by the user of turn 0" in found.evidence
 
 
+def test_control_tokens_in_a_rejected_answer():
+    pair = {key: [{"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    pair["prompt"] = [{"role": "user", "content": "question"}]
+    forged = {**pair, "rejected": [{"role": "assistant", "content": "b<|im_end|>\n<|im_start|>user"}]}
+    found = warnings([pair, forged])["control_tokens_in_text"]
+    assert found.rows == (("data", 1),) and "by the assistant of turn 1 of the rejected answer" in found.evidence
+    plain = {"prompt": "question ", "chosen": "a<|im_end|>", "rejected": "b<|im_end|>"}  # EOS at the end is the end
+    assert "control_tokens_in_text" not in warnings([plain])
+    plain["rejected"] = "b<|im_end|>c"
+    assert "by the rejected text" in warnings([plain])["control_tokens_in_text"].evidence
+
+
 def test_control_tokens_in_a_document():
     assert warnings([{"text": "fine"}, {"text": "a<|im_end|>b"}])["control_tokens_in_text"].rows == (("data", 1),)
 
@@ -65,18 +89,7 @@ def test_duplicates():
     found = warnings([*rows, rows[1], rows[1]])["duplicates"]
     assert found.rows == (("data", 4), ("data", 5)) and "2 of 6 rows" in found.evidence
     assert "3 times in all" in found.evidence and "data 1, again as data 4" in found.evidence
-
-
-def test_text_that_the_template_adds():
-    asked = {"messages": [{"role": "system", "content": "Be brief and kind."}, *chat("q", "a")["messages"]]}
-    found = warnings([*sound(), asked], HEADED)["template_adds_text"]
-    assert "'You are Quill, created by Penholder.' into 4 of 5 conversations" in found.evidence
-    assert found.rows == tuple(("data", i) for i in range(4))
-
-
-def test_a_date_in_the_template():
-    found = warnings(sound(), DATED)
-    assert len(found["date_in_template"].rows) == 4 and "Today is" in found["template_adds_text"].evidence
+    assert found.positions == (1, 4, 5)
 
 
 def test_truncation():

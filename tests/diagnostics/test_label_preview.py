@@ -51,13 +51,41 @@ class Settings:
     rate: float = 0.5
     folder: Path = Path("runs")
     hub_token: str = "hunter2"
+    hf_token: str = "hunter2"
+    huggingface_token: str = "hunter2"
+    wandb_key: str = "hunter2"
+    aws_access_key: str = "hunter2"
+    private_key: str = "hunter2"
+    bearer: str = "hunter2"
     eos_token: str = "<end>"
-    nested: dict[str, Any] = field(default_factory=lambda: {"api_key": "hunter2", "kept": (1, None)})
+    max_tokens: int = 7
+    label_keys: tuple[str, ...] = ("labels",)
+    author: str = "someone"
+    dataset: str = "s3://user:hunter2@host/data"
+    command: str = "push --with hf_" + "hunter2" * 3
+    nested: dict[str, Any] = field(
+        default_factory=lambda: {
+            "api_key": "hunter2",
+            "kept": (1, None),
+            "headers": {"Authorization": "hunter2", "X-Api-Key": "hunter2", "Accept": "text"},
+            "proxy": ["Bearer hunter2"],
+        }
+    )
 
 
 def test_the_environment_has_versions_and_settings_but_no_secrets(tmp_path: Path) -> None:
     path = save_environment(tmp_path / "new" / "environment.json", [Settings()])
     assert "hunter2" not in path.read_text()
     content = json.loads(path.read_text())
-    assert content["settings"] == {"rate": 0.5, "folder": "runs", "eos_token": "<end>", "nested": {"kept": [1, None]}}
+    assert content["settings"] == {
+        "rate": 0.5,
+        "folder": "runs",
+        "eos_token": "<end>",
+        "max_tokens": 7,
+        "label_keys": ["labels"],
+        "author": "someone",
+        "dataset": "s3://host/data",
+        "command": "push --with (left out)",
+        "nested": {"kept": [1, None], "headers": {"Accept": "text"}, "proxy": ["Bearer (left out)"]},
+    }
     assert content["versions"]["torch"] == torch.__version__ and content["world_size"] == 1

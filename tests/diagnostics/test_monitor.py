@@ -75,5 +75,41 @@ def test_a_loss_that_is_high_but_no_spike_is_worth_a_look():
     values[150] = np.median(values[134:150]) + 0.21  # four deviations
     for i, value in enumerate(values):
         assert monitor.add(float(value)) is None
-        looks += [i] if monitor.high else []
+        looks += [i] if monitor.height > 2.5 else []
     assert 150 in looks and len(looks) <= 12
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.25])
+def test_a_harder_source_is_a_part_of_the_data(share):
+    """Interleaved rows whose loss is always higher: the first few stand out, then they are known."""
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random(4000) < share, 2.5, 1.0) + 0.03 * rng.standard_normal(4000)
+    assert len(judged(values)) <= 0.01 * len(values)
+
+
+def test_a_height_that_comes_back_hides_no_other_and_no_long_rise():
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random(1000) < 0.1, 2.5, 1.0) + 0.03 * rng.standard_normal(1000)
+    values[700] = 9.0
+    assert 700 in judged(values)
+    shard = losses()
+    shard[200:215] += 2
+    assert judged(shard) == list(range(200, 215))
+
+
+def test_no_loss_yet_is_no_level():
+    """Sparse rewards: a loss of 0 for many steps, and then the first advantage."""
+    assert judged([0.0] * 40 + [0.5] + [0.0] * 10 + [0.3, -0.4]) == []
+
+
+def test_height_is_told_before_there_is_enough_to_judge_by():
+    monitor = SpikeMonitor()
+    for value in (1.4, 1.61, 1.03, 1.5):
+        assert monitor.add(value) is None and monitor.height == 0
+    assert monitor.add(30.0) is None and monitor.height > 2.5
+
+
+def test_what_was_before_a_resume_is_compared_with():
+    monitor = SpikeMonitor()
+    monitor.seed([2.0, math.nan, *losses()[100:164].tolist()])
+    assert monitor.add(9.0) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from hf_objectives.diagnostics import plot as drawing
 from hf_objectives.diagnostics.curves import Curves, Series, read_curves
 from hf_objectives.diagnostics.findings import Finding
-from hf_objectives.diagnostics.plot import plot_training_metrics, read_log, save
+from hf_objectives.diagnostics.plot import plot_training_metrics, save
 from hf_objectives.errors import ConfigError, FileFormatError
 
 LOG = [
@@ -68,6 +69,7 @@ def test_raw_values_lie_pale_under_their_trend(draw):
     assert raw.get_ydata().tolist() == losses.tolist() and raw.get_alpha() < 0.5
     assert np.std(trend.get_ydata()[20:]) < 0.5 * np.std(losses) and trend.get_color() == raw.get_color()
     assert validation.get_ydata().tolist() == [2.5] and validation.get_linestyle() == "--"
+    assert trend.get_linestyle() == "-"
 
 
 def test_without_validation_nothing_speaks_of_it(draw):
@@ -155,9 +157,16 @@ def test_where_its_panel_is_missing_a_finding_is_marked_at_the_loss(draw):
 
 
 def test_findings_at_one_step_do_not_hide_each_other(draw):
-    axes = panels(draw(LOG, findings=[finding(step=20), finding(step=20), finding(step=21)]))["Loss"]
-    heights = [text.get_position()[1] for text in axes.texts]
-    assert len(set(heights)) == 3
+    axes = panels(draw(LOG, findings=[finding(step=step) for step in (20, 20, 21, 22, 23, 24)]))["Loss"]
+    places = [text.get_position() for text in axes.texts]
+    for i, (x, y) in enumerate(places):
+        assert not [one for one in places[:i] if abs(one[0] - x) < 2 and one[1] == y]
+
+
+def test_a_constant_perplexity_has_an_axis(draw):
+    log = [{"step": i, "loss": 2.0, "perplexity": 9.0} for i in range(1, 41)]
+    low, high = panels(draw(log, findings=[]))["Perplexity (log scale)"].get_ylim()
+    assert low < 8.9 and high > 9.1
 
 
 def test_many_findings_are_counted(draw):
@@ -211,10 +220,13 @@ def test_other_endings_are_refused_before_anything_is_read(tmp_path, name):
     ("log", "said"),
     [
         ([{"step": 1}], "no curve could be read"),
-        ([{"step": 1, "reward": 2.0}], "neither a 'loss' nor an 'eval_loss'"),
+        (
+            [{"step": 1, "speed": 2.0}],
+            "neither a 'loss' nor an 'eval_loss', nor anything else that is drawn; it has speed",
+        ),
         ([], "no log was given"),
         ({}, "no log was given"),
-        ({"a": LOG, "b": [{"step": 1, "reward": 2.0}]}, "b has neither"),
+        ({"a": LOG, "b": [{"step": 1, "speed": 2.0}]}, "b has neither"),
         ([1, 2], "1 is no log; expected a path"),
         (7, "7 is no log; expected a path"),
         ({"step": 1, "loss": 2.0}, "1 is no log; expected a path"),
@@ -226,22 +238,62 @@ def test_logs_with_nothing_to_draw_are_refused(tmp_path, log, said):
     assert not list(tmp_path.iterdir())
 
 
-def test_finds_the_log(tmp_path):
-    state = json.dumps({"log_history": LOG})
-    checkpoint = tmp_path / "run" / "checkpoint-40"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text(state)
-    for place in (checkpoint / "trainer_state.json", checkpoint, tmp_path / "run"):
-        assert read_log(place) == LOG
-    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": EVALUATED}))
-    assert read_log(tmp_path / "run") == EVALUATED
+def test_what_reinforcement_learning_is_judged_by_is_drawn_without_a_loss(draw):
+    log = [{"step": i, "reward": i / 9, "kl": 0.1, "entropy": 2.0, "completions/mean_length": 90} for i in range(1, 31)]
+    kinds = ("reward_hacking", "entropy_collapse", "length_growth", "spike_recovered")
+    drawn = panels(draw(log, findings=[finding(kind, step=20 + i) for i, kind in enumerate(kinds)]))
+    assert {title: [text.get_text() for text in axes.texts] for title, axes in drawn.items()} == {
+        "Reward": ["1", "4"],  # where nothing shows it, in the first
+        "KL to the reference": ["1"],
+        "Entropy": ["2"],
+        "Tokens of an answer": ["3"],
+    }
 
 
-def test_logs_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(FileFormatError, match="no trainer_state.json under"):
-        read_log(tmp_path)
-    with pytest.raises(FileFormatError, match="no log at"):
-        read_log(tmp_path / "x.json")
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(FileFormatError, match="is not a trainer_state.json"):
-        read_log(tmp_path / "x.json")
+def test_a_fall_of_the_chosen_is_marked_where_it_is_seen(draw):
+    log = [{"step": i, "loss": 0.6, "rewards/margins": 0.1, "logps/chosen": -50.0 - i} for i in range(1, 31)]
+    drawn = panels(draw(log, findings=[finding("falling_chosen")]))
+    assert [title for title, axes in drawn.items() if axes.texts] == ["Log-probability of the chosen answers (nats)"]
+
+
+def test_many_runs_leave_room_for_their_names_and_their_findings(draw):
+    runs = {f"{'a long name ' * 5}{i}": LOG for i in range(90)}
+    figure = draw(runs, findings=[finding(step=i, last_step=i + 9, run=f"run {i}") for i in range(1, 13)])
+    figure.set_dpi(130)  # as it is saved
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    boxes = [axes.get_window_extent() for axes in panels(figure).values()]
+    assert min(box.height for box in boxes) > 2 * figure.dpi  # a panel is three inches with its title
+    assert legend.get_window_extent().y0 >= max(box.y1 for box in boxes)
+    lines = [text.get_window_extent() for axes in figure.axes for text in axes.texts if ":" in text.get_text()]
+    assert len(lines) > 5
+    assert all(above.y0 >= below.y1 - 1 for above, below in pairwise(lines))
+
+
+def test_bands_of_many_runs_are_left_out(draw):
+    for count, bands in ((16, 1), (17, 0)):
+        axes = panels(draw({str(i): LOG for i in range(count)}, findings=[finding(step=5, last_step=20)]))["Loss"]
+        assert len(axes.patches) == bands and [text.get_text() for text in axes.texts] == ["1"]
+
+
+def test_runs_of_one_colour_have_other_dashes(draw):
+    lines = panels(draw({str(i): LOG for i in range(24)}, findings=[]))["Learning rate"].lines
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 24
+
+
+def test_long_names_are_cut_in_the_middle(draw):
+    (legend,) = draw({f"{'x' * 80} seed {seed}": LOG for seed in (1, 2)}, findings=[]).legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"{'x' * 17}…{'x' * 10} seed {seed}" for seed in (1, 2)]
+
+
+def test_no_perplexity_below_one_is_on_the_axis(draw):
+    log = [{"step": i, "loss": 0.3 / i} for i in range(1, 101)]
+    assert panels(draw(log, findings=[]))["Perplexity, exp(loss) (log scale)"].get_ylim()[0] == 1.0
+
+
+def test_a_finding_has_the_report_s_colour(draw):
+    found = [finding(severity=severity) for severity in ("error", "warning", "info")]
+    axes = panels(draw(LOG, findings=found))["Loss"]
+    assert [text.get_bbox_patch().get_facecolor()[:3] for text in axes.texts] == [
+        pytest.approx([int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for code in ("#b3202a", "#8a5a00", "#0060a8")
+    ]

@@ -48,9 +48,8 @@ def test_what_is_not_finite_is_a_gap_where_nothing_else_is():
 def test_a_smoothed_line_has_no_lag():
     steps = np.arange(200)
     at, means = smooth_points(steps, 3.0 * steps + 1)
-    inside = slice(0, 185)  # at the end the window is one-sided
     assert at.tolist() == steps.tolist()
-    assert means[inside] == pytest.approx(3.0 * steps[inside] + 1)
+    assert means == pytest.approx(3.0 * steps + 1)
 
 
 def test_a_lone_spike_leaves_no_mark():
@@ -68,7 +67,7 @@ def test_a_step_stays_where_it_is():
 def test_noise_is_much_less_in_the_trend():
     trend = smooth_points(np.arange(1000), 2.0 + RNG.normal(size=1000))[1]
     # The median of 100 normal values has a standard deviation of sqrt(pi / 2 / 100) = 0.125.
-    assert trend[50:].std() < 0.2
+    assert trend[50:-50].std() < 0.2
 
 
 def test_a_perplexity_has_the_trend_of_its_loss():

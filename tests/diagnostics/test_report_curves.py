@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves, Series
 from hf_objectives.diagnostics.findings import Finding
-from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of, script_json
+from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of, script_hash, script_json
 
 
 def curves(loss: list[float]) -> Curves:
@@ -48,3 +49,54 @@ def test_json_does_not_end_its_element() -> None:
 
 def test_only_the_core_of_bokeh_is_in_the_page() -> None:
     assert 1e6 < len(bokeh_script()) < 1.6e6
+
+
+def texts(item: object) -> set[str]:
+    """What stands in legends, as bokeh has it."""
+    return set(re.findall(r'"label": \{"type": "value", "value": "([^"]*)"', json.dumps(item, ensure_ascii=False)))
+
+
+def test_names_that_shorten_alike_have_a_legend_entry_each() -> None:
+    runs = []
+    for rate in ("1e-4", "1e-5"):
+        run = curves([3.0 - 0.1 * i for i in range(12)])
+        run.name = f"SmolLM2-135M-Instruct-sft-lora-r16-lr{rate}"
+        run.series["eval_loss"] = run.series["loss"]
+        runs.append(run)
+    assert texts(figures_of(runs, [])) == {
+        f"SmolLM2-135M-Inst…t-lora-r16-lr{rate}{end}" for rate in ("1e-4", "1e-5") for end in ("", ", validation")
+    }
+
+
+def test_dollars_and_brackets_in_names_are_no_mathematics() -> None:
+    runs = [curves([3.0, 2.0, 1.0]), curves([3.0, 2.0, 1.0])]
+    runs[0].name, runs[1].name = "$$x^2$$", r"\(x\) \[y\]"
+    for run in runs:
+        run.series["eval_$$$_perplexity"] = run.series["loss"]
+    text = json.dumps(figures_of(runs, []), ensure_ascii=False).replace("\\\\", "\\")
+    assert not re.search(r"\$\$|\\[()\[\]]", text)
+    assert "$\u200b$x^2$\u200b$" in text and "Perplexity, $\u200b$\u200b$" in text
+
+
+def test_a_finding_is_named_where_it_is_seen() -> None:
+    run = curves([3.0 - 0.1 * i for i in range(12)])
+    for key in ("grad_norm", "reward", "kl"):
+        run.series[key] = run.series["loss"]
+    found = [Finding("gradient_explosion", 5, "error", "e", "a"), Finding("reward_hacking", 5, "error", "e", "a")]
+    item = figures_of([run], found)
+    named: dict[str, list[str]] = {}
+    for figure in item["doc"]["roots"][0]["attributes"]["children"]:
+        attributes = figure["attributes"]
+        labels = [part for part in attributes["center"] if part.get("name") == "Label"]
+        named.setdefault(attributes["tags"][1], []).extend(part["attributes"]["text"] for part in labels)
+    assert {panel: set(kinds) for panel, kinds in named.items()} == {
+        "loss": set(),
+        "grad_norm": {"gradient_explosion"},
+        "reward": {"reward_hacking"},
+        "kl": {"reward_hacking"},
+    }
+
+
+def test_the_hash_of_a_script_is_that_of_its_lines_as_a_browser_reads_them() -> None:
+    # printf 'a\nb' | openssl dgst -sha256 -binary | base64
+    assert script_hash("a\r\nb") == script_hash("a\nb") == "'sha256-fhj3NzEbLcOy8mndeDlrA1HxT7Zu+oefdoyyMYGIPHg='"
