@@ -40,8 +40,9 @@ bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROW
 	$(BIN)/python benchmarks/training_step.py --model $(MODEL)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --rows $(ROWS)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --dpo
-	$(BIN)/python benchmarks/faulty_runs.py --out runs/faulty
-	$(BIN)/python benchmarks/diagnosis.py --runs runs/faulty
+	$(BIN)/python benchmarks/faulty_runs.py --out runs/faulty --seed 1
+	$(BIN)/python benchmarks/diagnosis.py --half both --seed 12 --runs runs/faulty
+	$(BIN)/python benchmarks/diagnosis.py --sizes
 	$(BIN)/python benchmarks/diagnosis.py --million
 	$(BIN)/python benchmarks/bad_batches.py
 

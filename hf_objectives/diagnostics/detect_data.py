@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from hf_objectives.diagnostics.curves import Curves
@@ -18,6 +19,7 @@ _FEW_EPOCHS = 3
 _ALIKE = 0.75  # correlation between the profiles of epochs
 _FEW = 0.01  # of the tokens
 _OFF = 0.02  # of the whole: a share that is off by less is rounding
+_CORNERS = 500  # that are tried for the beginning of a drift
 _LOSS_SHARE = 0.02  # of the loss
 
 
@@ -91,6 +93,19 @@ def few_supervised_tokens(run: Curves) -> Iterator[Finding]:
         )
 
 
+def _departure(off: NDArray[np.float64]) -> int:
+    """Index at which a curve leaves 0: the corner of the line from 0 that fits it best (least squares)."""
+    at = np.arange(len(off))
+    best, where = np.inf, 0
+    for corner in np.unique(np.linspace(0, len(off) - 2, _CORNERS).astype(int)):
+        risen = np.maximum(at - corner, 0)
+        slope = float(risen @ off) / float(risen @ risen)
+        error = float(((off - slope * risen) ** 2).sum())
+        if error < best:
+            best, where = error, int(corner)
+    return where
+
+
 def mixture_drift(run: Curves) -> Iterator[Finding]:
     """mixture_drift: a source's share of what was given is not what was asked for."""
     for key in sorted(run.series):
@@ -104,7 +119,7 @@ def mixture_drift(run: Curves) -> Iterator[Finding]:
         late = off[-max(2, len(off) // 4) :]
         worst = float(np.median(late))
         if abs(worst) > _OFF and np.all(np.sign(late) == np.sign(worst)):
-            begin = int(np.argmax(np.abs(off) > _OFF))
+            begin = _departure(off)
             yield Finding(
                 "mixture_drift",
                 int(steps[begin]),

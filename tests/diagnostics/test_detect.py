@@ -316,6 +316,9 @@ def test_mixture_drift():
     shares = {"mixture__web__share": np.linspace(0.7, 0.55, N), "mixture__web__asked": np.full(N, 0.7)}
     found = kinds(log(**shares))
     assert found["mixture_drift"].evidence == "source 'web': 55.0% given, 70.0% asked"
+    late = 0.7 - 0.15 * np.maximum(T - 120, 0) / 180 + 0.002 * np.random.default_rng(0).standard_normal(N)
+    drifts = kinds(log(mixture__web__share=late, mixture__web__asked=np.full(N, 0.7)))["mixture_drift"]
+    assert abs(drifts.step - 121) <= 5
     assert not kinds(log(mixture__web__share=np.full(N, 0.701), mixture__web__asked=np.full(N, 0.7)))
 
 
