@@ -33,7 +33,7 @@ ON_SPIKE = ("log", "skip", "stop")
 FINDINGS = "findings.jsonl"
 _FIRST_LOOK, _NEXT_LOOK = 20, 1.25  # logged lines before the detectors run, and the factor to the next time
 # Looks at the examples of a loss that is high, in deviations: their share of the time, and looks that are free beside it.
-_LOOKS = ((2.5, 0.01, 10), (1.5, 0.005, 5))
+_LOOKS = ((2.5, 0.003, 3), (1.5, 0.001, 1))
 _IN_A_ROW = 20  # steps left out, after which nothing is trained any more
 _WRAPPED = ("training_step", "_get_grad_norm")
 
@@ -69,7 +69,7 @@ class DiagnosticsCallback(TrainerCallback):
         save_weights: write the weights of the moment too, so that a replay gives the very losses.
         sample_every: steps between two looks at the losses of all examples of a batch, which cost a forward pass each; they
             are what an example of a spike is compared with. 0 never looks without cause. A loss that is high, but no spike,
-            has its examples looked at, too, within 1 % of the time.
+            has its examples looked at, too: three looks, and then 0.3 % of the time.
         max_events: events that are written; further ones are counted.
         output_dir: instead of the trainer's.
 

@@ -172,7 +172,7 @@ def test_the_whole_log_is_looked_at_when_training_ends(tmp_path):
 def test_looks_without_need_stay_within_their_share_of_the_time(tmp_path):
     callback = DiagnosticsCallback(trainer_of("transformers", tmp_path))
     callback._began = time.perf_counter()  # no time has passed
-    for height, free in ((3.0, 10), (2.0, 5), (1.0, -1)):
+    for height, free in ((3.0, 3), (2.0, 1), (1.0, -1)):
         callback._monitor.height, callback._last = height, 1.0
         due = []
         for spent in range(12):
