@@ -144,8 +144,13 @@ class DiagnosticsCallback(TrainerCallback):
             self._monitor.seed([line["loss"] for line in state.log_history[-64:] if "loss" in line])
         found = self._path(FINDINGS)
         if found.is_file():
-            lines = map(json.loads, found.read_text(encoding="utf-8").splitlines())
-            self._said = {(line["kind"], line["step"]) for line in lines if line["step"] <= state.global_step}
+            for line in found.read_text(encoding="utf-8").splitlines():
+                try:
+                    said = json.loads(line)
+                except ValueError:  # the run was killed while it wrote the line; it is said again
+                    continue
+                if said["step"] <= state.global_step:
+                    self._said.add((said["kind"], said["step"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the trainer as it was; look at the whole log once more, and gather what all ranks would leave out."""
@@ -355,7 +360,7 @@ class DiagnosticsCallback(TrainerCallback):
             "run": str(Path(args.output_dir or ".").resolve()),
             "weights": WEIGHTS if self.save_weights else None,
             "model": getattr(config, "_name_or_path", None),
-            "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": next((str(p.dtype)[6:] for p in trainer.model.parameters() if p.is_floating_point()), None),
             "autocast": precision,
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": seed},

@@ -13,6 +13,7 @@ import numpy as np
 
 from hf_objectives.diagnostics.batch_record import to_json
 from hf_objectives.diagnostics.robust import MAD
+from hf_objectives.errors import FileFormatError
 
 SUSPECTS, BLOCKLIST = "suspects.jsonl", "blocklist.json"
 _KNOWN = 256  # losses of examples that are remembered of each source
@@ -89,10 +90,20 @@ class Suspects:
             self.blocked[source].add(row)
 
     def read(self, path: Path) -> None:
-        """Take the rows of a blocklist that is there already, of a run before a resume."""
-        if path.is_file():
+        """Take the rows of a blocklist that is there already, of a run before a resume.
+
+        Raises:
+            FileFormatError: it is no blocklist, or damaged.
+        """
+        if not path.is_file():
+            return
+        try:
             for source, rows in json.loads(path.read_text(encoding="utf-8")).items():
-                self.blocked[source].update(rows)
+                self.blocked[source].update(map(int, rows))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise FileFormatError(
+                f'{path} is no blocklist ({error}); expected {{"source": [rows]}}. Mend or remove it'
+            ) from error
 
 
 def write_blocklist(path: Path, several: Iterable[Blocked]) -> None:

@@ -151,6 +151,20 @@ def test_rows_that_were_blocked_before_stay_blocked(tmp_path):
     assert blocklist(tmp_path) == {"web": [3, 2 * (BAD - 1), 2 * BAD - 1]}
 
 
+def test_a_line_that_was_cut_off_does_not_hinder_a_resume(tmp_path):
+    trainer = trainer_of("transformers", tmp_path, learning_rate=0.0, save_strategy="steps", save_steps=24)
+    trainer.add_callback(DiagnosticsCallback(trainer))
+    trainer.train()
+    path = tmp_path / "diagnostics" / "findings.jsonl"
+    before = path.read_text()
+    path.write_text(before + '{"kind": "plat')
+    again = trainer_of("transformers", tmp_path, learning_rate=0.0)
+    again.add_callback(DiagnosticsCallback(again))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert again.state.global_step == SETTINGS["max_steps"]
+    assert path.read_text().count("schedule_fault") == before.count("schedule_fault") == 1  # said before
+
+
 def test_skipping_for_ever_is_an_error(tmp_path):
     trainer = trainer_of("transformers", tmp_path)
     spoil(trainer, math.nan, set(range(8, 100)))

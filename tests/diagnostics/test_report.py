@@ -173,6 +173,24 @@ def test_a_log_without_a_panel_says_so(tmp_path: Path, browser_page: Any) -> Non
     assert "no curve that is drawn" in page.inner_text("#curves") and browser_page.errors == []
 
 
+def test_an_event_of_which_nothing_is_trained_says_so(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": i, "loss": 3 - 0.1 * i} for i in range(9)]})
+    )
+    event = tmp_path / "diagnostics" / "step_3_rank_0"
+    event.mkdir(parents=True)
+    examples = [
+        {"source": "a", "row": 1, "loss": None, "tokens": 0, "text": "masked"},
+        {"source": "b", "row": 2, "loss": "nan", "tokens": 4, "text": "broken"},
+    ]
+    (event / "event.json").write_text(
+        json.dumps({"step": 3, "kind": "non_finite", "loss": "nan", "examples": examples})
+    )
+    page = write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert "<bdi>a</bdi>, row <bdi>1</bdi>, no token trained" in page and "loss <bdi>None" not in page
+    assert "<bdi>b</bdi>, row <bdi>2</bdi>, loss <bdi>nan</bdi>" in page
+
+
 def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
     run = saved_run(tmp_path / "base", note="x\ud800y")
     assert "x?y" in write_report(run, tmp_path / "r.html").read_text(encoding="utf-8")

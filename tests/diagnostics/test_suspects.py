@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
+
 from hf_objectives.diagnostics.suspects import Suspects, write_blocklist
+from hf_objectives.errors import FileFormatError
 
 
 def examples(*losses, source="web", first=0):
@@ -67,5 +70,9 @@ def test_a_blocklist_that_is_there_is_kept_and_ranks_are_joined(tmp_path):
     suspects.read(path)
     suspects.read(tmp_path / "none.json")
     assert suspects.blocked == {"web": {1, 2, 3}, "code": {7}}
+    for damaged in ("{", "[3]", '{"web": 3}', '{"web": ["x"]}'):
+        path.write_text(damaged)
+        with pytest.raises(FileFormatError, match="is no blocklist"):
+            suspects.read(path)
     write_blocklist(tmp_path / "empty.json", [{}])
     assert not (tmp_path / "empty.json").exists()
