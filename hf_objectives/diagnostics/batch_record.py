@@ -113,7 +113,7 @@ def describe_examples(
                 {
                     "batch_row": i,
                     "source": _source(riders, i, begin),
-                    "row": _rider(riders["row_ids"], i, begin) if "row_ids" in riders else None,
+                    "row": _row(riders, i, begin),
                     "tokens": count,
                     "loss": float(nll[i, begin:end].sum()) / count if count else None,
                     "text": excerpt(text, _KEPT),
@@ -130,7 +130,9 @@ def _losses(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, togethe
     nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
     accepted = _accepted(model, inputs)
     # Packed rows for flash attention name their documents by places in the whole batch.
-    together |= any(name in accepted for name in _ATTENTION)
+    # So do pictures, and places of three dimensions: only what has a row's shape can be cut into rows.
+    tensors = [value for value in accepted.values() if isinstance(value, Tensor) and value.dim()]
+    together |= any(value.shape != ids.shape and value.shape != (1, ids.shape[1]) for value in tensors)
     at_once = ids.shape[0] if together else max(1, _TOKENS // ids.shape[1])
     for rows in torch.arange(ids.shape[0], device=ids.device).split(at_once):
         positions = targets[rows] != IGNORE
@@ -150,11 +152,12 @@ def _losses(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, togethe
 
 def _starts(inputs: Mapping[str, Any], i: int) -> list[int]:
     """Where the documents of a row begin: at its first token, and at every position 0 after it."""
-    places = inputs.get("position_ids")
-    if (
-        not isinstance(places, Tensor) or places.dim() != 2
-    ):  # three dimensions: places in pictures, none packs documents
-        return [0]
+    places, bounds = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
+    if places is None and isinstance(bounds, Tensor):  # of all rows, end to end
+        length = inputs["input_ids"].shape[1]
+        return sorted({0, *(at - i * length for at in bounds.tolist() if 0 < at - i * length < length)})
+    if not isinstance(places, Tensor) or places.dim() != 2:
+        return [0]  # three dimensions are places in pictures, which pack no documents
     row = places[i if places.shape[0] > 1 else 0]
     return sorted({0, *row.eq(0).nonzero().flatten().tolist()})
 
@@ -165,13 +168,18 @@ def _inner(model: nn.Module) -> Any:
 
 def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What of a batch the model takes; collators add what only their trainer knows, such as a reference's figures."""
-    names = {*inspect.signature(_inner(model).forward).parameters, *_ATTENTION}
+    names = {*inspect.signature(_inner(model).forward).parameters, *_ATTENTION, "seq_idx"}
     return {key: value for key, value in inputs.items() if key in names}
 
 
 def _rider(values: Tensor, i: int, begin: int) -> int:
     """A number of a document: of its first token, or of its row; of a pair's, which the rows of its two answers share."""
     return int(values[i, begin] if values.dim() == 2 else values[i % len(values)])
+
+
+def _row(riders: Mapping[str, Any], i: int, begin: int) -> int | None:
+    number = _rider(riders["row_ids"], i, begin) if "row_ids" in riders else -1
+    return number if number >= 0 else None  # -1: collators give it to rows without a number
 
 
 def _source(riders: Mapping[str, Any], i: int, begin: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -115,11 +116,13 @@ class DiagnosticsCallback(TrainerCallback):
         self._window: list[tuple[Mapping[str, Any], Tensor]] = []
         self._random: dict[str, Any] = {}
         self._grad_norm: float | None = None
+        self._looks_failed = False
         self._said: set[tuple[str, int]] = set()
         self._next_look = _FIRST_LOOK
         self._usual: dict[str, Any] = {}  # the trainer's own methods, by name
         self._own: dict[str, bool] = {}  # whether they were set on the trainer itself
-        self._works, self._left_out = True, 0
+        self._failed: list[Callable[..., Any]] = []  # what is not tried again
+        self._left_out = 0
         self._began, self._spent, self._last = 0.0, 0.0, 0.0  # seconds: of the clock, in looks, in the last look
 
     # -- the trainer's step, seen from outside ----------------------------------------------------------------------
@@ -127,13 +130,16 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch: callbacks are told neither the batch nor its loss, so the trainer's two methods are wrapped."""
         self._leave()  # a training before this one may have ended in an error
-        self._window, self._next_look, self._works, self._left_out = [], _FIRST_LOOK, True, 0
+        self.events, self._grad_norm, self._looks_failed = 0, None, False
+        self._monitor, self._suspects = SpikeMonitor(), Suspects()
+        self._window, self._next_look, self._failed, self._left_out = [], _FIRST_LOOK, [], 0
         self._began, self._spent = time.perf_counter(), 0.0
         self._own = {name: name in vars(self.trainer) for name in _WRAPPED}
         self._usual = {name: getattr(self.trainer, name) for name in _WRAPPED}
         self.trainer.training_step = self._training_step
         self.trainer._get_grad_norm = self._get_grad_norm
-        self._suspects.read(self.folder / BLOCKLIST)
+        for path in {self.folder / BLOCKLIST, self._path(BLOCKLIST)}:
+            self._suspects.read(path)
         self._said = set()
         if state.global_step:
             self._go_on(args, state)
@@ -162,6 +168,10 @@ class DiagnosticsCallback(TrainerCallback):
             logger.warning(
                 "%d spikes in all; the first %d were written to %s", self.events, self.max_events, self.folder
             )
+
+    def _keep(self, state: Any) -> None:
+        if self._suspects.finish():
+            write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
 
     def _close(self, state: Any, gathered: list[Blocked]) -> None:
         if state.is_world_process_zero:
@@ -194,8 +204,7 @@ class DiagnosticsCallback(TrainerCallback):
             # The trainer stops here, on all ranks; the record is written all the same.
             self._grad_norm = None if grad_norm is None else float(grad_norm)
             self._look(self.trainer.state)
-            if self._suspects.finish():
-                write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
+            self._safely(self._keep, self.trainer.state)
             self._leave()
             raise
         self._grad_norm = None if norm is None else float(norm)
@@ -240,14 +249,15 @@ class DiagnosticsCallback(TrainerCallback):
 
     def _safely(self, look: Callable[..., None], state: Any, *args: Any) -> None:
         """A monitor must not end what it watches, and a rank that fails alone would leave the others waiting."""
-        if not self._works:
+        if look in self._failed:
             return
         try:
             look(state, *args)
         except Exception:
-            self._works = False
+            self._failed.append(look)
             logger.exception(
-                "step %d: the monitor failed; it goes on judging steps, but writes nothing more", state.global_step + 1
+                "step %d: the monitor failed; it goes on without what failed, and so does the run",
+                state.global_step + 1,
             )
 
     def _examine(
@@ -280,7 +290,8 @@ class DiagnosticsCallback(TrainerCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         # A sharded model runs on all ranks or on none.
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not describes(model):
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or getattr(model, "tp_size", None)
+        if sharded or self._looks_failed or not describes(model):
             return []
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         training, described, begin = model.training, [], time.perf_counter()
@@ -291,6 +302,13 @@ class DiagnosticsCallback(TrainerCallback):
                     prepared = trainer._prepare_input(dict(batch))
                     found = describe_examples(model, prepared, tokenizer)
                 described += [{"micro_batch": number, **one} for one in found]
+        except Exception:
+            # Memory that a further forward pass has not, a model of another kind: the step itself is recorded all the same.
+            self._looks_failed = True
+            logger.exception(
+                "step %d: its examples cannot be looked at, and no others will", trainer.state.global_step + 1
+            )
+            return []
         finally:
             model.train(training)
         self._last = time.perf_counter() - begin
@@ -390,8 +408,12 @@ class DiagnosticsCallback(TrainerCallback):
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(to_json(entry) + "\n")
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")  # a line that was cut off when the run was killed
+            file.write(to_json(entry).encode() + b"\n")
 
     def _path(self, name: str) -> Path:
         stem, ending = name.split(".")

@@ -59,7 +59,7 @@ def replay(folder: str | Path, model: str | Path | Any | None = None) -> Replay:
         FileFormatError: the folder holds no event, or a damaged one.
         ConfigError: no weights are known, or they cannot be read; or the monitor could tell no documents in the batch.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # its run is found above it
     event, batches, state = read_event(folder)
     if not event["examples"]:
         raise ConfigError(

@@ -245,7 +245,8 @@ def _events(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]:
             continue
         tables = [value for value in event.values() if isinstance(value, list)]
         examples = [one for table in tables for one in table if isinstance(one, dict) and "text" in one]
-        examples.sort(key=lambda one: -_number(one.get("loss")))
+        # A document of which nothing is trained has no loss, and is nothing to look at before those that have one.
+        examples.sort(key=lambda one: (not one.get("suspect"), one.get("loss") is None, -_number(one.get("loss"))))
         events.append(
             {
                 "folder": path.parent.name,
@@ -268,8 +269,11 @@ def _events(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float:
-    usable = isinstance(value, (int, float)) and not np.isnan(value)
-    return float(value) if usable else float("inf")  # a loss that is NaN stands out most
+    try:
+        number = float(value)  # of an event, "nan" and "inf" are texts
+    except (TypeError, ValueError):
+        return float("inf")
+    return float("inf") if np.isnan(number) else number  # a loss that is NaN stands out most
 
 
 def _environment(content: dict[str, Any]) -> list[tuple[str, str]]:

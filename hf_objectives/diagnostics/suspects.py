@@ -99,7 +99,7 @@ class Suspects:
             return
         try:
             for source, rows in json.loads(path.read_text(encoding="utf-8")).items():
-                self.blocked[source].update(map(int, rows))
+                self.blocked[source].update(row for row in map(int, rows) if row >= 0)
         except (ValueError, TypeError, AttributeError) as error:
             raise FileFormatError(
                 f'{path} is no blocklist ({error}); expected {{"source": [rows]}}. Mend or remove it'

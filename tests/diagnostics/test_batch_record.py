@@ -187,6 +187,8 @@ def test_rows_and_sources_that_are_one_a_row(model, tokenizer):
     whole |= {"source_ids": torch.tensor([1, 0]), "source_names": ["a", "b"]}
     described = describe_examples(model, whole, tokenizer)
     assert [(one["source"], one["row"]) for one in described] == [("b", 5), ("a", 8)] * 2
+    whole["row_ids"] = torch.tensor([-1, 8])  # a row without a number among others
+    assert [one["row"] for one in describe_examples(model, whole, tokenizer)] == [None, 8] * 2
 
 
 def test_a_row_of_which_nothing_is_trained_is_told(model, tokenizer):
@@ -203,6 +205,11 @@ def test_the_beginning_of_a_row_that_goes_on_with_a_document_is_told(model, toke
         described = describe_examples(model, {**whole, "position_ids": places}, tokenizer)
         assert sum(one["tokens"] for one in described) == length - 1
         assert len(described) == 1 + int((places == 0).any())
+
+
+def test_documents_that_only_their_lengths_tell_apart():
+    inputs = {"input_ids": torch.zeros(2, 6), "cu_seq_lens_q": torch.tensor([0, 4, 6, 9, 12])}
+    assert [batch_record._starts(inputs, i) for i in range(2)] == [[0, 4], [0, 3]]
 
 
 def test_rows_are_taken_a_few_at_a_time(model, tokenizer, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import time
 
 import pytest
+import torch
 from datasets import Dataset
 from test_callback import BAD, SETTINGS, events, trainer_of
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from hf_objectives import DiagnosticsCallback, PerplexityDPOConfig, PerplexityDPOTrainer, demo
+from hf_objectives.diagnostics import callback as callback_module
 from hf_objectives.errors import ConfigError, NonFiniteError
 
 
@@ -49,7 +51,7 @@ def test_our_pairs_are_told_by_their_rows(tmp_path):
     callback = DiagnosticsCallback(trainer)
     trainer.add_callback(callback)
     trainer.train()
-    assert callback._works and callback._spent > 0
+    assert callback._spent > 0 and not callback._looks_failed
 
 
 def test_a_classifier_is_watched_without_a_look_at_its_examples(tmp_path):
@@ -100,6 +102,32 @@ def test_a_monitor_that_fails_does_not_end_the_run(tmp_path, caplog):
     trainer.add_callback(DiagnosticsCallback(trainer))
     trainer.train()
     assert trainer.state.global_step == SETTINGS["max_steps"] and "the monitor failed" in caplog.text
+
+
+def test_a_look_that_fails_leaves_the_record(tmp_path, monkeypatch, caplog):
+    """As where there is no memory for a further forward pass."""
+
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(callback_module, "describe_examples", no_memory)
+    trainer = trainer_of("ours", tmp_path, stop_on_non_finite=False)
+    spoil(trainer, math.nan, {19})
+    trainer.add_callback(DiagnosticsCallback(trainer, on_spike="skip"))
+    trainer.train()
+    assert events(tmp_path)["step_20_rank_0"]["examples"] == []
+    assert caplog.text.count("its examples cannot be looked at") == 1
+
+
+def test_a_second_training_begins_anew(tmp_path):
+    trainer = trainer_of("ours", tmp_path)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    callback = DiagnosticsCallback(trainer, max_events=1)
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.model.load_state_dict(start)
+    trainer.train()
+    assert callback.events == 1 and list(events(tmp_path)) == [f"step_{BAD}_rank_0"]
 
 
 def test_the_trainer_is_left_as_it_was(tmp_path):
@@ -163,6 +191,8 @@ def test_a_line_that_was_cut_off_does_not_hinder_a_resume(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
     assert again.state.global_step == SETTINGS["max_steps"]
     assert path.read_text().count("schedule_fault") == before.count("schedule_fault") == 1  # said before
+    again.callback_handler.callbacks[-1]._append("findings.jsonl", {"kind": "new", "step": 40})
+    assert json.loads(path.read_text().splitlines()[-1]) == {"kind": "new", "step": 40}  # not behind the cut-off line
 
 
 def test_skipping_for_ever_is_an_error(tmp_path):

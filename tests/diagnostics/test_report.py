@@ -180,7 +180,7 @@ def test_an_event_of_which_nothing_is_trained_says_so(tmp_path: Path) -> None:
     event = tmp_path / "diagnostics" / "step_3_rank_0"
     event.mkdir(parents=True)
     examples = [
-        {"source": "a", "row": 1, "loss": None, "tokens": 0, "text": "masked"},
+        *({"source": "a", "row": 1, "loss": None, "tokens": 0, "text": "masked"} for _ in range(12)),
         {"source": "b", "row": 2, "loss": "nan", "tokens": 4, "text": "broken"},
     ]
     (event / "event.json").write_text(

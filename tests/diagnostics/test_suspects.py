@@ -68,6 +68,9 @@ def test_a_blocklist_that_is_there_is_kept_and_ranks_are_joined(tmp_path):
     assert json.loads(path.read_text()) == {"web": [1, 2, 3], "code": [7]}
     suspects = Suspects()
     suspects.read(path)
+    assert not path.with_suffix(".tmp").exists()
+    path.write_text('{"web": [-1, 2]}')
+    suspects.read(path)
     suspects.read(tmp_path / "none.json")
     assert suspects.blocked == {"web": {1, 2, 3}, "code": {7}}
     for damaged in ("{", "[3]", '{"web": 3}', '{"web": ["x"]}'):
