@@ -11,12 +11,12 @@ from rich.text import Text
 
 from hf_objectives.diagnostics.curves import Curves, read_runs
 from hf_objectives.diagnostics.detect import diagnose as find
+from hf_objectives.diagnostics.detect import nothing_found
 from hf_objectives.diagnostics.findings import SEVERITIES, Finding
 from hf_objectives.diagnostics.visible import visible
 from hf_objectives.errors import FileFormatError
 
 _STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
-_FEW = 20  # points of training loss, under which most detectors are silent
 
 
 def diagnose(argv: Sequence[str]) -> int:
@@ -73,14 +73,8 @@ def _print(console: Console, run: Curves, findings: Sequence[Finding] | None) ->
         console.print(Text(visible(f"note: {note}"), style="dim"))
     if findings is None:
         return
-    if not findings and not points:
-        console.print("There was no training loss to judge.")
-    elif not findings and points < _FEW:
-        console.print(
-            f"Nothing was found, but there are too few points to judge most things ({points}; {_FEW} are needed)."
-        )
-    elif not findings:
-        console.print("Nothing is wrong that a log can show.")
+    if not findings:
+        console.print(nothing_found(run))
     for one in findings:
         what = visible(f"  {one.kind}, {one.steps}: {one.evidence}")
         console.print(Text.assemble((one.severity, _STYLES[one.severity]), what))

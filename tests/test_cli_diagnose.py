@@ -73,7 +73,7 @@ def test_a_run_that_cannot_be_judged_is_a_note(logs, capsys):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"step": %d, "eval_loss": 2.0}', "There was no training loss to judge."),
+        ('{"step": %d, "eval_loss": 2.0}', "the log has no training loss to judge."),
         ('{"step": %d, "loss": 2.0}', "too few points to judge most things (9; 20 are needed)"),
     ],
 )

@@ -111,6 +111,12 @@ class DiagnosticsCallback(TrainerCallback):
         self.trainer, self.on_spike, self.save_weights = trainer, on_spike, save_weights
         self.sample_every, self.max_events = sample_every, max_events
         self.folder = Path(output_dir or trainer.args.output_dir or ".") / "diagnostics"
+        self._usual: dict[str, Any] = {}  # the trainer's own methods, by name
+        self._own: dict[str, bool] = {}  # whether they were set on the trainer itself
+        self._begin()
+
+    def _begin(self) -> None:
+        """The state of a training that has not begun."""
         self.events = 0
         self._monitor, self._suspects = SpikeMonitor(), Suspects()
         self._window: list[tuple[Mapping[str, Any], Tensor]] = []
@@ -119,28 +125,23 @@ class DiagnosticsCallback(TrainerCallback):
         self._looks_failed = False
         self._said: set[tuple[str, int]] = set()
         self._next_look = _FIRST_LOOK
-        self._usual: dict[str, Any] = {}  # the trainer's own methods, by name
-        self._own: dict[str, bool] = {}  # whether they were set on the trainer itself
         self._failed: list[Callable[..., Any]] = []  # what is not tried again
         self._left_out = 0
-        self._began, self._spent, self._last = 0.0, 0.0, 0.0  # seconds: of the clock, in looks, in the last look
+        # Seconds: of the clock, in looks, in the last look.
+        self._began, self._spent, self._last = time.perf_counter(), 0.0, 0.0
 
     # -- the trainer's step, seen from outside ----------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch: callbacks are told neither the batch nor its loss, so the trainer's two methods are wrapped."""
         self._leave()  # a training before this one may have ended in an error
-        self.events, self._grad_norm, self._looks_failed = 0, None, False
-        self._monitor, self._suspects = SpikeMonitor(), Suspects()
-        self._window, self._next_look, self._failed, self._left_out = [], _FIRST_LOOK, [], 0
-        self._began, self._spent = time.perf_counter(), 0.0
+        self._begin()
         self._own = {name: name in vars(self.trainer) for name in _WRAPPED}
         self._usual = {name: getattr(self.trainer, name) for name in _WRAPPED}
         self.trainer.training_step = self._training_step
         self.trainer._get_grad_norm = self._get_grad_norm
         for path in {self.folder / BLOCKLIST, self._path(BLOCKLIST)}:
             self._suspects.read(path)
-        self._said = set()
         if state.global_step:
             self._go_on(args, state)
 

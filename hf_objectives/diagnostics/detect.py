@@ -68,6 +68,16 @@ def diagnose(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Find
     return sorted(_without_echoes(found), key=lambda one: (one.run, -SEVERITIES.index(one.severity), one.step))
 
 
+def nothing_found(run: Curves) -> str:
+    """What it means that `diagnose` found nothing in a run: that it is sound only where there was enough to judge."""
+    points, needed = len(run.get("loss").steps), detect_loss.ENOUGH
+    if not points:
+        return "Nothing was found, but the log has no training loss to judge."
+    if points < needed:
+        return f"Nothing was found, but there are too few points to judge most things ({points}; {needed} are needed)."
+    return "Nothing is wrong that a log can show."
+
+
 def _without_echoes(found: list[Finding]) -> list[Finding]:
     """Less of what another finding says better: a run that is NaN, or that blew up, does not "plateau" after it."""
     kept = []

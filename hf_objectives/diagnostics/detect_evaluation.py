@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves
-from hf_objectives.diagnostics.detect_loss import finite, of_language_model, of_policy
+from hf_objectives.diagnostics.detect_loss import ENOUGH, finite, of_language_model, of_policy
 from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.robust import noise, trend
 
-_ENOUGH = 20  # points of training loss
 _RISE = 0.02  # of the lowest evaluation loss: a smaller rise is none
 _CLEAR = 0.1  # of it: a rise without a break that is larger needs no estimate of noise
 _APART = 0.25  # of the evaluation loss
@@ -113,7 +112,7 @@ def too_good(run: Curves) -> Iterator[Finding]:
             )
             return
     steps, values = finite(run.get("loss"))
-    if len(values) < _ENOUGH:
+    if len(values) < ENOUGH:
         return
     width = max(3, len(values) // 50)
     below = np.concatenate([[0], np.cumsum((values < _LOW) & (values > 0))])

@@ -15,7 +15,7 @@ from hf_objectives.diagnostics.log_table import Series
 from hf_objectives.diagnostics.robust import block_medians, excursions, noise, trend
 
 _FEW = 7  # points, of which five or more in order are no chance
-_ENOUGH = 20  # points, below which a trend is not told from noise
+ENOUGH = 20  #: points, below which a trend is not told from noise
 _SHARE = 0.1  # of the level: a spike below that is worth knowing, no more
 _FALL = 0.02  # of the loss that a run begins with: a smaller change is none
 _LOW = 0.1  # nats per token: a perplexity of 1.1
@@ -115,11 +115,11 @@ def _spikes(run: Curves) -> Iterator[Finding]:
 
 def _rises_at_once(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Iterator[Finding]:
     """A run that leaps above its first loss before it falls, where no level comes before that it could leap from."""
-    if len(values) < _ENOUGH:
+    if len(values) < ENOUGH:
         return
     first = float(np.median(values[:3]))
     deviation = noise(values[len(values) // 3 :])  # of what came after
-    early = values[: max(_ENOUGH // 2, len(values) // 10)]
+    early = values[: max(ENOUGH // 2, len(values) // 10)]
     high = np.flatnonzero(early > first + max(6 * deviation, 2 * _SHARE * abs(first)))
     if len(high) < 2 or early.max() < first + max(3 * _SHARE * first, 8 * deviation):
         return
@@ -172,7 +172,7 @@ def not_decreasing(run: Curves) -> Iterator[Finding]:
         return
     if of_policy(run):
         return
-    if len(values) < _ENOUGH:
+    if len(values) < ENOUGH:
         yield from _rises(steps, values)
         return
     medians = block_medians(values, min(20, len(values) // 5))
@@ -222,7 +222,7 @@ def not_decreasing(run: Curves) -> Iterator[Finding]:
             advice,
             int(steps[-1]),
         )
-    elif of_language_model(run) and end > _GUESSING and start - end < _SHARE * start and len(values) >= 3 * _ENOUGH:
+    elif of_language_model(run) and end > _GUESSING and start - end < _SHARE * start and len(values) >= 3 * ENOUGH:
         yield Finding(
             "not_decreasing",
             int(steps[0]),
@@ -254,7 +254,7 @@ def _rises(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Iterator[Fi
 def plateau(run: Curves) -> Iterator[Finding]:
     """plateau: the loss falls early and then stays, for at least the last 60 % of the run."""
     steps, values = finite(run.get("loss"))
-    if len(values) < 2 * _ENOUGH or of_policy(run):
+    if len(values) < 2 * ENOUGH or of_policy(run):
         return
     first = max(3, min(len(values) // 50, 20))
     start = float(np.median(values[:first]))
@@ -268,7 +268,7 @@ def plateau(run: Curves) -> Iterator[Finding]:
         rest = trend(tail)
         if (
             rest.p_falls > 0.02
-            and rest.low > -(0.1 if len(values) >= 5 * _ENOUGH else 0.05) * fall
+            and rest.low > -(0.1 if len(values) >= 5 * ENOUGH else 0.05) * fall
             and rest.low > -_SHARE * abs(level)  # within its bounds, no more may be won
             and rest.high < 0.15 * fall
         ):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -14,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from hf_objectives.diagnostics.inspection import QUANTILES, Inspection
-from hf_objectives.diagnostics.report_curves import script_json
+from hf_objectives.diagnostics.report_curves import script_hash, script_json
 from hf_objectives.diagnostics.token_texts import Token
 from hf_objectives.diagnostics.visible import visible
 
@@ -38,8 +36,7 @@ def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) 
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is the page's own
     )
-    # The page's policy names the script by its hash, of its text with line ends as a browser reads them.
-    script = (_TEMPLATES / "inspection.js").read_text(encoding="utf-8").replace("\r\n", "\n")
+    script = (_TEMPLATES / "inspection.js").read_text(encoding="utf-8")
     page = environment.get_template("inspection.html.jinja").render(
         one=inspection,
         figures=inspection.statistics,
@@ -47,7 +44,7 @@ def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) 
         most=max(count for _, _, count in inspection.histogram),
         data=Markup(script_json(page_data(inspection, tokenizer))),
         script=Markup(script),
-        hash=Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
+        hash=Markup(script_hash(script)),  # which the page's policy names
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

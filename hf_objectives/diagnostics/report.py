@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from hf_objectives.diagnostics.batch_record import EVENT
 from hf_objectives.diagnostics.curves import Curves, Log, read_curves
-from hf_objectives.diagnostics.detect import diagnose
+from hf_objectives.diagnostics.detect import diagnose, nothing_found
 from hf_objectives.diagnostics.findings import SEVERITIES, Finding
 from hf_objectives.diagnostics.label_preview import ENVIRONMENT, LABELS
 from hf_objectives.diagnostics.panels import FINDING_COLOURS, sources_of, with_perplexities
@@ -22,7 +22,6 @@ from hf_objectives.diagnostics.visible import visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _EVENTS_AT_MOST, _EXAMPLES_AT_MOST, _ROWS_AT_MOST = 20, 12, 20
-_FEW = 20  # points, below which most of what `diagnose` looks for is not told from noise
 _DEEPEST = 50  # levels of a JSON file
 _TEXT_AT_MOST = 4_000  # characters of a document
 
@@ -67,7 +66,7 @@ def write_report(
         "other": runs[1].name if compare is not None else None,
         "summary": _summary(curves, findings),
         "findings": findings,
-        "verdict": _verdict(curves, drawn),
+        "verdict": nothing_found(curves) if drawn else "The log has one step; findings need at least two.",
         "rows": rows_of(runs),
         "mixture": _mixture(curves),
         "perplexities": _perplexities(curves),
@@ -145,18 +144,6 @@ def _summary(curves: Curves, findings: Sequence[Finding]) -> list[tuple[str, str
     counts = [(severity, sum(one.severity == severity for one in findings)) for severity in reversed(SEVERITIES)]
     said = ", ".join(f"{count} {severity}" for severity, count in counts if count)
     return [*cards, ("Findings", str(len(findings)), said or "see below")]
-
-
-def _verdict(curves: Curves, drawn: bool) -> str:
-    """What it means that nothing was found."""
-    points = len(curves.get("loss").steps)
-    if not drawn:
-        return "The log has one step; findings need at least two."
-    if not points:
-        return "Nothing was found, but the log has no training loss to judge."
-    if points < _FEW:
-        return f"Nothing was found, but there are too few points to judge most things ({points}; {_FEW} are needed)."
-    return "Nothing is wrong that a log can show."
 
 
 def _mixture(curves: Curves) -> list[dict[str, Any]]:
