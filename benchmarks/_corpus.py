@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 
-from hf_objectives.corpus.files import load_rows
+from hf_objectives.preparation.readers import load_rows
 
 
 def changed(texts: list[str], num_bytes: int, seed: int = 0) -> Iterator[str]:

@@ -23,7 +23,7 @@ from _curves import SIZES, Case, generate, of_size
 from _machine import describe, table
 
 from hf_objectives.diagnostics.detect import diagnose
-from hf_objectives.diagnostics.findings import SEVERITIES
+from hf_objectives.inspection.findings import SEVERITIES
 
 PLACED = ("broken_shard", "broken_batch", "rate_jumps", "float16_overflow")  # real faults that begin at a step
 

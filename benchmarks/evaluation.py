@@ -33,7 +33,7 @@ from hf_objectives import (
     compute_perplexity,
     demo,
 )
-from hf_objectives.preferences import encode_pair
+from hf_objectives.labels.pairs import encode_pair
 
 
 def one_by_one(model, tokenizer, texts: list[str]) -> float:

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_objectives import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking, demo
-from hf_objectives.encode import encode_row
+from hf_objectives.labels.rows import encode_row
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
 IGNORE = -100

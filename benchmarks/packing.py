@@ -27,7 +27,6 @@ from trl import pack_dataset as trl_pack_dataset
 from trl.data_utils import _pack_bfd
 
 from hf_objectives import pack_dataset, pack_lengths
-from hf_objectives.stream_packing import StreamPacker
 
 CAPACITY = 2048
 
@@ -120,11 +119,6 @@ def main() -> None:
         lines.append([f"{count:,}", f"{taken:.2f}", f"{packing.num_bins:,}", f"{packing.fill:.4%}"])  # type: ignore
     print("**One core, hf_objectives alone**\n")
     print(table(["documents", "seconds", "bins", "full"], lines), "\n")
-
-    packer = StreamPacker(({"input_ids": np.zeros(n, np.int32)} for n in lengths[:50_000]), CAPACITY)
-    taken, rows = timed(lambda: sum(1 for _ in packer))
-    print(f"Stream of 50,000 documents, 1,000 of them waiting: {rows:,} rows, {packer.fill:.2%} full, "
-          f"{50_000 / taken:,.0f} documents/s")  # fmt: skip
 
 
 if __name__ == "__main__":

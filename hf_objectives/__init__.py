@@ -10,42 +10,42 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+#: The room of each public name.
 _HOMES = {
-    "encode_chat": "chat",
-    "encode_chats": "chat",
-    "encode_row": "encode",
+    "encode_chat": "labels",
+    "encode_chats": "labels",
+    "encode_row": "labels",
     "DataCollatorForAssistantOnlyLM": "collators",
     "DataCollatorWithEosPacking": "collators",
-    "DataCollatorForPreferencePairs": "preference_collator",
+    "DataCollatorForPreferencePairs": "collators",
     "pack_lengths": "packing",
-    "pack_dataset": "dataset_packing",
-    "StreamPacker": "stream_packing",
-    "prepare_dataset": "prepare",
-    "CorpusSettings": "corpus.config",
-    "prepare_corpus": "corpus.build",
-    "load_prepared": "corpus.build",
-    "mixture_schedule": "schedule",
-    "build_mixture": "mixture.build",
-    "MixtureConfig": "mixture.config",
-    "SourceConfig": "mixture.config",
-    "StageConfig": "mixture.config",
-    "DatasetMixture": "mixture.dataset",
+    "pack_dataset": "packing",
+    "prepare_dataset": "preparation",
+    "CorpusSettings": "preparation",
+    "prepare_corpus": "preparation",
+    "load_prepared": "preparation",
+    "mixture_schedule": "mixture",
+    "build_mixture": "mixture",
+    "MixtureConfig": "mixture",
+    "SourceConfig": "mixture",
+    "StageConfig": "mixture",
+    "DatasetMixture": "mixture",
     "compute_perplexity": "evaluation",
-    "probe_isolation": "isolation",
+    "probe_isolation": "trainers",
     "OrderedStreamCallback": "trainers",
-    "PPOConfig": "trainers.ppo_config",
-    "PPOTrainer": "trainers.ppo",
-    "RewardModelTrainer": "trainers.reward",
-    "RewardModelConfig": "trainers.reward_config",
-    "PerplexityDPOConfig": "trainers.dpo_config",
-    "PerplexityDPOTrainer": "trainers.dpo",
+    "PPOConfig": "trainers",
+    "PPOTrainer": "trainers",
+    "RewardModelTrainer": "trainers",
+    "RewardModelConfig": "trainers",
+    "PerplexityDPOConfig": "trainers",
+    "PerplexityDPOTrainer": "trainers",
     "PerplexityTrainer": "trainers",
     "PerplexityTrainingArguments": "trainers",
-    "plot_training_metrics": "diagnostics.plot",
-    "plot_mixture": "diagnostics.mixture",
-    "diagnose": "diagnostics.detect",
-    "DiagnosticsCallback": "diagnostics.callback",
-    "Finding": "diagnostics.findings",
+    "plot_training_metrics": "diagnostics",
+    "plot_mixture": "diagnostics",
+    "diagnose": "diagnostics",
+    "DiagnosticsCallback": "diagnostics",
+    "Finding": "inspection",
 }
 
 __all__ = [
@@ -68,7 +68,6 @@ __all__ = [
     "RewardModelTrainer",
     "SourceConfig",
     "StageConfig",
-    "StreamPacker",
     "build_mixture",
     "compute_perplexity",
     "diagnose",
@@ -87,34 +86,37 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hf_objectives.chat import encode_chat, encode_chats
-    from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-    from hf_objectives.corpus.build import load_prepared, prepare_corpus
-    from hf_objectives.corpus.config import CorpusSettings
-    from hf_objectives.dataset_packing import pack_dataset
-    from hf_objectives.diagnostics.callback import DiagnosticsCallback
-    from hf_objectives.diagnostics.detect import diagnose
-    from hf_objectives.diagnostics.findings import Finding
-    from hf_objectives.diagnostics.mixture import plot_mixture
-    from hf_objectives.diagnostics.plot import plot_training_metrics
-    from hf_objectives.encode import encode_row
+    from hf_objectives.collators import (
+        DataCollatorForAssistantOnlyLM,
+        DataCollatorForPreferencePairs,
+        DataCollatorWithEosPacking,
+    )
+    from hf_objectives.diagnostics import DiagnosticsCallback, diagnose, plot_mixture, plot_training_metrics
     from hf_objectives.evaluation import compute_perplexity
-    from hf_objectives.isolation import probe_isolation
-    from hf_objectives.mixture.build import build_mixture
-    from hf_objectives.mixture.config import MixtureConfig, SourceConfig, StageConfig
-    from hf_objectives.mixture.dataset import DatasetMixture
-    from hf_objectives.packing import pack_lengths
-    from hf_objectives.preference_collator import DataCollatorForPreferencePairs
-    from hf_objectives.prepare import prepare_dataset
-    from hf_objectives.schedule import mixture_schedule
-    from hf_objectives.stream_packing import StreamPacker
-    from hf_objectives.trainers import OrderedStreamCallback, PerplexityTrainer, PerplexityTrainingArguments
-    from hf_objectives.trainers.dpo import PerplexityDPOTrainer
-    from hf_objectives.trainers.dpo_config import PerplexityDPOConfig
-    from hf_objectives.trainers.ppo import PPOTrainer
-    from hf_objectives.trainers.ppo_config import PPOConfig
-    from hf_objectives.trainers.reward import RewardModelTrainer
-    from hf_objectives.trainers.reward_config import RewardModelConfig
+    from hf_objectives.inspection import Finding
+    from hf_objectives.labels import encode_chat, encode_chats, encode_row
+    from hf_objectives.mixture import (
+        DatasetMixture,
+        MixtureConfig,
+        SourceConfig,
+        StageConfig,
+        build_mixture,
+        mixture_schedule,
+    )
+    from hf_objectives.packing import pack_dataset, pack_lengths
+    from hf_objectives.preparation import CorpusSettings, load_prepared, prepare_corpus, prepare_dataset
+    from hf_objectives.trainers import (
+        OrderedStreamCallback,
+        PerplexityDPOConfig,
+        PerplexityDPOTrainer,
+        PerplexityTrainer,
+        PerplexityTrainingArguments,
+        PPOConfig,
+        PPOTrainer,
+        RewardModelConfig,
+        RewardModelTrainer,
+        probe_isolation,
+    )
 
 
 def __getattr__(name: str) -> Any:

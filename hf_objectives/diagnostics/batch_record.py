@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_objectives.diagnostics.token_texts import MASKS, marked_runs
 from hf_objectives.errors import FileFormatError
-from hf_objectives.evaluation import split_riders
-from hf_objectives.losses import IGNORE, next_token_targets, token_nll
-from hf_objectives.projection import selected_logits
+from hf_objectives.evaluation import selected_logits, split_riders
+from hf_objectives.inspection import MASKS, marked_runs
+from hf_objectives.losses import next_token_targets, token_nll
+from hf_objectives.types import IGNORE_INDEX
 
 EVENT, BATCHES, RANDOM = "event.json", "batches.pt", "random_state.pt"
 _KEYS = {"step", "kind", "loss", "level", "grad_norm", "weights", "examples"}
@@ -41,7 +41,7 @@ def with_labels(batch: Mapping[str, Any]) -> dict[str, Any] | None:
     for name in MASKS:
         if name in batch and batch[name].shape == batch["input_ids"].shape:
             rest = {key: value for key, value in batch.items() if key not in MASKS}
-            return {**rest, "labels": batch["input_ids"].masked_fill(~batch[name].bool(), IGNORE)}
+            return {**rest, "labels": batch["input_ids"].masked_fill(~batch[name].bool(), IGNORE_INDEX)}
     return None
 
 
@@ -97,7 +97,7 @@ def describe_examples(
         return []
     inputs, riders = split_riders(whole)
     ids, labels = inputs["input_ids"], riders["labels"]
-    positions = next_token_targets(labels) != IGNORE
+    positions = next_token_targets(labels) != IGNORE_INDEX
     nll = _losses(model, inputs, labels, together)
     described = []
     for i in range(ids.shape[0]):
@@ -135,7 +135,7 @@ def _losses(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, togethe
     together |= any(value.shape != ids.shape and value.shape != (1, ids.shape[1]) for value in tensors)
     at_once = ids.shape[0] if together else max(1, _TOKENS // ids.shape[1])
     for rows in torch.arange(ids.shape[0], device=ids.device).split(at_once):
-        positions = targets[rows] != IGNORE
+        positions = targets[rows] != IGNORE_INDEX
         if not bool(positions.any()):
             continue
         part = {

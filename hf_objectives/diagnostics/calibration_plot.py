@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_objectives.calibration import Reliability
 from hf_objectives.diagnostics.curves import Curves, Log, read_curves
 from hf_objectives.diagnostics.panels import colour_of
 from hf_objectives.diagnostics.plot import save
 from hf_objectives.diagnostics.rewards import draw_keys
+from hf_objectives.evaluation import Reliability
 
 
 def plot_reward_model(

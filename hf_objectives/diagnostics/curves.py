@@ -12,8 +12,8 @@ import numpy as np
 
 from hf_objectives.diagnostics.log_files import PATTERNS, STATE, TAGGED, read_file
 from hf_objectives.diagnostics.log_table import LogTable, Series, tables_by_run
-from hf_objectives.diagnostics.visible import visible
 from hf_objectives.errors import ConfigError, FileFormatError
+from hf_objectives.inspection import visible
 
 Log = Sequence[Mapping[str, Any]]
 _EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))

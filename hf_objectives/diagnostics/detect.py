@@ -15,8 +15,8 @@ from pathlib import Path
 
 from hf_objectives.diagnostics import detect_alignment, detect_data, detect_evaluation, detect_loss, detect_optimizer
 from hf_objectives.diagnostics.curves import Curves, Log, read_runs
-from hf_objectives.diagnostics.findings import SEVERITIES, Finding
 from hf_objectives.errors import FileFormatError
+from hf_objectives.inspection import SEVERITIES, Finding
 
 logger = logging.getLogger(__name__)
 Detector = Callable[[Curves], Iterable[Finding]]

@@ -8,9 +8,9 @@ import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.diagnostics.detect_loss import finite
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.log_table import Series
 from hf_objectives.diagnostics.robust import noise, trend
+from hf_objectives.inspection import Finding
 
 _ENOUGH = 10
 _COLLAPSED = 0.2  # of the entropy at the beginning

@@ -10,8 +10,8 @@ from scipy import optimize, stats
 
 from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.diagnostics.detect_loss import finite, of_policy
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.robust import noise
+from hf_objectives.inspection import Finding
 
 _BINS = 12  # of an epoch
 _CHANCE = 1e-4  # of a profile as clear as that without one

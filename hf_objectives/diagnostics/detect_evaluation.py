@@ -8,8 +8,8 @@ import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.diagnostics.detect_loss import ENOUGH, finite, of_language_model, of_policy
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.robust import noise, trend
+from hf_objectives.inspection import Finding
 
 _RISE = 0.02  # of the lowest evaluation loss: a smaller rise is none
 _CLEAR = 0.1  # of it: a rise without a break that is larger needs no estimate of noise

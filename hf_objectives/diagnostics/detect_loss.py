@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from hf_objectives.diagnostics.curves import Curves
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.log_table import Series
 from hf_objectives.diagnostics.robust import block_medians, excursions, noise, trend
+from hf_objectives.inspection import Finding
 
 _FEW = 7  # points, of which five or more in order are no chance
 ENOUGH = 20  #: points, below which a trend is not told from noise

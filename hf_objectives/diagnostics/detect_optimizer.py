@@ -9,8 +9,8 @@ import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.diagnostics.detect_loss import finite, of_policy
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.robust import Excursion, excursions, noise
+from hf_objectives.inspection import Finding
 
 _ZEROS = 3  # logged losses of exactly 0 in a row
 _FIRST = ("loss", "eval_loss", "grad_norm")

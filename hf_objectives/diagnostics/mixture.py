@@ -11,7 +11,7 @@ import numpy as np
 from hf_objectives.diagnostics.curves import Curves, Log, Series, read_curves
 from hf_objectives.diagnostics.plot import save
 from hf_objectives.errors import FileFormatError
-from hf_objectives.mixture.report import MixtureReport, SourceReport
+from hf_objectives.mixture import MixtureReport, SourceReport
 
 _NO_MIXTURE = "the log has no 'mixture/<source>/share'; it is not of a run on a mixture"
 _FIGURES = {"asked": float, "share": float, "tokens": int, "examples": int, "epochs": float}

@@ -12,7 +12,6 @@ import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves, Log, read_curves, read_runs
 from hf_objectives.diagnostics.detect import diagnose
-from hf_objectives.diagnostics.findings import SEVERITIES, Finding
 from hf_objectives.diagnostics.panels import (
     FINDING_COLOURS,
     SMOOTHED_FROM,
@@ -26,8 +25,8 @@ from hf_objectives.diagnostics.panels import (
     spans_decades,
 )
 from hf_objectives.diagnostics.reduction import reduce_points, smooth_points
-from hf_objectives.diagnostics.visible import visible
 from hf_objectives.errors import ConfigError, FileFormatError
+from hf_objectives.inspection import SEVERITIES, Finding, visible
 
 One = str | Path | Log | Curves
 FORMATS = ("png", "svg", "pdf")

@@ -14,11 +14,9 @@ from markupsafe import Markup
 from hf_objectives.diagnostics.batch_record import EVENT
 from hf_objectives.diagnostics.curves import Curves, Log, read_curves
 from hf_objectives.diagnostics.detect import diagnose, nothing_found
-from hf_objectives.diagnostics.findings import SEVERITIES, Finding
-from hf_objectives.diagnostics.label_preview import ENVIRONMENT, LABELS
 from hf_objectives.diagnostics.panels import FINDING_COLOURS, sources_of, with_perplexities
-from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of, script_hash, script_json
-from hf_objectives.diagnostics.visible import visible
+from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of
+from hf_objectives.inspection import ENVIRONMENT, LABELS, SEVERITIES, Finding, script_hash, script_json, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _EVENTS_AT_MOST, _EXAMPLES_AT_MOST, _ROWS_AT_MOST = 20, 12, 20

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.panels import (
     FINDING_COLOURS,
     SMOOTHED_FROM,
@@ -25,8 +21,8 @@ from hf_objectives.diagnostics.panels import (
     spans_decades,
 )
 from hf_objectives.diagnostics.reduction import reduce_points, smooth_points
-from hf_objectives.diagnostics.visible import visible
 from hf_objectives.errors import ConfigError
+from hf_objectives.inspection import Finding, visible
 
 Scale = Literal["linear", "log"]
 #: Tags by which the page's script finds the renderers and the figures to switch.
@@ -146,12 +142,6 @@ def rows_of(runs: list[Curves]) -> list[Row]:
                 )
             )
     return rows
-
-
-def script_json(content: Any) -> str:
-    """JSON that may stand in a `<script>` element: nothing in it ends the element or begins a comment."""
-    text = json.dumps(content, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 class _Drawn:
@@ -281,13 +271,6 @@ def _mark(figure: Any, findings: Sequence[tuple[Finding, bool]]) -> None:
             label.tags = [one.severity]
             figure.add_layout(label)
             named += 1
-
-
-def script_hash(script: str) -> str:
-    """The source of a script as a content security policy allows it: sha256 of what stands between its tags."""
-    # A browser hashes line ends as it reads them.
-    script = script.replace("\r\n", "\n").replace("\r", "\n")
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _need_bokeh() -> None:

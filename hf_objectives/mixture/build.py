@@ -15,7 +15,7 @@ from hf_objectives.mixture.dataset import DatasetMixture
 from hf_objectives.mixture.feeds import Feed
 from hf_objectives.mixture.order import Packer
 from hf_objectives.mixture.sources import Opened, open_source
-from hf_objectives.weights import WeightPlan
+from hf_objectives.mixture.weights import WeightPlan
 
 logger = logging.getLogger(__name__)
 # Columns that some sources may have and others not: a mixture gives them, or a collator does without.

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from hf_objectives.encode import RowSettings
 from hf_objectives.errors import ConfigError, nearest
-from hf_objectives.formats import FORMATS
+from hf_objectives.labels import FORMATS, RowSettings
 from hf_objectives.mixture.feeds import UNITS
+from hf_objectives.mixture.weights import PRESETS, Stage, WeightPlan, tempered
 from hf_objectives.packing import check_packing
-from hf_objectives.weights import PRESETS, Stage, WeightPlan, tempered
 
 PACKINGS = ("within", "across")
 _TOLD = 12  # sources in a line

@@ -12,13 +12,14 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.mixture.feeds import Feed, MappedFeed, Row
+from hf_objectives.mixture.feeds import Feed, MappedFeed
 from hf_objectives.mixture.journal import Journal
 from hf_objectives.mixture.order import Block, Given, Order, Packer, State
 from hf_objectives.mixture.report import MixtureReport, SourceReport
-from hf_objectives.ordered_stream import OrderedStream
-from hf_objectives.schedule import Schedule
-from hf_objectives.weights import WeightPlan
+from hf_objectives.mixture.schedule import Schedule
+from hf_objectives.mixture.weights import WeightPlan
+from hf_objectives.preparation import OrderedStream
+from hf_objectives.types import Row
 
 logger = logging.getLogger(__name__)
 _READ = 256  # rows that are read at a time, and of packed ones as many as hold so many tokens:

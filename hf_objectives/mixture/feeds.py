@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError, DataError
 
-Row = Mapping[str, Any]
 UNITS = ("tokens", "supervised", "examples", "rows")
 
 

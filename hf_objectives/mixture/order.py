@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_objectives.mixture.feeds import NOTHING, Ahead, Feed
-from hf_objectives.packing import IGNORE, PackedRows, pack_rows
-from hf_objectives.schedule import Schedule
-from hf_objectives.weights import WeightPlan
+from hf_objectives.mixture.schedule import Schedule
+from hf_objectives.mixture.weights import WeightPlan
+from hf_objectives.packing import PackedRows, pack_rows
+from hf_objectives.types import IGNORE_INDEX
 
 _DRAWS = 4096  # that are ordered at a time
 _ROWS_PACKED = 128  # rows of documents that are packed together: fewer leave rows half full
@@ -295,7 +296,7 @@ def _packed(
         row["input_ids"].append(ids)
         row["labels"].append(labels)
     labels = np.concatenate(row["labels"]).astype(np.int32)
-    labels[np.cumsum(lengths) - lengths] = IGNORE
+    labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
     drawn = block.drawn.numbers[documents].tolist()
     return {
         "input_ids": np.concatenate(row["input_ids"]),

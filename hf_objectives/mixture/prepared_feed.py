@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_objectives.corpus.stream import PreparedStream
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.blocklist import blocked_whole, without
 from hf_objectives.mixture.feeds import MappedFeed
+from hf_objectives.preparation import PreparedStream
 
 
 class PreparedFeed(MappedFeed):

@@ -14,22 +14,26 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, load_dataset
 
-from hf_objectives.batches import BatchEncoder
-from hf_objectives.corpus.build import load_prepared
-from hf_objectives.corpus.manifest import MANIFEST, Manifest
-from hf_objectives.data_files import hold_out, is_hub_id, load_rows
-from hf_objectives.dataset_packing import pack_dataset, pack_table
 from hf_objectives.errors import ConfigError, DataError, HFObjectivesError, nearest
-from hf_objectives.formats import detect_format
-from hf_objectives.ledger import Ledger
+from hf_objectives.labels import BatchEncoder, Ledger, detect_format
 from hf_objectives.mixture.config import MixtureConfig, SourceConfig
-from hf_objectives.mixture.feeds import Feed, Row
+from hf_objectives.mixture.feeds import Feed
 from hf_objectives.mixture.prepared_feed import PreparedFeed
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
 from hf_objectives.mixture.streams import StreamFeed
 from hf_objectives.mixture.table_feed import TableFeed
-from hf_objectives.ordered_stream import OrderedStream
-from hf_objectives.prepare import encode_rows
+from hf_objectives.packing import pack_dataset, pack_table
+from hf_objectives.preparation import (
+    MANIFEST,
+    Manifest,
+    OrderedStream,
+    encode_rows,
+    hold_out,
+    is_hub_id,
+    load_prepared,
+    load_rows,
+)
+from hf_objectives.types import Row
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from datasets import IterableDataset
 from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError, DataError
-from hf_objectives.mixture.feeds import NOTHING, Ahead, Cursor, Feed, Row
+from hf_objectives.mixture.feeds import NOTHING, Ahead, Cursor, Feed
 from hf_objectives.mixture.row_table import RowList, RowTable, is_direct
 from hf_objectives.mixture.table_feed import TableFeed, numbers_of
+from hf_objectives.types import Row
 
 logger = logging.getLogger(__name__)
 # Rows as they are read, and the number of the first in its pass, to encoded or packed ones.

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from hf_objectives.errors import ConfigError, DataError
 from hf_objectives.mixture.blocklist import blocked_whole, without
 from hf_objectives.mixture.feeds import MappedFeed
+from hf_objectives.mixture.permutation import permuted
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
-from hf_objectives.packing import IGNORE
-from hf_objectives.permutation import permuted
+from hf_objectives.types import IGNORE_INDEX
 
 
 class TableFeed(MappedFeed):
@@ -128,7 +128,7 @@ def _amounts(
         )
     if unit == "tokens" or "labels" not in table.names:
         return tokens
-    supervised = table.counts("labels", lambda labels: labels != IGNORE)
+    supervised = table.counts("labels", lambda labels: labels != IGNORE_INDEX)
     if not supervised.all():
         raise DataError("no token is trained; expected one at least", source=name, row=int(np.argmin(supervised)))
     return supervised

@@ -15,19 +15,19 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from hf_objectives.byte_lengths import token_byte_lengths
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import any_rank, rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation import EvaluationCounts, count_batch, split_riders
-from hf_objectives.isolation import probe_isolation
-from hf_objectives.losses import IGNORE, next_token_loss, next_token_targets
-from hf_objectives.ordered_stream import OrderedStream
-from hf_objectives.projection import selected_logits
-from hf_objectives.trainers.config import PerplexityTrainingArguments
+from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_logits, split_riders
+from hf_objectives.labels import token_byte_lengths
+from hf_objectives.losses import next_token_loss, next_token_targets
+from hf_objectives.preparation import OrderedStream
+from hf_objectives.trainers.causal_lm_config import PerplexityTrainingArguments
 from hf_objectives.trainers.guards import ends_of_runs, ensure_stop_tokens, stop_if_not_finite
+from hf_objectives.trainers.isolation import probe_isolation
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.trainers.tally import Tally
+from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class PerplexityTrainer(Trainer):
             raise ConfigError("logits are computed at supervised positions only; call the model for its outputs")
         forward, riders = split_riders(inputs)
         targets = next_token_targets(riders["labels"])
-        positions = targets != IGNORE
+        positions = targets != IGNORE_INDEX
         logits = selected_logits(model, forward, positions, full=self._compiled)
         weights = riders.get("loss_weights")
         if weights is not None:
@@ -154,7 +154,7 @@ class PerplexityTrainer(Trainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         total = 0.0
         for batch in batch_samples:
-            trained = batch["labels"][:, 1:] != IGNORE
+            trained = batch["labels"][:, 1:] != IGNORE_INDEX
             weights = batch.get("loss_weights")
             total += float(trained.sum() if weights is None else weights[:, 1:][trained].sum())
         return torch.tensor(sum_over_ranks([total])[0], device=device)

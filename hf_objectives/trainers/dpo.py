@@ -20,14 +20,20 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from hf_objectives.collators import DataCollatorForPreferencePairs
 from hf_objectives.distributed import gather_objects
 from hf_objectives.errors import ConfigError
-from hf_objectives.preference_collator import DataCollatorForPreferencePairs
-from hf_objectives.preferences import encode_pair
+from hf_objectives.evaluation import (
+    COLUMNS,
+    EvaluatesLanguageModels,
+    PairScores,
+    nats_per_token,
+    pair_figures,
+    unique_rows,
+)
+from hf_objectives.labels import encode_pair
 from hf_objectives.trainers.dpo_config import PerplexityDPOConfig
 from hf_objectives.trainers.guards import check_stream
-from hf_objectives.trainers.lm_evaluation import EvaluatesLanguageModels
-from hf_objectives.trainers.pair_counts import COLUMNS, PairScores, nats_per_token, pair_figures, unique_rows
 from hf_objectives.trainers.pair_drift import Drift
 
 _ENCODED = ("chosen_mask", "rejected_mask", "row")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from hf_objectives.distributed import any_rank, rank, world_size
 from hf_objectives.errors import ConfigError, NonFiniteError, StopTokenError
-from hf_objectives.evaluation import split_riders
-from hf_objectives.losses import IGNORE, next_token_targets, token_nll
-from hf_objectives.projection import selected_logits
+from hf_objectives.evaluation import selected_logits, split_riders
+from hf_objectives.losses import next_token_targets, token_nll
+from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 _TEXT_KEPT = 2_000  # characters of a row that the report quotes
@@ -82,7 +82,7 @@ def _rows(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[di
     inputs, riders = split_riders(batch)
     labels, ids = riders["labels"], inputs["input_ids"]
     targets = next_token_targets(labels)
-    positions = targets != IGNORE
+    positions = targets != IGNORE_INDEX
     nll = torch.zeros(ids.shape, device=ids.device)
     nll[positions] = token_nll(selected_logits(model, inputs, positions), targets[positions])
     starts = inputs["position_ids"].eq(0) if "position_ids" in inputs else _first_column(ids)
@@ -133,7 +133,7 @@ def check_stream(dataset: Any, workers: int, name: str) -> None:
 
 def ends_of_runs(labels: Tensor) -> Tensor:
     """Ids of the last token of each run of trained tokens; int64 [batch, length] labels to int64 [runs]."""
-    trained = labels != IGNORE
+    trained = labels != IGNORE_INDEX
     following = torch.nn.functional.pad(trained[:, 1:], (0, 1))
     return labels[trained & ~following]
 

@@ -17,7 +17,9 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
 from hf_objectives.errors import ConfigError
-from hf_objectives.ppo_math import (
+from hf_objectives.evaluation import EvaluatesLanguageModels
+from hf_objectives.labels import PromptOrder, with_prompts
+from hf_objectives.losses import (
     KL_ESTIMATORS,
     AdaptiveKL,
     Moments,
@@ -27,9 +29,7 @@ from hf_objectives.ppo_math import (
     token_rewards,
     whiten,
 )
-from hf_objectives.prompts import PromptOrder, with_prompts
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
-from hf_objectives.trainers.lm_evaluation import EvaluatesLanguageModels
 from hf_objectives.trainers.ppo_config import PPOConfig
 from hf_objectives.trainers.ppo_figures import StepFigures
 from hf_objectives.trainers.reference import frozen_copy, place_reference

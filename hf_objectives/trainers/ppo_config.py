@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from trl import RLOOConfig
 
 from hf_objectives.errors import ConfigError, nearest
-from hf_objectives.ppo_math import KL_ESTIMATORS
+from hf_objectives.losses import KL_ESTIMATORS
 
 CRITICS = ("separate", "shared", "none")
 REWARD_ERRORS = ("error", "missing")

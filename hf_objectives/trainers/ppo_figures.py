@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_objectives.distributed import sum_over_ranks
-from hf_objectives.ppo_math import Moments, PolicyLoss, ValueLoss, explained_variance
+from hf_objectives.losses import Moments, PolicyLoss, ValueLoss, explained_variance
 
 _NAMES = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl")
 

@@ -22,8 +22,8 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from hf_objectives.distributed import gather_objects
 from hf_objectives.errors import ConfigError, FormatError
-from hf_objectives.pair_rewards import PairRewards
-from hf_objectives.preferences import encode_pair
+from hf_objectives.evaluation import PairRewards
+from hf_objectives.labels import encode_pair
 from hf_objectives.trainers.guards import check_stream
 from hf_objectives.trainers.score_position import check_batch, check_vocabulary, read_past_end, spare_pad_token
 

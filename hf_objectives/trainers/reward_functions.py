@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from hf_objectives.encode import RowEncoder, RowSettings
 from hf_objectives.errors import ConfigError, HFObjectivesError
+from hf_objectives.labels import RowEncoder, RowSettings
 
 _QUOTED = 120  # characters of a prompt and an answer that an error quotes
 RewardFunction = Callable[..., Any]

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.ordered_stream import OrderedStream
+from hf_objectives.preparation import OrderedStream
 
 logger = logging.getLogger(__name__)
 _STATE = "train_stream"  # where a stream's state is in that of the Trainer, which is saved whole

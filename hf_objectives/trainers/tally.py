@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_objectives.distributed import sum_over_ranks
-from hf_objectives.perplexity import TokenCount
+from hf_objectives.evaluation import TokenCount
 
 
 class Tally:

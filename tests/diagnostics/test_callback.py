@@ -240,8 +240,7 @@ def test_the_trainers_private_step_is_where_it_was():
 
 PROGRAM = """
 import sys
-sys.path.insert(0, "tests/diagnostics")
-import test_callback as here
+from tests.diagnostics import test_callback as here
 import torch
 from hf_objectives import DiagnosticsCallback
 from hf_objectives.distributed import gather_objects, leave_group, rank

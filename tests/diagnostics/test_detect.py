@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hf_objectives.diagnostics.detect import DETECTORS, diagnose
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.errors import FileFormatError
+from hf_objectives.inspection.findings import Finding
 
 N = 300
 T = np.arange(N)

@@ -11,9 +11,9 @@ import pytest
 
 from hf_objectives.diagnostics import plot as drawing
 from hf_objectives.diagnostics.curves import Curves, Series, read_curves
-from hf_objectives.diagnostics.findings import Finding
 from hf_objectives.diagnostics.plot import plot_training_metrics, save
 from hf_objectives.errors import ConfigError, FileFormatError
+from hf_objectives.inspection.findings import Finding
 
 LOG = [
     {"step": i, "loss": 3 - i / 30, "perplexity": 9.0, "learning_rate": 1e-3, "grad_norm": 1.0} for i in range(1, 41)

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from test_callback import BAD, SETTINGS, trainer_of
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_objectives import DiagnosticsCallback, demo
-from hf_objectives.cli import main
+from hf_objectives.cli.main import main
 from hf_objectives.diagnostics.replay import replay
 from hf_objectives.errors import ConfigError, FileFormatError
+from tests.diagnostics.test_callback import BAD, SETTINGS, trainer_of
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 
 from hf_objectives.diagnostics import report as report_module
 from hf_objectives.diagnostics.curves import Curves, Series
-from hf_objectives.diagnostics.findings import SEVERITIES, Finding
 from hf_objectives.diagnostics.report import write_report
 from hf_objectives.errors import FileFormatError
+from hf_objectives.inspection.findings import SEVERITIES, Finding
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"
 

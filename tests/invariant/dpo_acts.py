@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from dpo_worlds import PAIRS, load, ours
 
 from hf_objectives.distributed import leave_group, rank
+from tests.support.dpo_worlds import PAIRS, load, ours
 
 
 def act(folder: Path) -> dict:

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import torch
-from ppo_worlds import ScriptedPPO, count_a, ppo
 
 from hf_objectives.distributed import rank
+from tests.support.ppo_worlds import ScriptedPPO, count_a, ppo
 
 SCRIPT = {
     "ask a": "b c <eos>", "ask b": "a", "ask a b c": "a a <eos>", "ask d": "<eos>", "ask e": "e d c b",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_corpus import byte_tokenizer
-from test_causal_lm import by_autograd, chats, trainer
 from transformers import AutoModelForCausalLM
+
+from tests.support.chat_corpus import byte_tokenizer
+from tests.trainers.test_causal_lm import by_autograd, chats, trainer
 
 TOKENIZER = byte_tokenizer()
 

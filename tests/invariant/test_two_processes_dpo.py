@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from dpo_worlds import PAIRS, TOKENIZER, load, ours
 
 from hf_objectives import demo
+from tests.support.dpo_worlds import PAIRS, TOKENIZER, load, ours
 
 
 @pytest.mark.distributed

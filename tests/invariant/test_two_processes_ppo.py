@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ppo_acts import ppo_steps
-from test_two_processes import run_on_two
+
+from tests.invariant.ppo_acts import ppo_steps
+from tests.invariant.test_two_processes import run_on_two
 
 
 @pytest.mark.distributed

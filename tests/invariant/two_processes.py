@@ -13,18 +13,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "trainers")]
-
-from chat_corpus import byte_tokenizer
-from ppo_acts import ppo_steps
-from test_causal_lm import arguments, chats
-from test_collators import llama
-from test_guards import poisoned, rows_with_a_bad_one
-
-from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+from hf_objectives.collators.assistant_only import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import leave_group, rank
 from hf_objectives.errors import NonFiniteError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+from tests.collators.test_assistant_only import llama
+from tests.invariant.ppo_acts import ppo_steps
+from tests.support.chat_corpus import byte_tokenizer
+from tests.trainers.test_causal_lm import arguments, chats
+from tests.trainers.test_guards import poisoned, rows_with_a_bad_one
 
 TOKENIZER = byte_tokenizer()
 

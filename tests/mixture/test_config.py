@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
-from mixtures import mixture, source, sources
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.build import build_mixture
 from hf_objectives.mixture.config import MixtureConfig, SourceConfig, StageConfig
+from tests.support.mixtures import mixture, source, sources
 
 
 def shares(made) -> dict[str, float]:

@@ -15,12 +15,12 @@ from accelerate.state import PartialState
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixtures import LENGTHS, mixture, name_of, source, sources, taken
 from torch.utils.data import DataLoader
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.build import build_mixture
 from hf_objectives.mixture.feeds import MappedFeed
+from tests.support.mixtures import LENGTHS, mixture, name_of, source, sources, taken
 
 KINDS = {
     "tokens": {},

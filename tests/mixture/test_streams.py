@@ -7,10 +7,10 @@ import json
 
 import pytest
 from datasets import Dataset, IterableDataset, disable_progress_bars, load_dataset
-from mixtures import source, taken
 
 from hf_objectives.errors import ConfigError, DataError
 from hf_objectives.mixture.build import build_mixture
+from tests.support.mixtures import source, taken
 
 disable_progress_bars()
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mixture_search import SearchData, main, prepare
 
 from hf_objectives import build_mixture, demo
-from hf_objectives.corpus.build import load_prepared
 from hf_objectives.errors import ConfigError, FileFormatError, PreparedDataError, WorkerError
+from hf_objectives.preparation.corpus import load_prepared
+from hf_objectives.recipes.mixture_search import SearchData, main, prepare
 
 ROOT = Path(__file__).parents[2]
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -137,7 +137,7 @@ def test_ray_tune_trains_the_same_and_names_what_fails(search, corpus, tmp_path)
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'hf-objectives[ray]'")
     pytest.importorskip("ray.tune", reason="Ray Tune is an extra: pip install 'hf-objectives[ray]'")
     (tmp_path / "run/trials/001/result.draft").mkdir(parents=True)
-    workers = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "recipes")]), "OMP_NUM_THREADS": "1"}
+    workers = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": workers})
     try:
         with pytest.raises(WorkerError, match="1 of 5 runs failed: trials/001 .*IsADirectoryError"):

@@ -12,16 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-import pretrain
 import pytest
-import sft
 import torch
 from transformers import AutoModelForCausalLM
 
 from hf_objectives import demo
-from hf_objectives.corpus.build import prepare_corpus
-from hf_objectives.corpus.config import CorpusSettings
 from hf_objectives.errors import ConfigError, FileFormatError, PreparedDataError
+from hf_objectives.preparation.config import CorpusSettings
+from hf_objectives.preparation.corpus import prepare_corpus
+from hf_objectives.recipes import pretrain, sft
 
 ROOT = Path(__file__).parents[2]
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -175,15 +174,14 @@ def test_two_processes_with_loader_workers_stream_the_rows_of_one(corpus, tmp_pa
 
 SLOW = """
 import sys, time
-sys.path[:0] = ["recipes"]
-from hf_objectives.corpus.work import Work
+from hf_objectives.preparation.work import Work
 whole = Work.__call__
 def slow(self, segment):
     print("PREPARING", flush=True)
     time.sleep(45)
     return whole(self, segment)
 Work.__call__ = slow
-import pretrain
+from hf_objectives.recipes import pretrain
 from hf_objectives.distributed import leave_group
 try:
     pretrain.main(sys.argv[1:])
@@ -196,7 +194,7 @@ finally:
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_path, streaming):
     """45 seconds of preparation under a group whose collectives time out after 40; a busy machine needs some of these
-    between two collectives of the training itself. Three are enough for preparation alone: tests/corpus/test_lock.py."""
+    between two collectives of the training itself. Three are enough for preparation alone: tests/preparation/test_lock.py."""
     (tmp_path / "slow.py").write_text(SLOW)
     raw = ("--sources", json.dumps({"a": str(corpus / "a.jsonl")}), "--eval_share", "0.1", "--num_proc", "1")
     more = ("--ddp_timeout", "40", "--max_steps", "3", "--streaming", streaming)
@@ -318,13 +316,12 @@ def test_a_run_that_is_killed_goes_on_with_the_rows_it_would_have_seen(corpus, t
 
 SLOW_STEPS = """
 import sys, time
-sys.path[:0] = ["recipes"]
 from hf_objectives.trainers import PerplexityTrainer
 whole = PerplexityTrainer.training_step
 def slow(self, *given, **more):
     time.sleep(0.4)
     return whole(self, *given, **more)
 PerplexityTrainer.training_step = slow
-import pretrain
+from hf_objectives.recipes import pretrain
 pretrain.main(sys.argv[1:])
 """

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from sft import main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_objectives import compute_perplexity, demo
 from hf_objectives.errors import ConfigError, FileFormatError, NothingSupervisedError
+from hf_objectives.recipes.sft import main
 
 ROOT = Path(__file__).parent.parent.parent
 

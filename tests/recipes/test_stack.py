@@ -6,13 +6,13 @@ import json
 import math
 
 import pytest
-import stack
 import torch
 from rich.console import Console
-from stack import StackArguments, arguments, divergence, draw, main, print_table, sample
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError
+from hf_objectives.recipes import stack
+from hf_objectives.recipes.stack import StackArguments, arguments, divergence, draw, main, print_table, sample
 
 TOKENIZER = demo.build_tokenizer()
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Sort 3 1 2.", "Spell stone backwards.")]

@@ -7,19 +7,18 @@ import math
 
 import pytest
 import torch
-from chat_corpus import PLAIN, byte_tokenizer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from test_collators import llama
-from test_evaluation import nats_of
 from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 
-from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.encode import encode_row
+from hf_objectives.collators.assistant_only import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.ordered_stream import OrderedStream
-from hf_objectives.stream_packing import StreamPacker
+from hf_objectives.labels.rows import encode_row
+from hf_objectives.preparation.ordered_stream import OrderedStream
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+from tests.collators.test_assistant_only import llama
+from tests.evaluation.test_perplexity import nats_of
+from tests.support.chat_corpus import PLAIN, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -281,18 +280,6 @@ def test_batches_that_accelerate_would_split_are_refused_with_a_stream(tmp_path)
         trainer(tmp_path, rows=Chats(), accelerator_config={"split_batches": True})
 
 
-def test_a_stream_that_is_packed_on_the_way_is_trained_whole(tmp_path):
-    rows = Dataset.from_list([{"input_ids": list(range(3, 3 + n))} for n in (30, 50, 7, 64, 12, 9, 41)] * 3)
-    packer = StreamPacker(rows.to_iterable_dataset(), 64, buffer_size=5)
-    collator = DataCollatorWithEosPacking(TOKENIZER, max_length=64)
-    run = trainer(tmp_path, collator=collator, rows=packer, max_steps=5)
-    run.train()
-    logs = [log for log in run.state.log_history if "num_tokens_seen" in log]
-    fresh = iter(StreamPacker(rows.to_iterable_dataset(), 64, buffer_size=5))
-    trained = [next(fresh) for _ in range(10)]
-    assert logs[-1]["num_supervised_tokens"] == sum(len(row["input_ids"]) - len(row["seq_lengths"]) for row in trained)
-
-
 def test_a_checkpoint_of_other_data_is_no_checkpoint_of_a_stream(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ConfigError, match="checkpoint of step 1 does not say where its stream stood"):
@@ -320,7 +307,7 @@ def test_other_settings_train(tmp_path, options):
 
 @pytest.mark.parametrize("asked_by", ["arguments", "accelerate"])
 def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch, caplog, asked_by):
-    monkeypatch.setattr("hf_objectives.projection._told", set())
+    monkeypatch.setattr("hf_objectives.evaluation.selected_logits._told", set())
     eager = trainer(tmp_path)
     expected = [eager.train().training_loss, eager.evaluate()["eval_loss"]]
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")  # torch_compile sets it too, and monkeypatch undoes it

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, options, ours
 from peft import LoraConfig
 from trl import DPOTrainer
 
 from hf_objectives import PerplexityDPOConfig, demo
 from hf_objectives.errors import ConfigError, FormatError
-from hf_objectives.preferences import encode_pair
+from hf_objectives.labels.pairs import encode_pair
+from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, options, ours
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 

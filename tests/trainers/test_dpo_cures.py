@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, ours
 from torch.nn.functional import log_softmax, logsigmoid
 
 from hf_objectives import DataCollatorForPreferencePairs, demo
-from hf_objectives.preferences import encode_pair
+from hf_objectives.labels.pairs import encode_pair
 from hf_objectives.trainers.pair_drift import Drift
+from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, ours
 
 # -- the price and the cures -------------------------------------------------------------------------------------------
 

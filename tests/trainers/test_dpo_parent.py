@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from dpo_worlds import BATCH, TOKENIZER, build, load
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hf_objectives import PerplexityDPOTrainer
+from tests.support.dpo_worlds import BATCH, TOKENIZER, build, load
 
 # -- the parent's ------------------------------------------------------------------------------------------------------
 

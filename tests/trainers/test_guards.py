@@ -7,15 +7,15 @@ import logging
 
 import pytest
 import torch
-from chat_corpus import byte_tokenizer
 from datasets import Dataset
-from test_causal_lm import chats, trainer
-from test_collators import llama
 from transformers import GenerationConfig, LlamaConfig, MambaConfig, MambaForCausalLM
 
-from hf_objectives.collators import DataCollatorWithEosPacking
+from hf_objectives.collators.assistant_only import DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, NonFiniteError, PackingLeakError, StopTokenError
 from hf_objectives.trainers.guards import check_stream, ends_of_runs, ensure_stop_tokens
+from tests.collators.test_assistant_only import llama
+from tests.support.chat_corpus import byte_tokenizer
+from tests.trainers.test_causal_lm import chats, trainer
 
 TOKENIZER = byte_tokenizer()
 

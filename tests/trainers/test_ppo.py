@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig
-from ppo_worlds import EOS, LETTERS, ScriptedPPO, count_a, logged, ppo, small_model
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers.critic import decoder_of
+from tests.support.ppo_worlds import EOS, LETTERS, ScriptedPPO, count_a, logged, ppo, small_model
 
 SCRIPT = {
     "ask a": "b c <eos>", "ask b": "a", "ask a b c": "a a <eos>", "ask d": "<eos>", "ask e": "e d c b",

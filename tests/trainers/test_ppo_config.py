@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from ppo_worlds import PAD, count_a, ppo, small_model
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers.ppo import PPOTrainer
 from hf_objectives.trainers.ppo_config import PPOConfig
+from tests.support.ppo_worlds import PAD, count_a, ppo, small_model
 
 
 @pytest.mark.parametrize(

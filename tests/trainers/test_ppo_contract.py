@@ -8,10 +8,11 @@ from collections import deque
 import pytest
 import torch
 from datasets import Dataset
-from ppo_worlds import LETTERS, SETTINGS, count_a, ppo, small_model
 from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import RepeatSampler
+
+from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, ppo, small_model
 
 MOVED = "trl.RLOOTrainer has changed: {}; hf_objectives.trainers.ppo overrides or calls it and is to be looked at"
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_objectives.ppo_math import PolicyLoss, ValueLoss
+from hf_objectives.losses.ppo import PolicyLoss, ValueLoss
 from hf_objectives.trainers.ppo_figures import StepFigures
 
 

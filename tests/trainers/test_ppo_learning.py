@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ppo_worlds import EOS, LETTERS, logged, ppo, small_model
+
+from tests.support.ppo_worlds import EOS, LETTERS, logged, ppo, small_model
 
 SCORES = torch.linspace(-1, 1, len(LETTERS))[torch.tensor([3, 0, 6, 1, 7, 2, 5, 4])]
 

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from ppo_worlds import CHAT, EOS, LETTERS, ScriptedPPO, count_a, logged, ppo, small_model, words
 from transformers import LlamaForSequenceClassification
 
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.trainers import reward_functions
 from hf_objectives.trainers.reward_functions import RewardError
+from tests.support.ppo_worlds import CHAT, EOS, LETTERS, ScriptedPPO, count_a, logged, ppo, small_model, words
 
 SCRIPT = {"ask a": "b a <eos>", "ask b": "a a a <eos>", "ask c": "c <eos>", "ask d": "a b c d"}
 ROWS = [{"prompt": prompt} for prompt in SCRIPT]

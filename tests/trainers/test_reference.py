@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from ppo_worlds import logged, ppo, small_model
+
+from tests.support.ppo_worlds import logged, ppo, small_model
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8)
 

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from chat_corpus import byte_tokenizer, with_bos
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import (
@@ -20,10 +19,11 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from hf_objectives import demo
-from hf_objectives.chat import encode_chat
 from hf_objectives.errors import ConfigError, DataError, FormatError, NonFiniteError, TokenizerError
+from hf_objectives.labels.chat import encode_chat
 from hf_objectives.trainers.reward import REPLACED, RewardModelTrainer, encode_reward_row
 from hf_objectives.trainers.reward_config import RewardModelConfig
+from tests.support.chat_corpus import byte_tokenizer, with_bos
 
 TOKENIZER = demo.build_tokenizer()
 SETTINGS = {

@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from chat_corpus import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_objectives import demo
@@ -22,6 +21,7 @@ from hf_objectives.trainers.reward_functions import (
     is_async_callable,
     load_scorer,
 )
+from tests.support.chat_corpus import byte_tokenizer
 
 COMPLETIONS = ["one", "two", "three"]
 ARGUMENTS = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chat_corpus import byte_tokenizer
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from hf_objectives.errors import ConfigError, FormatError, TokenizerError
 from hf_objectives.trainers.score_position import check_batch, check_vocabulary, spare_pad_token
+from tests.support.chat_corpus import byte_tokenizer
 
 
 def tokenizer(*special: str, **names: str):

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixtures import mixture, taken
-from test_causal_lm import trainer
-from test_collators import llama
 from transformers import Trainer, TrainingArguments
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.report import SourceReport
 from hf_objectives.trainers import OrderedStreamCallback
+from tests.collators.test_assistant_only import llama
+from tests.support.mixtures import mixture, taken
+from tests.trainers.test_causal_lm import trainer
 
 
 class Collate:

@@ -1,0 +1,3 @@
+"""The command line, hf-objectives."""
+
+from __future__ import annotations

@@ -1,0 +1,220 @@
+"""What a chat template does beside printing a conversation: text of its own, the date, tools that it leaves out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from hf_objectives.errors import DataError
+from hf_objectives.inspection.types import LabelWarning, WholeRow, warn
+from hf_objectives.labels import (
+    REASONING_FIELDS,
+    ROLES,
+    Example,
+    Renderer,
+    RowSettings,
+    content_texts,
+    marker_pattern,
+    read_messages,
+    read_tools,
+    template_of,
+)
+
+_BLANK = "\U0010abcd"  # a private code point that stands for what a message says
+_ADDED_CHARACTERS = 12  # shorter text that a template adds is a role's name or a label
+_ADDED_SHARE = 0.1  # of the rows that it could be in; rarer text comes of something in a message
+_SHOWN = 160  # characters of a template's text
+_SYSTEM = ("system", "developer")
+_DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 20, 17, 18, 19)  # no field of the one is the other's
+
+
+@dataclass(slots=True)
+class _Found:
+    """What one template does, as the rows that show it."""
+
+    rows: list[WholeRow] = field(default_factory=list)
+    bare: set[int] = field(default_factory=set)  # positions of rows without a system message
+    with_tools: list[WholeRow] = field(default_factory=list)
+    added: defaultdict[str, list[WholeRow]] = field(default_factory=lambda: defaultdict(list))
+    of_tools: defaultdict[str, list[WholeRow]] = field(default_factory=lambda: defaultdict(list))
+    hidden: list[WholeRow] = field(default_factory=list)
+    dated: list[WholeRow] = field(default_factory=list)
+
+
+def template_warnings(rows: Sequence[WholeRow], tokenizer: Any, settings: RowSettings) -> Iterator[LabelWarning]:
+    """Warnings of what chat templates do with rows, one of a kind for each template.
+
+    Args:
+        rows: the rows; only those with messages count.
+        tokenizer: gives the template.
+        settings: gives another template, and `template_kwargs`.
+    """
+    markers = marker_pattern(tokenizer)
+    templates: defaultdict[str, _Found] = defaultdict(_Found)
+    for row in rows:
+        if row.example.messages:
+            template = template_of(tokenizer, settings.chat_template, read_tools(row.example.tools))
+            _look(row, templates[template], tokenizer, template, settings, markers)
+    for found in templates.values():
+        yield from _added_text(found)
+        yield from _tools(found)
+        if found.dated:
+            yield warn(
+                "date_in_template",
+                "warning",
+                f"the chat template prints the date, so {len(found.dated):,} conversations show the day of their "
+                "preparation",
+                "Prepare the data on one day, or give the template a fixed date in template_kwargs if it takes one.",
+                found.dated,
+            )
+
+
+def _look(
+    row: WholeRow, found: _Found, tokenizer: Any, template: str, settings: RowSettings, markers: re.Pattern[str]
+) -> None:
+    example = row.example
+    found.rows.append(row)
+    if not any(message.get("role") in _SYSTEM for message in example.messages):
+        found.bare.add(row.position)
+    tools = read_tools(example.tools)
+    kwargs = {**settings.template_kwargs, **example.template_kwargs}
+    plain = Renderer(tokenizer, template, None, kwargs)
+    pieces = _pieces(_render(plain, example), markers)
+    for piece in pieces:
+        found.added[piece].append(row)
+    if tools:
+        found.with_tools.append(row)
+        render = Renderer(tokenizer, template, tools, kwargs)
+        text, names = _render(render, example), _names(render)
+        for piece in _pieces(text, markers, names):
+            for known in pieces:
+                piece = piece.replace(known, "").strip()
+            if len(piece) >= _ADDED_CHARACTERS:
+                found.of_tools[piece].append(row)
+        said = "\n".join(
+            t for m in example.messages if m.get("role") in _SYSTEM for t in content_texts(m.get("content"))
+        )
+        if text is not None and not all(_stands_in(name, text + said) for name in names):
+            found.hidden.append(row)
+    if "strftime_now" in template:
+        days = [
+            _render(Renderer(tokenizer, template, tools, {"strftime_now": day.strftime, **kwargs}), example)
+            for day in _DAYS
+        ]
+        if days[0] != days[1]:
+            found.dated.append(row)
+
+
+def _added_text(found: _Found) -> Iterator[LabelWarning]:
+    """Text that no message says, where enough of the rows have it that could have it."""
+    telling = {}
+    for piece, rows in found.added.items():
+        # A system prompt of the template's own goes into rows without one: of these it is to be a share.
+        of = len(found.bare) if all(row.position in found.bare for row in rows) else len(found.rows)
+        if len(rows) >= max(min(2, of), _ADDED_SHARE * of):
+            telling[piece] = rows
+    if not telling:
+        return
+    ordered = sorted(telling.items(), key=lambda one: -len(one[1]))
+    said = ", ".join(f"{_short(piece)!r} into {len(rows):,}" for piece, rows in ordered)
+    concerned = {row.position: row for rows in telling.values() for row in rows}
+    yield warn(
+        "template_adds_text",
+        "warning",
+        f"the chat template writes {said} of {len(found.rows):,} conversations; no message says so",
+        "The model is trained to expect it. Give the conversations a system message of their own, or change the "
+        "template, unless it is used in the same way at inference.",
+        [concerned[i] for i in sorted(concerned)],
+    )
+
+
+def _tools(found: _Found) -> Iterator[LabelWarning]:
+    """What a template writes about tools, and tools that it does not write."""
+    count = len(found.with_tools)
+    common = [piece for piece, rows in found.of_tools.items() if len(rows) >= max(min(2, count), _ADDED_SHARE * count)]
+    if common:
+        concerned = {row.position: row for piece in common for row in found.of_tools[piece]}
+        yield warn(
+            "template_explains_tools",
+            "info",
+            f"beside the tools, the chat template writes {_short(' ... '.join(common))!r} into {len(concerned):,} of "
+            f"{count:,} conversations with tools",
+            "This is how most templates tell of tools. Use the same template and tools at inference.",
+            [concerned[i] for i in sorted(concerned)],
+        )
+    if found.hidden:
+        yield warn(
+            "tools_not_shown",
+            "warning",
+            f"{len(found.hidden):,} of {count:,} conversations with tools are rendered without them: the chat template "
+            "does not print tools",
+            "The model is trained to call what it is not told of. Use a chat template that takes tools, or describe them "
+            "in the system message.",
+            found.hidden,
+        )
+
+
+def _render(render: Renderer, example: Example) -> str | None:
+    """A conversation with its texts blanked, without calls and their results; None where the template refuses that."""
+    messages = [
+        _blanked(message)
+        for message in read_messages(example.messages).messages
+        if message.get("role") != "tool" and not message.get("tool_calls")
+    ]
+    try:
+        return render(messages)
+    except DataError:  # a template that reads the text itself; the encoder has rendered the row as it is
+        return None
+
+
+def _blanked(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose texts are one private code point."""
+    blanked = dict(message)
+    content = message.get("content")
+    if isinstance(content, str):
+        blanked["content"] = _BLANK
+    elif content:
+        blanked["content"] = [{**block, "text": _BLANK} for block in content]
+    return {key: _BLANK if key in REASONING_FIELDS else value for key, value in blanked.items()}
+
+
+def _names(render: Renderer) -> set[str]:
+    """Names of a renderer's tools."""
+    schemas = [tool.get("function", tool) for tool in render.tools or () if isinstance(tool, Mapping)]
+    return {str(one["name"]) for one in schemas if isinstance(one, Mapping) and one.get("name")}
+
+
+def _pieces(text: str | None, markers: re.Pattern[str], names: set[str] | frozenset[str] = frozenset()) -> list[str]:
+    """The texts that a template prints around what is said, each once: no control tokens, role names or schemas."""
+    pieces = []
+    for part in re.split(f"{_BLANK}|{markers.pattern}", text or ""):
+        lines = [line for line in part.strip().splitlines() if not _is_schema(line, names)]
+        if lines and lines[0].strip().rstrip(":").lower() in ROLES:
+            lines = lines[1:]
+        piece = "\n".join(lines).strip()
+        if len(piece) >= _ADDED_CHARACTERS and re.search(r"\w{3}", piece):
+            pieces.append(piece)
+    return list(dict.fromkeys(pieces))
+
+
+def _is_schema(line: str, names: set[str] | frozenset[str]) -> bool:
+    """Whether a line prints a tool: JSON, or with the name of one."""
+    if any(_stands_in(name, line) for name in names):
+        return True
+    try:
+        return isinstance(json.loads(line), (dict, list))
+    except json.JSONDecodeError:
+        return False
+
+
+def _stands_in(name: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+
+
+def _short(piece: str) -> str:
+    return piece if len(piece) <= _SHOWN else f"{piece[: _SHOWN - 3]}..."

@@ -1,0 +1,135 @@
+"""The prompt of a row of any format: what a policy answers when it is trained by reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl.trainer.utils import RepeatSampler
+
+from hf_objectives.errors import ConfigError, DataError, FormatError
+from hf_objectives.labels.formats import to_example
+from hf_objectives.labels.pair_prompt import common_turns
+from hf_objectives.types import Row
+
+_ASKING = ("user", "tool")
+
+
+def to_prompt(row: Row, *, source: str | None = None, row_index: int | None = None) -> str | list[dict[str, Any]]:
+    """The prompt of a row: text, or a conversation that waits for an answer.
+
+    Of a row with `prompt`, that; of a conversation (`messages`, ShareGPT, Alpaca), what comes before its last answer; of a
+    preference row, what both sides have in common; of a plain prompt and completion, the prompt.
+
+    Args:
+        row: a mapping of column names to values.
+        source, row_index: name and number of the row, for errors.
+
+    Raises:
+        FormatError: no prompt in the row, an empty one, one that waits for no answer, or tools, which generation in TRL's
+            RLOOTrainer does not hand to the template.
+        ConversationError: a malformed conversation.
+    """
+    try:
+        prompt = _read(row)
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise FormatError("the prompt is empty; expected text, or messages up to the turn that is to be answered")
+        if not isinstance(prompt, str):
+            _check_turns(prompt)
+    except DataError as error:
+        raise error.at(source=source, row=row_index) from None
+    return prompt
+
+
+def _read(row: Row) -> str | list[dict[str, Any]]:
+    if row.get("tools"):
+        raise FormatError("tools are not supported here: generation does not hand them to the chat template")
+    given = row.get("prompt")
+    if given is not None and row.get("chosen") is None and row.get("completion") is None:
+        if isinstance(given, str):
+            return given
+        return to_example({"messages": given}, format="messages").messages
+    example = to_example(row)
+    if example.kind == "prompt_completion":
+        return example.text[: example.prompt_chars]
+    if example.kind == "messages":
+        last = max((i for i, message in enumerate(example.messages) if _role(message) in _ASKING), default=-1)
+        return [_plain(message) for message in example.messages[: last + 1]]
+    if example.kind == "preference":
+        if example.is_plain:
+            return example.text[: example.prompt_chars]
+        shared = common_turns(example.messages, example.rejected)
+        return [_plain(message) for message in example.messages[:shared]]
+    raise FormatError(f"a row of {example.kind} has no prompt; expected prompt, or a conversation")
+
+
+def _check_turns(prompt: list[dict[str, Any]]) -> None:
+    for turn, message in enumerate(prompt):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise FormatError(f"message {turn} of the prompt is {message!r:.80}; expected role and content")
+    if prompt[-1]["role"] not in _ASKING:
+        raise FormatError(
+            f"the prompt ends with a turn of {prompt[-1]['role']}; expected one of {' or '.join(_ASKING)}"
+        )
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without what speaks of training."""
+    return {key: value for key, value in message.items() if key not in ("train", "weight")}
+
+
+def with_prompts(dataset: Any, name: str) -> Any:
+    """Rows with their prompt in a column `prompt`, in one form, all text or all conversations, and their number in `row`.
+
+    Args:
+        dataset: a Dataset, an IterableDataset, a list of rows, or a mapping of names to these; None stays None.
+        name: what errors call it.
+
+    Raises:
+        ConfigError: no rows.
+        FormatError: see `to_prompt`; or text among conversations.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        return {key: with_prompts(rows, f"{name} {key}") for key, rows in dataset.items()}
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        if isinstance(dataset, str) or not hasattr(dataset, "__iter__"):
+            raise ConfigError(
+                f"{name} is {type(dataset).__name__}; expected a Dataset, an IterableDataset or a list of rows"
+            )
+        rows = [dict(row) for row in dataset]
+        columns = list(dict.fromkeys(key for row in rows for key in row))  # from_list knows those of the first row only
+        dataset = Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
+    form: list[str] = []
+
+    def read(row: dict[str, Any], i: int) -> dict[str, Any]:
+        prompt = to_prompt(row, source=name, row_index=i)
+        kind = "text" if isinstance(prompt, str) else "a conversation"
+        form[:] = form or [kind]
+        if kind != form[0]:
+            raise FormatError(f"the prompt is {kind} among prompts that are {form[0]}", source=name, row=i)
+        return {"prompt": prompt, "row": row.get("row", i)}
+
+    return dataset.map(read, with_indices=True)
+
+
+class PromptOrder(RepeatSampler):
+    """TRL's order of prompts, with a shuffle that depends on the epoch and not on how many this process has seen."""
+
+    @classmethod
+    def like(cls, other: RepeatSampler) -> PromptOrder:
+        """One with the settings of another."""
+        return cls(
+            other.data_source, other.mini_repeat_count, other.batch_size, other.repeat_count, other.shuffle, other.seed
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Told by the loader before each epoch; the first has TRL's own shuffle."""
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)

@@ -1,0 +1,299 @@
+"""Texts to token ids with the place of every token, by the fastest backend that agrees with the tokenizer."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from hf_objectives.errors import FormatError, TokenizerError
+from hf_objectives.labels.byte_lengths import token_byte_lengths
+from hf_objectives.labels.messages import CLOSE, OPEN
+
+logger = logging.getLogger(__name__)
+
+# Texts on which a fast backend must give the tokenizer's own ids before it is trusted: scripts, digits, runs of white
+# space, line ends, emoji joined by ZWJ, decomposed accents, control characters.
+_PROBE = (
+    "Hello, world! It's 3.14159 o'clock; don't  double   space.\n\n\tTabs\r\nand 1,234,567 numbers. x=y+z*2**10",
+    "Ünïcödé 日本語テキスト 한국어 العربية עברית हिन्दी ไทย русский ελληνικά 👩‍👩‍👧‍👦🏳️‍🌈 café cafe\u0301 \u200b\ufeff\x00\x7f",
+    "def f(a, b):\n    return {'k': [a, b]}  # <html>&amp;</html>\n" * 3,
+    "          \n \n  \t\t   ...!!!???---___###@ aAaA CamelCaseWORDS lower_snake 0x1F 1e-9 ½ ² Ⅳ",
+    "",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a batch of texts, end to end, and where each token stands.
+
+    Attributes:
+        ids: int32 [total], the ids of all texts.
+        offsets: int64 [texts + 1]; text i is `ids[offsets[i]:offsets[i + 1]]`.
+        starts, ends: int64 [total], the half-open place of each token in its own text.
+        in_bytes: bool [texts], whether places count UTF-8 bytes (else characters).
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    in_bytes: NDArray[np.bool_]
+
+
+class TextEncoder:
+    """Encodes texts exactly as `tokenizer(text, add_special_tokens=False)` does, with the place of every token.
+
+    `fastokens` does the work where it is installed, loads the tokenizer, gives its ids on a probe and the tokenizer is
+    a byte-level BPE (so that places follow from the byte length of each id); `tokenizers` does it otherwise.
+
+    Args:
+        tokenizer: a transformers tokenizer with a `tokenizers` backend.
+
+    Raises:
+        TokenizerError: the tokenizer has no such backend (a pure Python tokenizer gives no places).
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise TokenizerError(
+                f"{type(tokenizer).__name__} has no fast backend, so the place of its tokens in the text is unknown; "
+                "load it with AutoTokenizer (use_fast=True) or convert it to tokenizer.json"
+            )
+        # A copy: padding and truncation are state of the shared backend, and a batch call of somebody else sets them.
+        self._slow = Tokenizer.from_str(backend.to_str())
+        self._slow.no_padding()
+        self._slow.no_truncation()
+        self._added = dict(tokenizer.added_tokens_encoder)
+        self._fast = _load_fastokens(self._slow)
+        self._lengths: NDArray[np.int64] | None = None
+        self._unknown = _unknown_bytes(self._slow)
+        if self._fast is not None:
+            self._lengths = np.asarray(token_byte_lengths(tokenizer, special="text"), dtype=np.int64)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use, "fastokens" or "tokenizers"."""
+        return "tokenizers" if self._fast is None else "fastokens"
+
+    def check(self, text: str) -> None:
+        """Make sure that every character of a text has its tokens.
+
+        Raises:
+            FormatError: it holds half of a surrogate pair, or a byte that a byte-level vocabulary lacks (some lack control
+                characters), which `tokenizer(text)` leaves out without a word.
+        """
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError as error:
+            found = text[error.start]
+            raise FormatError(f"half of a surrogate pair, {found!r}, is no character; expected valid Unicode") from None
+        if self._unknown is not None and (unknown := self._unknown.search(encoded)):
+            at = len(encoded[: unknown.start()].decode(errors="ignore"))
+            around = text[max(0, at - 20) : at + 20]
+            raise FormatError(
+                f"the tokenizer has no token for {text[at]!r} (byte {unknown[0].hex()}) in {around!r} and would leave it "
+                "out; expected text without it"
+            )
+
+    def encode_ids(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids of texts end to end, int32 [total], and where each text begins and ends, int64 [texts + 1]; no places.
+
+        Raises:
+            FormatError: see `check`.
+        """
+        if self._fast is not None:
+            flat, bounds = self._flat(texts)
+            # Ids are far below 2^31: the same bytes read as signed.
+            return np.frombuffer(flat, "<i4"), np.frombuffer(bounds, "<i8")
+        self._check_all(texts)
+        rows = [encoding.ids for encoding in self._slow.encode_batch_fast(list(texts), add_special_tokens=False)]
+        sizes = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(sizes.sum()))
+        return ids, np.concatenate(([0], np.cumsum(sizes)))
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts; those that hold wrapped control tokens (see messages.py) have these read as plain text.
+
+        Raises:
+            FormatError: see `check`.
+        """
+        wrapped = [i for i, text in enumerate(texts) if OPEN in text or CLOSE in text]
+        if self._fast is None or self._lengths is None:
+            self._check_all(texts)
+            return _join([self._encode_one(text) for text in texts])
+        ids, offsets = (
+            np.frombuffer(buffer, kind) for buffer, kind in zip(self._flat(texts), ("<u4", "<u8"), strict=True)
+        )
+        offsets = offsets.astype(np.int64)
+        lengths = self._lengths[ids]
+        total = np.concatenate(([0], np.cumsum(lengths)))
+        sizes = np.fromiter(
+            (len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts)
+        )
+        # Byte lengths add up to the text unless the tokenizer normalises it or an added token swallows white space;
+        # such texts, and those with wrapped tokens, take the slow way with the backend's own offsets.
+        redo = total[offsets[1:]] - total[offsets[:-1]] != sizes
+        redo[wrapped] = True
+        base = np.repeat(total[offsets[:-1]], np.diff(offsets))
+        encoded = Encoded(
+            ids.astype(np.int32), offsets, total[:-1] - base, total[1:] - base, np.ones(len(texts), dtype=bool)
+        )
+        if not redo.any():
+            return encoded
+        return _join(
+            [
+                self._encode_one(text) if again else (encoded.ids[a:b], encoded.starts[a:b], encoded.ends[a:b], True)
+                for text, again, a, b in zip(texts, redo, offsets[:-1], offsets[1:], strict=True)
+            ]
+        )
+
+    def _check_all(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self.check(text)
+
+    def _flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
+        """Ids and bounds by fastokens, which refuses what it has no token for without a word of where."""
+        fast: Any = self._fast
+        try:
+            return fast.encode_batch_flat(list(texts))
+        except ValueError:
+            self._check_all(texts)
+            raise
+
+    def _encode_one(self, text: str) -> tuple[NDArray, NDArray, NDArray, bool]:
+        """ids, starts, ends of one text in characters; the text's wrapped tokens count without their wrapping."""
+        if OPEN not in text and CLOSE not in text:
+            encoding = self._slow.encode(text, add_special_tokens=False)
+            places = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            return np.asarray(encoding.ids, dtype=np.int32), places[:, 0], places[:, 1], False
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        at = 0
+        for piece, plain in _pieces(text):
+            piece_ids, spans = self._plain(piece) if plain else self._continued(piece, at > 0)
+            ids += piece_ids
+            starts += [at + start for start, _ in spans]
+            ends += [at + end for _, end in spans]
+            at += len(piece)
+        return np.asarray(ids, np.int32), np.asarray(starts, np.int64), np.asarray(ends, np.int64), False
+
+    def _continued(self, piece: str, inside: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """A piece from the middle of a text: after a newline, so that no word-start prefix is added, then without it."""
+        if inside:
+            encoding = self._slow.encode("\n" + piece, add_special_tokens=False)
+            newline = self._slow.encode("\n", add_special_tokens=False).ids
+            if encoding.ids[: len(newline)] == newline:
+                kept = encoding.offsets[len(newline) :]
+                return encoding.ids[len(newline) :], [(max(start - 1, 0), end - 1) for start, end in kept]
+        encoding = self._slow.encode(piece, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _plain(self, token: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """A control token as plain text: the model alone, without the table of added tokens.
+
+        Raises:
+            TokenizerError: even the model itself maps the text to a control id.
+        """
+        newline, ids = self._model_ids("\n"), self._model_ids("\n" + token)
+        ids = ids[len(newline) :] if ids[: len(newline)] == newline else self._model_ids(token)
+        inside = {i for text, i in self._added.items() if text in token and len(text) > 1}
+        if not inside.isdisjoint(ids) and len(token) > 1:
+            # A vocabulary that holds the token as a word of its own: cut it, no half is a control token.
+            ids = self._model_ids(token[:1]) + self._model_ids(token[1:])
+        if not inside.isdisjoint(ids):
+            raise TokenizerError(f"the tokenizer turns the plain text {token!r} into a control token; cannot defuse it")
+        return ids, [(0, len(token))] * len(ids)
+
+    def _model_ids(self, text: str) -> list[int]:
+        if self._slow.normalizer is not None:
+            text = self._slow.normalizer.normalize_str(text)
+        words = [text]
+        if self._slow.pre_tokenizer is not None:
+            words = [word for word, _ in self._slow.pre_tokenizer.pre_tokenize_str(text)]
+        return [piece.id for word in words for piece in self._slow.model.tokenize(word)]
+
+
+def _unknown_bytes(backend: Tokenizer) -> re.Pattern[bytes] | None:
+    """The bytes that a byte-level vocabulary cannot spell, where an unknown token does not stand for them either."""
+    if "ByteLevel" not in str(backend.pre_tokenizer) or getattr(backend.model, "unk_token", None):
+        return None
+    ours = (OPEN + CLOSE).encode()  # marks that never reach the model
+    missing = bytes(
+        byte
+        for byte, letter in bytes_to_unicode().items()
+        if backend.model.token_to_id(letter) is None and byte not in ours
+    )
+    return re.compile(b"[" + re.escape(missing) + b"]") if missing else None
+
+
+def _pieces(text: str) -> list[tuple[str, bool]]:
+    """Cut a text at OPEN and CLOSE: (piece, read it as plain text)."""
+    pieces: list[tuple[str, bool]] = []
+    for i, part in enumerate(text.split(OPEN)):
+        plain, closed, rest = part.partition(CLOSE) if i else ("", "", part)
+        if i and not closed:  # an OPEN whose CLOSE the template cut off
+            plain, rest = "", part
+        pieces.append((plain, True))
+        pieces += [(loose, False) for loose in rest.split(CLOSE)]
+    return [(piece, plain) for piece, plain in pieces if piece]
+
+
+def _join(parts: list[tuple[NDArray, NDArray, NDArray, bool]]) -> Encoded:
+    sizes = [len(ids) for ids, *_ in parts]
+    empty = np.empty(0, np.int64)
+    return Encoded(
+        np.concatenate([ids for ids, *_ in parts] or [empty]).astype(np.int32),
+        np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+        np.concatenate([starts for _, starts, *_ in parts] or [empty]).astype(np.int64),
+        np.concatenate([ends for *_, ends, _ in parts] or [empty]).astype(np.int64),
+        np.fromiter((in_bytes for *_, in_bytes in parts), bool, len(parts)),
+    )
+
+
+def _load_fastokens(slow: Tokenizer) -> Any | None:
+    """A fastokens tokenizer that gives the ids of `slow` on the probe, or None."""
+    try:
+        import fastokens
+    except ImportError:
+        logger.info("fastokens is not installed; encoding with tokenizers (pip install 'hf-objectives[fast]')")
+        return None
+    if type(slow.decoder).__name__ != "ByteLevel":
+        logger.info("not a byte-level BPE; encoding with tokenizers")
+        return None
+    try:
+        fast = fastokens.Tokenizer.from_json_str(slow.to_str())
+        flat, offsets = fast.encode_batch_flat(list(_PROBE))
+    except Exception as error:  # foreign code on a foreign file: whatever it raises, the tokenizer's own backend works
+        logger.warning("fastokens cannot load this tokenizer (%s); encoding with tokenizers", error)
+        return None
+    ids, bounds = np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
+    for text, begin, end in zip(_PROBE, bounds[:-1], bounds[1:], strict=True):
+        if ids[begin:end].tolist() != slow.encode(text, add_special_tokens=False).ids:
+            logger.warning("fastokens disagrees with this tokenizer on %r; encoding with tokenizers", text[:40])
+            return None
+    logger.info("encoding with fastokens")
+    return fast
+
+
+_encoders: weakref.WeakKeyDictionary[Any, tuple[int, TextEncoder]] = weakref.WeakKeyDictionary()
+
+
+def text_encoder(tokenizer: Any) -> TextEncoder:
+    """The TextEncoder of a tokenizer, made once and again when tokens were added to it."""
+    size, encoder = _encoders.get(tokenizer, (-1, None))
+    if encoder is None or size != len(tokenizer):
+        encoder = TextEncoder(tokenizer)
+        _encoders[tokenizer] = len(tokenizer), encoder
+    return encoder

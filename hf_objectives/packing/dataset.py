@@ -1,0 +1,122 @@
+"""Packing of a whole encoded dataset, over its Arrow columns."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
+
+from hf_objectives.errors import FormatError, NothingSupervisedError
+from hf_objectives.packing.bins import PackedRows, pack_rows
+from hf_objectives.types import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+
+def pack_dataset(
+    dataset: Dataset, max_length: int, *, strategy: str = "best_fit", overflow: str = "truncate"
+) -> Dataset:
+    """Pack the documents of an encoded dataset into rows of at most `max_length` tokens.
+
+    Args:
+        dataset: columns `input_ids` and, unless every token is trained, `labels`; `source` and `row` columns are kept.
+        max_length: most tokens a row may hold.
+        strategy: "best_fit" or "first_fit" (whole documents), or "concat" (a continuous stream).
+        overflow: but for concat, what becomes of longer documents: "truncate", "split" or "drop".
+
+    Returns:
+        A dataset with `input_ids` and `labels` (list of int32; the first label of each document is -100), `seq_lengths`
+        (the lengths of the documents in a row, in order) and, where the dataset has `source` or `row`, `sources` and
+        `rows`, one entry per document.
+        Every row trains at least one token; rows that would not are left out and counted in the log.
+
+    Raises:
+        FormatError: no `input_ids` column, or labels of another length.
+        NothingSupervisedError: no row would train a token.
+        ConfigError: an unknown strategy or overflow, or `max_length` under 2.
+    """
+    if "input_ids" not in dataset.column_names:
+        raise FormatError(f"columns {', '.join(dataset.column_names)}; expected input_ids, encode the dataset first")
+    table = pack_table(dataset.with_format("arrow")[:], max_length, strategy=strategy, overflow=overflow)
+    # What it follows from names it; datasets would read all of the table to name it by its content.
+    return Dataset(table, fingerprint=Hasher.hash([dataset._fingerprint, "pack", max_length, strategy, overflow]))
+
+
+def pack_table(
+    table: pa.Table,
+    max_length: int,
+    *,
+    strategy: str = "best_fit",
+    overflow: str = "truncate",
+    labels: bool = True,
+    allow_empty: bool = False,
+) -> pa.Table:
+    """`pack_dataset` on an Arrow table; without `labels`, where all tokens but the first of a document are trained, that
+    column is left out, and with `allow_empty` a table without a row is no error."""
+    ids, offsets = flat_column(table, "input_ids")
+    targets, label_offsets = flat_column(table, "labels") if "labels" in table.column_names else (ids, offsets)
+    if not np.array_equal(offsets, label_offsets):
+        row = int(np.flatnonzero(offsets != label_offsets)[0]) - 1
+        raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
+    rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
+    packed_ids, *others = rows.gather_all([ids, targets] if labels else [ids])
+    columns: dict[str, Any] = {"input_ids": _lists(packed_ids, rows.row_offsets)}
+    if others:
+        columns["labels"] = _lists(rows.without_begins(others[0]), rows.row_offsets)
+    columns["seq_lengths"] = _lists(rows.lengths.astype(np.int32), rows.piece_offsets)
+    for name in ("source", "row"):
+        if name in table.column_names:
+            of_pieces = table[name].combine_chunks().take(pa.array(rows.documents))
+            columns[f"{name}s"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), of_pieces)
+    packed = pa.table(columns)
+    keep = _supervised(packed, rows)
+    tokens, lost = int(rows.row_offsets[-1]), int(rows.dropped.sum())
+    if not keep.any() and not allow_empty:
+        raise NothingSupervisedError(
+            f"none of {len(keep)} packed rows trains a token; check labels and max_length={max_length}"
+        )
+    logger.log(
+        logging.DEBUG if allow_empty else logging.INFO,  # blocks of a corpus go into its manifest
+        "packed %d documents into %d rows, %.1f%% full; %d tokens dropped; %d rows without a trained token left out",
+        *(len(rows.dropped), int(keep.sum()), 100 * tokens / max(1, len(keep) * max_length), lost, int((~keep).sum())),
+    )
+    return packed if keep.all() else packed.filter(pa.array(keep))
+
+
+def _supervised(packed: pa.Table, rows: PackedRows) -> NDArray[np.bool_]:
+    """Which rows train a token: without labels, those in which a piece goes on after its first."""
+    if "labels" not in packed.column_names:
+        return np.diff(np.concatenate(([0], np.cumsum(rows.lengths > 1)))[rows.piece_offsets]) > 0
+    if not rows.row_offsets[-1]:
+        return np.zeros(len(rows.row_offsets) - 1, bool)
+    labels = packed["labels"].chunk(0).values.to_numpy()
+    sizes = np.diff(rows.row_offsets)
+    trains = sizes > 0
+    # Nearly always a row's last token is trained; only where it is not are all labels of the row read.
+    trains[trains] = labels[rows.row_offsets[1:][trains] - 1] != IGNORE_INDEX
+    for i in np.flatnonzero(~trains & (sizes > 0)):
+        trains[i] = (labels[rows.row_offsets[i] : rows.row_offsets[i + 1]] != IGNORE_INDEX).any()
+    return trains
+
+
+def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """A list column as its values (int32) end to end and the offsets of its rows (int64 [rows + 1])."""
+    chunks = table[name]
+    column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies a single one, too
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        raise FormatError(f"column {name!r} is {column.type}; expected lists of token ids")
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+    return values, offsets - offsets[0]
+
+
+def _lists(values: NDArray[np.int32], offsets: NDArray[np.int64]) -> pa.Array:
+    # datasets writes and reads 32-bit lists; a table past 2^31 tokens keeps the long ones.
+    kind = pa.ListArray if offsets[-1] < 2**31 else pa.LargeListArray
+    width = pa.int32() if kind is pa.ListArray else pa.int64()
+    return kind.from_arrays(pa.array(offsets, width), pa.array(values, pa.int32()))

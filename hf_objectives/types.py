@@ -1,0 +1,51 @@
+"""Constants, types and checks that every room shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_objectives.errors import ConfigError, nearest
+
+#: Label of a position that is not trained; the `ignore_index` of `torch.nn.functional.cross_entropy`.
+IGNORE_INDEX = -100
+
+#: One row of a dataset: a mapping of column names to values.
+Row = Mapping[str, Any]
+
+
+def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Check that a setting has one of its known values.
+
+    Example: `check_one_of("strategy", "bestfit", ("best_fit", "concat"))` raises "strategy is 'bestfit'; expected one
+    of best_fit, concat; did you mean 'best_fit'?".
+
+    Raises:
+        ConfigError: `value` is not in `known`; names the setting, the value and the known values.
+    """
+    known = list(known)
+    if value not in known:
+        words = [str(word) for word in known if word is not None]
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(words)}{nearest(str(value), words)}")
+
+
+def check_keys(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    """Check that a mapping has known keys only.
+
+    Raises:
+        ConfigError: names every unknown key, each with the nearest known one.
+    """
+    known = list(known)
+    unknown = [f"{key!r}{nearest(str(key), known)}" for key in given if key not in known]
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; expected {', '.join(known)}")
+
+
+def check_max_length(max_length: int | None) -> None:
+    """Check a limit in tokens; None is no limit.
+
+    Raises:
+        ConfigError: `max_length` is under 2, so that no row has a token and a token that it predicts.
+    """
+    if max_length is not None and max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")

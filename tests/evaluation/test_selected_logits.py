@@ -1,0 +1,115 @@
+"""Logits of chosen positions are the full forward's at these positions, in every architecture."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+)
+
+from hf_objectives.evaluation.selected_logits import selected_logits
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "gemma2": lambda: Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0),
+    "cohere": lambda: CohereConfig(**SMALL, logit_scale=0.25),
+    "granite": lambda: GraniteConfig(**SMALL, logits_scaling=4.0),
+    "gpt2": lambda: GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+
+
+def inputs():
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(3, 99, (3, 10)), "attention_mask": torch.ones(3, 10, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_selected_are_the_full_forwards(name, lora):
+    model = build(name)
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    positions = torch.rand(3, 10) < 0.3
+    with torch.no_grad():
+        full = model(**inputs(), use_cache=False).logits[positions]
+        assert torch.allclose(selected_logits(model, inputs(), positions), full, atol=1e-6)
+        assert torch.allclose(selected_logits(model, inputs(), positions, full=True), full, atol=1e-6)
+
+
+def test_the_head_sees_no_other_position():
+    model, seen = build("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    positions = torch.zeros(3, 10, dtype=torch.bool)
+    positions[0, 3] = positions[2, 1] = True
+    selected_logits(model, inputs(), positions)
+    assert seen == [(1, 2, 99)]
+
+
+def test_no_positions_still_reach_the_graph():
+    model = build("llama").train()
+    logits = selected_logits(model, inputs(), torch.zeros(3, 10, dtype=torch.bool))
+    assert logits.shape == (0, 99)
+    logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() == 0
+
+
+def test_gradient_checkpointing_and_autocast():
+    model = build("llama").train()
+    model.gradient_checkpointing_enable()
+    positions = torch.rand(3, 10) < 0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        selected_logits(model, inputs(), positions).float().sum().backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_fallback_says_so(caplog):
+    class Headless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build("llama")
+
+        def forward(self, **kwargs):
+            return self.inner(**kwargs)
+
+    positions = torch.rand(3, 10) < 0.5
+    with caplog.at_level(logging.WARNING):
+        logits = selected_logits(Headless(), inputs(), positions)
+    assert logits.shape == (int(positions.sum()), 99)
+    assert "Headless has no output embeddings to narrow; computing full logits" in caplog.text
+
+
+def test_contact_the_model_with_logits_to_keep_agrees():
+    """A model's own `logits_to_keep` with an index is the reference for one row."""
+    model = build("gemma2")
+    one = {key: value[:1] for key, value in inputs().items()}
+    index = torch.tensor([1, 4, 7])
+    positions = torch.zeros(1, 10, dtype=torch.bool)
+    positions[0, index] = True
+    with torch.no_grad():
+        kept = model(**one, logits_to_keep=index, use_cache=False).logits[0]
+        assert torch.allclose(selected_logits(model, one, positions), kept, atol=1e-6)

@@ -1,0 +1,212 @@
+"""Rows to ids and labels: over-length policies, expansion of turns, and a ledger that adds up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_objectives.errors import ConfigError, ConversationError, FormatError
+from hf_objectives.labels.batches import BatchEncoder
+from hf_objectives.labels.ledger import Ledger
+from hf_objectives.labels.rows import CUT, TOO_LONG, UNSUPERVISED, RowEncoder, RowSettings, encode_row, expand
+from tests.support.chat_corpus import PLAIN, REASONING, byte_tokenizer, template, trained_runs, trained_text, with_bos
+
+TOKENIZER = byte_tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+def encode(rows, **options):
+    ledger = Ledger()
+    labelled, sources, origins = RowEncoder(TOKENIZER, RowSettings(**options)).encode(rows, source="s", ledger=ledger)
+    return [labelled.row(i) for i in range(len(sources))], sources, origins, ledger
+
+
+def test_documents_end_with_one_trained_eos():
+    row = encode_row(TOKENIZER, {"text": "abc"})
+    assert row["input_ids"] == [*TOKENIZER.encode("abc"), EOS]
+    assert row["labels"] == row["input_ids"]
+    ended = encode_row(TOKENIZER, {"text": "abc<|im_end|>"}, control_tokens="allow")
+    assert ended["input_ids"] == row["input_ids"]
+    plain = encode_row(TOKENIZER, {"text": "abc<|im_end|>"})
+    assert plain["input_ids"].count(EOS) == 1 and TOKENIZER.decode(plain["input_ids"]) == "abc<|im_end|><|im_end|>"
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_not_trained():
+    tokenizer = with_bos(byte_tokenizer())
+    bos = tokenizer.bos_token_id
+    row = encode_row(tokenizer, {"text": "ab"})
+    assert row["input_ids"] == [bos, *tokenizer.encode("ab", add_special_tokens=False), EOS]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+@pytest.mark.parametrize("splits_documents", [False, True])
+def test_each_of_several_documents_has_its_own_begin_and_end(splits_documents):
+    tokenizer = with_bos(byte_tokenizer())
+    bos, (a, b, c) = tokenizer.bos_token_id, tokenizer.encode("abc", add_special_tokens=False)
+    rows = [{"text": "ab"}, {"text": "c"}, {"text": "b"}]
+    encoder = BatchEncoder(tokenizer, RowSettings(splits_documents=splits_documents))  # True: all in arrays
+    table, _ = encoder.encode(rows, source="s", numbers=range(3))
+    assert table["input_ids"].to_pylist() == [[bos, a, b, EOS], [bos, c, EOS], [bos, b, EOS]]
+    labelled, *_ = RowEncoder(tokenizer, RowSettings()).encode(rows, source="s", ledger=Ledger())
+    assert [labelled.row(i)["labels"] for i in range(3)] == [[-100, a, b, EOS], [-100, c, EOS], [-100, b, EOS]]
+    asked = [{"prompt": "a", "completion": "b"}, {"prompt": "bc", "completion": "a"}]
+    labelled, *_ = RowEncoder(tokenizer, RowSettings()).encode(asked, source="s", ledger=Ledger())
+    assert [labelled.row(i) for i in range(2)] == [
+        {"input_ids": [bos, a, b, EOS], "labels": [-100, -100, b, EOS]},
+        {"input_ids": [bos, b, c, a, EOS], "labels": [-100, -100, -100, a, EOS]},
+    ]
+
+
+@pytest.mark.parametrize("ids", [[5, 70_000, 7], [-1, 3]])
+def test_ids_of_another_tokenizer_are_named(ids):
+    with pytest.raises(FormatError, match=r"source 's', row 1: id -?\d+ is not one of the tokenizer's, 0 to \d+"):
+        encode([{"input_ids": [1, 2]}, {"input_ids": ids}])
+    with pytest.raises(FormatError, match="row 0: label 70000 is not one"):
+        encode([{"input_ids": [1, 2], "labels": [-100, 70_000]}])
+
+
+def test_completion_is_trained_and_its_prompt_is_not():
+    row = encode_row(TOKENIZER, {"prompt": "1+1=", "completion": "2"})
+    assert TOKENIZER.decode(row["input_ids"]) == "1+1=2<|im_end|>"
+    assert trained_text(TOKENIZER, row) == "2<|im_end|>"
+    cut = encode_row(TOKENIZER, {"prompt": "1+1=", "completion": "222"}, max_length=7)
+    assert set(cut["labels"]) == {-100}  # its EOS fell to the cut
+
+
+def test_tokens_pass_as_they_are():
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    assert encode_row(TOKENIZER, row) == row
+    assert encode_row(TOKENIZER, {"input_ids": [5, 6]}) == {"input_ids": [5, 6], "labels": [5, 6]}
+    with pytest.raises(FormatError, match="row 3.*one length"):
+        encode_row(TOKENIZER, {"input_ids": [5, 6], "labels": [5]}, row_index=3)
+
+
+def test_drop_leaves_long_rows_out_and_books_them():
+    rows = [{"messages": PLAIN}, {"messages": PLAIN[:2]}]
+    whole, *_ = encode(rows)
+    sizes = [len(row["input_ids"]) for row in whole]
+    kept, sources, origins, ledger = encode(rows, max_length=sizes[1])
+    assert kept == whole[1:] and sources == ["s"] and origins == [1]
+    account = ledger["s"]
+    assert (account.rows_in, account.rows_out, account.tokens_in) == (2, 1, sum(sizes))
+    assert account.dropped_tokens == {TOO_LONG: sizes[0]} and account.dropped_examples == {TOO_LONG: [0]}
+    assert account.balance() == 0
+
+
+def test_cut_keeps_the_beginning_and_trains_no_turn_that_it_goes_through():
+    rows = [{"messages": PLAIN}, {"messages": PLAIN[:2]}]
+    (long, short), *_ = encode(rows)
+    limit = len(short["input_ids"]) + 20
+    kept, _, _, ledger = encode(rows, max_length=limit, overlength="cut")
+    assert [len(row["input_ids"]) for row in kept] == [limit, len(short["input_ids"])]
+    assert trained_runs(TOKENIZER, kept[0]) == ["It is four.<|im_end|>"]
+    account = ledger["s"]
+    assert account.dropped_tokens == {CUT: len(long["input_ids"]) - limit} and account.balance() == 0
+
+
+def test_cut_that_leaves_nothing_drops_the_row():
+    kept, _, _, ledger = encode([{"messages": PLAIN[:2]}], max_length=30, overlength="cut")
+    assert kept == [] and ledger["s"].dropped_rows == {UNSUPERVISED: 1} and ledger["s"].balance() == 0
+
+
+def test_split_turns_makes_rows_of_whole_turns_behind_the_system_message():
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"messages": [system, *PLAIN]}]
+    (first,), *_ = encode([{"messages": [system, *PLAIN[:2]]}])
+    (second,), *_ = encode([{"messages": [system, *PLAIN[2:]]}])
+    limit = max(len(first["input_ids"]), len(second["input_ids"]))
+    kept, _, origins, ledger = encode(rows, max_length=limit, overlength="split_turns")
+    assert kept == [first, second] and origins == [0, 0]
+    assert ledger["s"].rows_in == 1 and ledger["s"].rows_out == 2 and ledger["s"].balance() == 0
+
+
+def test_expand_turns_gives_each_answer_its_prompt_of_inference():
+    tokenizer = byte_tokenizer(template("qwen3"))
+    encoder = RowEncoder(tokenizer, RowSettings(expand_turns=True))
+    labelled, *_ = encoder.encode([{"messages": REASONING}], source="s", ledger=Ledger())
+    rows = [labelled.row(0), labelled.row(1)]
+    assert [trained_text(tokenizer, row) for row in rows] == [
+        "<think>\ntwo and two\n</think>\n\nIt is four.<|im_end|>",
+        "<think>\nthree plus three\n</think>\n\nThat makes six.<|im_end|>",
+    ]
+    for row, k in zip(rows, (1, 3), strict=True):
+        prompt = tokenizer.apply_chat_template(REASONING[:k], add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"][: len(prompt)] == [-100] * len(prompt) and row["labels"][len(prompt)] != -100
+
+
+def test_expand_keeps_a_greeting_and_drops_unanswered_questions():
+    greeting = {"role": "assistant", "content": "Hi"}
+    rows = expand([greeting, *PLAIN, {"role": "user", "content": "?"}])
+    assert rows == [
+        [greeting, *PLAIN[:2]],
+        [{**greeting, "train": False}, PLAIN[0], {**PLAIN[1], "train": False}, *PLAIN[2:]],
+    ]
+
+
+def test_mixed_formats_name_the_row():
+    with pytest.raises(FormatError, match="source 's', row 1: a row in text format among rows in messages format"):
+        encode([{"messages": PLAIN}, {"text": "x"}])
+
+
+def test_rows_name_their_own_source():
+    _, sources, _, ledger = encode([{"messages": PLAIN, "source": "a"}, {"messages": PLAIN}])
+    assert sources == ["a", "s"] and set(ledger.accounts) == {"a", "s"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"overlength": "truncate"}, "expected one of drop, split_turns, cut"), ({"max_length": 1}, "at least 2")],
+)
+def test_bad_settings_are_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        RowSettings(**options)
+
+
+@pytest.mark.parametrize("row", [{"text": "  "}, {"prompt": "q", "completion": ""}])
+def test_empty_documents_are_dropped_and_booked(row):
+    other = {"text": "ab"} if "text" in row else {"prompt": "q", "completion": "a"}
+    kept, _, origins, ledger = encode([row, other])
+    assert len(kept) == 1 and origins == [1]
+    assert ledger["s"].dropped_rows == {UNSUPERVISED: 1} and ledger["s"].balance() == 0
+
+
+def test_conversations_that_train_nothing_are_dropped_and_booked():
+    silent = [PLAIN[0], {**PLAIN[1], "train": False}]
+    kept, _, origins, ledger = encode([{"messages": silent}, {"messages": PLAIN[:1]}, {"messages": PLAIN}])
+    assert len(kept) == 1 and origins == [2]
+    assert ledger["s"].dropped_examples == {UNSUPERVISED: [0, 1]} and ledger["s"].balance() == 0
+
+
+def test_rows_keep_the_number_that_they_carry():
+    rows = [{"messages": PLAIN, "row": 17}, {"messages": [], "row": 40}]
+    with pytest.raises(ConversationError, match="source 's', row 40: no messages"):
+        encode(rows)
+    assert encode(rows[:1])[2] == [17]
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cn"]), min_size=1, max_size=30)
+spoken = words.filter(str.strip)
+chats = st.lists(spoken, min_size=2, max_size=8).map(
+    lambda texts: {
+        "messages": [
+            {"role": "user" if i % 2 == 0 else "assistant", "content": text}
+            for i, text in enumerate(texts[: len(texts) // 2 * 2])
+        ]
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(chats, min_size=1, max_size=6), st.sampled_from(["drop", "cut", "split_turns"]), st.integers(20, 200))
+def test_every_token_is_booked_and_no_cut_turn_is_trained(rows, overlength, max_length):
+    kept, _, _, ledger = encode(rows, max_length=max_length, overlength=overlength)
+    account = ledger["s"]
+    assert account.balance() == 0 and account.rows_in == len(rows) and account.rows_out == len(kept)
+    assert account.trained + account.masked == sum(len(row["input_ids"]) for row in kept)
+    answers = {message["content"] + "<|im_end|>" for row in rows for message in row["messages"][1::2]}
+    for row in kept:
+        assert 0 < len(row["input_ids"]) <= max_length
+        runs = trained_runs(TOKENIZER, row)
+        assert runs and answers.issuperset(runs)

@@ -1,0 +1,73 @@
+"""Losses, against float64 arithmetic and torch's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_objectives.losses.next_token import next_token_loss, next_token_targets, token_nll
+
+
+def example(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(50, 97, generator=generator).mul(4).to(dtype), torch.randint(0, 97, (50,), generator=generator)
+
+
+def test_targets_by_hand():
+    labels = torch.tensor([[5, 6, -100, 7], [-100, -100, 8, 9]])
+    assert next_token_targets(labels).tolist() == [[6, -100, 7, -100], [-100, 8, 9, -100]]
+
+
+def test_nll_by_hand():
+    # softmax of (0, ln 3) is (1/4, 3/4)
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    assert token_nll(logits, torch.tensor([0, 1])).tolist() == pytest.approx([math.log(4), math.log(4 / 3)])
+
+
+def test_nll_is_float64s_to_seven_digits():
+    logits, targets = example()
+    exact = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum").item()
+    assert token_nll(logits, targets).double().sum().item() == pytest.approx(exact, rel=2e-7)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_gradient_are_cross_entropys(smoothing):
+    logits, targets = example()
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    result = next_token_loss(ours, targets, label_smoothing=smoothing)
+    expected = torch.nn.functional.cross_entropy(theirs, targets, reduction="sum", label_smoothing=smoothing)
+    result.loss.backward()
+    expected.backward()
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    assert result.nll.item() == pytest.approx(plain, rel=1e-6) and result.weight.item() == 50
+    assert not result.nll.requires_grad
+
+
+def test_z_loss_by_hand():
+    logits, targets = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
+    assert next_token_loss(logits, targets, z_loss=0.5).loss.item() == pytest.approx(
+        math.log(2) + 0.5 * math.log(2) ** 2
+    )
+
+
+def test_weights_by_hand():
+    logits, targets = torch.zeros(3, 4), torch.tensor([0, 1, 2])
+    result = next_token_loss(logits, targets, weights=torch.tensor([1.0, 0.5, 0.0]))
+    assert result.loss.item() == pytest.approx(1.5 * math.log(4)) and result.weight.item() == 1.5
+    assert result.nll.item() == pytest.approx(3 * math.log(4))
+
+
+def test_half_precision_is_computed_in_float32():
+    logits, targets = example(torch.bfloat16)
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+    assert next_token_loss(logits, targets).loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_targets():
+    result = next_token_loss(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long))
+    result.loss.backward()
+    assert result.loss.item() == 0 and result.weight.item() == 0

@@ -1,0 +1,165 @@
+"""Files as records: every kind, every compression, cut anywhere, and what is wrong with one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_objectives.errors import ConfigError, FileFormatError
+from hf_objectives.preparation.readers import Skipped, list_files, load_rows, plan_file, read_segment
+
+ROWS = [{"text": f"line {i} é"} for i in range(40)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def zst(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def records(path, segment_bytes=1 << 30, documents="blank_line", skipped=None):
+    """Rows and numbers of a file, over all its segments."""
+    found = []
+    for segment in plan_file("s", str(path), segment_bytes=segment_bytes, documents=documents):
+        for part in read_segment(segment, skipped=skipped):
+            found += zip(part.rows, part.numbers, strict=True)
+    return found
+
+
+def test_each_kind_and_compression(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "members.jsonl.gz").write_bytes(
+        b"".join(gzip.compress(line.encode()) for line in LINES.splitlines(True))
+    )
+    (tmp_path / "a.jsonl.zst").write_bytes(zst(LINES.encode()))
+    (tmp_path / "frames.jsonl.zst").write_bytes(zst(LINES[:100].encode()) + zst(LINES[100:].encode()))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=7)
+    files = list_files(str(tmp_path))
+    assert len(files) == 8
+    for file in files:
+        for segment_bytes in (1, 100, 1 << 30):
+            assert records(file, segment_bytes) == [(row, i) for i, row in enumerate(ROWS)], file
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text("ab\n\r é", max_size=8), max_size=12), st.integers(1, 40), st.sampled_from(["\n\n", "\r\n\r\n"])
+)
+def test_text_cut_anywhere_gives_the_same_documents(tmp_path_factory, parts, segment_bytes, separator):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(separator.join(parts).encode())
+    text = separator.join(parts).replace("\r\n", "\n")
+    expected = [part.strip("\n") for part in text.split("\n\n")]
+    found = records(path, segment_bytes)
+    assert [row["text"] for row, _ in found] == [part for part in expected if part.strip()]
+    lines = text.split("\n")
+    for row, number in found:
+        assert lines[number] == row["text"].split("\n")[0]
+
+
+def test_text_by_line_and_by_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n\nthree\n")
+    assert records(path, documents="line") == [({"text": "one"}, 0), ({"text": "two"}, 1), ({"text": "three"}, 3)]
+    assert records(path, documents="file") == [({"text": "one\ntwo\n\nthree"}, 0)]
+    with pytest.raises(ConfigError, match="documents is 'lines'.*did you mean 'line'"):
+        plan_file("s", str(path), segment_bytes=9, documents="lines")
+
+
+def test_json_arrays_are_read_in_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_objectives.preparation.readers.READ_BYTES", 7)
+    rng = random.Random(0)
+    rows = [{"n": rng.randrange(10**9), "text": "]},[{" * rng.randrange(4)} for _ in range(50)]
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text(" \n" + json.dumps(rows, indent=indent) + "\n")
+        assert records(tmp_path / "a.json") == [(row, i) for i, row in enumerate(rows)]
+    (tmp_path / "a.json").write_text('[{"a": 1},\n{"b": 2}\n{"c": 3}]')
+    with pytest.raises(FileFormatError, match="line 3: not valid JSON .expected a comma"):
+        records(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('[{"a": 1},\n{"b": 2},\n{"c": 3')
+    with pytest.raises(FileFormatError, match="line 3: not valid JSON"):
+        records(tmp_path / "a.json")
+
+
+def test_globs_and_folders(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "notes.md"):
+        (tmp_path / name).write_text(LINES)
+    assert [path.rsplit("/", 1)[1] for path in list_files(str(tmp_path / "*.jsonl"))] == ["a.jsonl", "b.jsonl"]
+    assert len(list_files(str(tmp_path))) == 2
+    assert len(load_rows(str(tmp_path / "?.jsonl"))) == 2 * len(ROWS)
+    with pytest.raises(FileFormatError, match="no such file: .*none"):
+        list_files(str(tmp_path / "none-*.jsonl"))
+    with pytest.raises(ConfigError, match="notes.md ends in .md; expected one of .jsonl"):
+        list_files(str(tmp_path / "*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', "line 2: not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n[1]\n{"text": "c"}\n', "line 3: list; expected an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "c"}\n', "line 2: not UTF-8 .byte 0xff at 10"),
+        ("a.txt", b"one\n\ntwo\n\xe9\n\nthree", "line 4: not UTF-8 .byte 0xe9"),
+        ("a.json", b'[{"text": "a"}, 3, {"text": "c"}]', "element 1: int; expected an object"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], "damaged or ends too soon"),
+        ("a.jsonl.zst", zst(LINES.encode())[:-5], "damaged or ends too soon"),
+        ("a.jsonl.gz", b"this is no gzip", "damaged or ends too soon"),
+    ],
+)
+def test_broken_records_are_named_or_counted(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileFormatError, match=words):
+        records(tmp_path / name)
+    skipped = Skipped()
+    found = records(tmp_path / name, skipped=skipped)
+    assert skipped.count == 1 and str(tmp_path / name) in skipped.named[0]
+    if name in ("a.jsonl", "a.json"):
+        assert [row["text"] for row, _ in found] == ["a", "c"]
+
+
+def test_a_file_that_changes_or_vanishes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(LINES)
+    (segment,) = plan_file("s", str(path), segment_bytes=1 << 20)
+    path.write_text(LINES[:200])
+    with pytest.raises(FileFormatError, match="changed while it was prepared"):
+        list(read_segment(segment))
+    path.unlink()
+    with pytest.raises(FileFormatError, match="vanished while it was prepared"):
+        list(read_segment(segment))
+    skipped = Skipped()
+    assert not list(read_segment(segment, skipped=skipped)) and skipped.count == 1
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(FileFormatError, match="not a Parquet file, or is damaged"):
+        plan_file("s", str(path), segment_bytes=1 << 20)
+    path.write_bytes(whole)
+    (segment,) = plan_file("s", str(path), segment_bytes=1 << 20)
+    stat = path.stat()
+    path.write_bytes(b"\0" * len(whole))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(FileFormatError, match="damaged"):
+        list(read_segment(segment))
+
+
+def test_what_python_reads_and_orjson_refuses(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN}\n{"text": "b"}\n')
+    assert [row["text"] for row, _ in records(tmp_path / "a.jsonl")] == ["a", "b"]

@@ -1,0 +1,49 @@
+"""The first look marks what is trained."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from hf_objectives.labels.ledger import Ledger
+from hf_objectives.labels.rows import RowEncoder, RowSettings
+from hf_objectives.recipes.preview import highlight, print_preview
+from tests.support.chat_corpus import PLAIN, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+def rows():
+    ledger = Ledger()
+    labelled, *_ = RowEncoder(TOKENIZER, RowSettings()).encode([{"messages": PLAIN}], source="chats", ledger=ledger)
+    return [{**labelled.row(0), "source": "chats"}], ledger
+
+
+def test_trained_runs_are_styled_and_bracketed():
+    (row,), _ = rows()
+    text = highlight(TOKENIZER, row["input_ids"], row["labels"])
+    green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
+    assert green == ["It is four.<|im_end|>", "That makes six.<|im_end|>"]
+    assert text.plain == TOKENIZER.decode(row["input_ids"])
+    assert "⟦It is four.<|im_end|>⟧\n" in highlight(TOKENIZER, row["input_ids"], row["labels"], brackets=True).plain
+
+
+def test_preview_prints_rows_share_and_ledger():
+    encoded, ledger = rows()
+    console = Console(record=True, width=200, force_terminal=False)
+    print_preview(TOKENIZER, encoded, ledger, console)
+    printed = console.export_text()
+    trained = sum(label != -100 for label in encoded[0]["labels"])
+    assert f"({trained} of {len(encoded[0]['labels'])})" in printed
+    assert "[chats]" in printed and "⟦That makes six.<|im_end|>⟧" in printed and "chats: 1 rows" in printed
+
+
+def test_preview_says_whether_turns_are_taught_to_stop():
+    encoded, ledger = rows()
+    console = Console(record=True, width=200, force_terminal=False)
+    print_preview(TOKENIZER, encoded, ledger, console)
+    # The first turn's stop alone: GLM prints none after the last turn.
+    unstopped = {**encoded[0], "input_ids": encoded[0]["input_ids"][:-2], "labels": encoded[0]["labels"][:-2]}
+    print_preview(TOKENIZER, [unstopped, unstopped, {"input_ids": [5] * 4, "labels": [-100, 5, 5, 5]}], ledger, console)
+    printed = console.export_text()
+    assert "2 of 2 trained turns in a sample end with a control token <|im_end|>\n" in printed
+    assert "2 of 5 trained turns in a sample end with a control token <|im_end|>: the model is hardly taught" in printed

@@ -1,0 +1,172 @@
+"""The recipe of reward models, from a user's own files to a folder that scores."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_objectives import demo
+from hf_objectives.errors import ConfigError, DataError, FileFormatError
+from hf_objectives.recipes.reward import main
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def sharegpt(row: dict) -> dict:
+    """A preference row as LLaMA-Factory's files have it."""
+    system, question = (message["content"] for message in row["prompt"])
+    answers = {name: {"from": "gpt", "value": row[name][0]["content"]} for name in ("chosen", "rejected")}
+    return {"system": system, "conversations": [{"from": "human", "value": question}], **answers}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A user's folder: a small model, and pairs in a file."""
+    folder = tmp_path_factory.mktemp("user")
+    tokenizer = demo.build_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    demo.build_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
+    (folder / "pairs.json").write_text(json.dumps([sharegpt(row) for row in demo.preferences(111)]))
+    return folder
+
+
+def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
+    given = {
+        "model_name_or_path": corpus / "model",
+        "dataset_name": corpus / "pairs.json",
+        "output_dir": out,
+        "max_length": 128,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "use_cpu": "true",
+        "bf16": "false",
+        "gradient_checkpointing": "false",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "learning_rate": "1e-2",
+    }
+    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
+
+
+def scores(folder: Path, conversations: list[list[dict]]) -> list[float]:
+    """As any program scores with a folder: text of the template, the folder's tokenizer and model."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    with torch.no_grad():
+        return (
+            model(**tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)).logits[:, 0].tolist()
+        )
+
+
+def test_from_a_file_to_a_folder_that_scores(corpus, tmp_path, capsys):
+    results = main(arguments(corpus, tmp_path / "run", "--max_steps", "30"))
+    before, after = results["before"], results["after"]
+    assert after["eval_loss"] < before["eval_loss"] and after["eval_num_pairs"] == 11
+    assert sum(results["reliability"]["after"]["counts"]) == 11
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "training_curves.png", "results.json", "README.md"} <= written
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == after
+    printed = capsys.readouterr().out
+    for words in ("The plan", "11 held-out pairs", "95 % interval", "calibration", "preferring the longer answer"):
+        assert words in printed
+    card = (tmp_path / "run" / "README.md").read_text()
+    row = next(line for line in card.splitlines() if line.startswith("| accuracy |"))
+    assert row.endswith(f"| {before['eval_accuracy']:.4g} | {after['eval_accuracy']:.4g} |")
+    assert "reward model" in card
+    held_out = [row["prompt"] + row["chosen"] for row in demo.preferences(111)]
+    assert after["eval_min_reward"] - 1e-5 <= min(scores(tmp_path / "run", held_out))
+
+
+@pytest.mark.parametrize("merge", ["true", "false"])
+def test_lora(corpus, tmp_path, merge):
+    """Merged or not, the folder scores as the trainer did."""
+    words = ("--use_peft", "true", "--lora_target_modules", "all-linear", "--merge_adapter", merge)
+    # All pairs but one are held out, so that the largest and the smallest reward are known from outside.
+    results = main(arguments(corpus, tmp_path / "run", *words, "--eval_share", "0.99"))
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert ("model.safetensors" in written) == (merge == "true")
+    assert ("adapter_model.safetensors" in written) == (merge == "false")
+    pairs = demo.preferences(111)
+    found = scores(tmp_path / "run", [row["prompt"] + row[side] for row in pairs for side in ("chosen", "rejected")])
+    for name, value in (("min", min(found)), ("max", max(found))):
+        # One pair was not held out.
+        assert results["after"][f"eval_{name}_reward"] == pytest.approx(value, abs=0.2)
+    assert any(abs(value - results["after"]["eval_max_reward"]) < 1e-5 for value in found)
+    assert any(abs(value - results["after"]["eval_min_reward"]) < 1e-5 for value in found)
+
+
+def test_starts_from_a_fine_tuned_adapter(corpus, tmp_path, capsys):
+    """What recipes/sft.py leaves with LoRA: the adapter's weights count."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(corpus / "model"), lora)
+    tuned.save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(corpus / "model").save_pretrained(tmp_path / "tuned")
+    merged = tuned.merge_and_unload().model.state_dict()
+    from_adapter = ("--model_name_or_path", str(tmp_path / "tuned"), "--learning_rate", "0")
+    main(arguments(corpus, tmp_path / "run", *from_adapter))
+    assert "33,920 trained of 33,920" in capsys.readouterr().out  # PEFT freezes what is beneath an adapter
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").model.state_dict()
+    assert merged.keys() == found.keys()
+    assert all(torch.allclose(merged[name], found[name], atol=1e-6) for name in merged)
+
+
+def test_the_built_in_pairs(tmp_path):
+    results = main(
+        arguments(tmp_path, tmp_path / "run", "--model_name_or_path", "builtin", "--dataset_name", "builtin")
+    )
+    assert results["after"]["eval_num_pairs"] == 400 and results["num_pairs"] == 24_000
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "words"),
+    [
+        (("--max_lenght", "8"), ConfigError, "unknown option --max_lenght; did you mean '--max_length'"),
+        (("--dataset_name", "nowhere.json"), FileFormatError, "no such file: nowhere.json"),
+        (("--eval_share", "0"), ConfigError, "eval_share is 0"),
+        (("--load_in_4bit", "true"), ConfigError, "load_in_4bit on a CPU"),
+        (("--resume_from_checkpoint", "true"), ConfigError, "no checkpoint to resume from"),
+        (("--max_length", "4"), DataError, "source 'pairs.json', row"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, words):
+    with pytest.raises(error, match=words):
+        main(arguments(corpus, tmp_path / "run", *more))
+
+
+def test_a_failing_push_costs_nothing(corpus, tmp_path, capsys):
+    main(arguments(corpus, tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "org/name"))
+    assert "The push failed" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.distributed
+def test_two_processes_report_what_one_reports(corpus, tmp_path):
+    """Eleven held-out pairs, four a batch: ranks that run out are given rows twice, which count once."""
+    one = main(arguments(corpus, tmp_path / "one", "--learning_rate", "0"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = arguments(corpus, tmp_path / "two", "--learning_rate", "0")
+    done = subprocess.run(
+        [*command, "recipes/reward.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    timed = ("runtime", "per_second", "num_tokens", "preparation_time", "epoch")
+    for key, value in one["before"].items():
+        if not key.endswith(timed):
+            assert two["before"][key] == pytest.approx(value, abs=1e-6), key
+    assert two["before"]["eval_num_pairs"] == 11
