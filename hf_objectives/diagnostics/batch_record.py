@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_objectives.errors import FileFormatError
-from hf_objectives.evaluation import selected_logits, split_riders
+from hf_objectives.evaluation import selected_logits, split_extra_columns
 from hf_objectives.inspection import MASKS, marked_runs
 from hf_objectives.losses import next_token_targets, token_nll
 from hf_objectives.types import IGNORE_INDEX
@@ -95,7 +95,7 @@ def describe_examples(
     whole = with_labels(batch)
     if whole is None or getattr(whole["labels"], "shape", None) != whole["input_ids"].shape:
         return []
-    inputs, riders = split_riders(whole)
+    inputs, riders = split_extra_columns(whole)
     ids, labels = inputs["input_ids"], riders["labels"]
     positions = next_token_targets(labels) != IGNORE_INDEX
     nll = _losses(model, inputs, labels, together)

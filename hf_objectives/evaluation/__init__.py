@@ -26,6 +26,6 @@ from hf_objectives.evaluation.perplexity import (
     EvaluationCounts,  # What evaluation adds up
     compute_perplexity,  # Exact perplexity: total nats over total tokens, whatever the batching
     count_batch,  # Counts of one batch
-    split_riders,  # A batch as what the model takes, and what rides along for loss and evaluation
+    split_extra_columns,  # A batch as what the model takes, and what rides along for loss and evaluation
 )
 from hf_objectives.evaluation.selected_logits import selected_logits

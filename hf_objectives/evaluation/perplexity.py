@@ -72,7 +72,7 @@ class EvaluationCounts:
         return metrics
 
 
-def split_riders(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_extra_columns(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A batch as what the model takes, and what rides along for loss and evaluation."""
     return (
         {key: value for key, value in batch.items() if key not in _RIDERS},
@@ -99,7 +99,7 @@ def count_batch(
         stop_ids: tokens that end a turn; where a run of trained tokens ends with one, its probability is counted.
         full_logits: see `selected_logits`.
     """
-    inputs, riders = split_riders(batch)
+    inputs, riders = split_extra_columns(batch)
     targets = next_token_targets(riders["labels"])
     positions = targets != IGNORE_INDEX
     logits = selected_logits(model, inputs, positions, full=full_logits)

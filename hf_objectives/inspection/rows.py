@@ -15,7 +15,7 @@ from hf_objectives.inspection.findings import SEVERITIES
 from hf_objectives.inspection.token_texts import TokenTexts
 from hf_objectives.inspection.types import InspectedRow, LabelWarning, PackedRow, Place, Statistics, WholeRow
 from hf_objectives.inspection.warnings import find_warnings
-from hf_objectives.labels import SKIPPED, Labelled, Ledger, RowEncoder, RowSettings, encode_row, to_example
+from hf_objectives.labels import SKIPPED, EncodingConfig, Labelled, Ledger, RowEncoder, encode_row, to_example
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.types import IGNORE_INDEX, Row
 
@@ -90,8 +90,9 @@ def inspect_rows(
             raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
         check_packing(max_length, strategy, "split")
     kwargs = dict(template_kwargs or {})
-    settings = RowSettings(
-        max_length, train_on, control_tokens, overlength, expand_turns, chat_template, kwargs, packing
+    settings = EncodingConfig(
+        max_length=max_length, train_on=train_on, control_tokens=control_tokens, overlength=overlength,
+        expand_turns=expand_turns, chat_template=chat_template, template_kwargs=kwargs, splits_documents=packing,
     )  # fmt: skip
     named, places = _named(rows, source)
     labelled, positions, ledger, refused = _encoded(named, places, tokenizer, settings)
@@ -141,7 +142,7 @@ def _named(rows: Iterable[Row], source: str) -> tuple[list[Row], list[Place]]:
 
 
 def _encoded(
-    rows: Sequence[Row], places: Sequence[Place], tokenizer: Any, settings: RowSettings
+    rows: Sequence[Row], places: Sequence[Place], tokenizer: Any, settings: EncodingConfig
 ) -> tuple[Labelled, list[int], Ledger, dict[int, DataError]]:
     """Rows as they will be trained, the position of each, the ledger, and the rows that cannot be used with why.
 
@@ -197,7 +198,7 @@ def _told(refused: Mapping[int, DataError], places: Sequence[Place]) -> list[Lab
 
 
 def _whole_rows(
-    usable: Sequence[int], rows: Sequence[Row], places: Sequence[Place], tokenizer: Any, settings: RowSettings
+    usable: Sequence[int], rows: Sequence[Row], places: Sequence[Place], tokenizer: Any, settings: EncodingConfig
 ) -> list[WholeRow]:
     """Each usable row encoded without a limit on its length; rows that train nothing included."""
     encoder = RowEncoder(tokenizer, replace(settings, max_length=None))
@@ -237,7 +238,7 @@ def _examples(
     warnings: Sequence[LabelWarning],
     labelled: Labelled,
     positions: Sequence[int],
-    settings: RowSettings,
+    settings: EncodingConfig,
     texts: TokenTexts,
     show: int,
     show_tokens: int,
@@ -289,7 +290,7 @@ def _inspected(
     row: WholeRow,
     pieces: Sequence[int],
     labelled: Labelled,
-    settings: RowSettings,
+    settings: EncodingConfig,
     texts: TokenTexts,
     warnings: tuple[str, ...],
     most: int,
@@ -305,7 +306,7 @@ def _inspected(
     ]
 
 
-def _fates(row: WholeRow, kept: Sequence[int], settings: RowSettings) -> list[str]:
+def _fates(row: WholeRow, kept: Sequence[int], settings: EncodingConfig) -> list[str]:
     """What became of each piece of a row of which `kept` tokens are left, or of the row."""
     limit, size, made = settings.max_length, len(row.ids), len(row.sizes)
     if not kept:

@@ -15,9 +15,9 @@ from hf_objectives.inspection.types import LabelWarning, WholeRow, warn
 from hf_objectives.labels import (
     REASONING_FIELDS,
     ROLES,
+    EncodingConfig,
     Example,
     Renderer,
-    RowSettings,
     content_texts,
     marker_pattern,
     read_messages,
@@ -46,7 +46,7 @@ class _Found:
     dated: list[WholeRow] = field(default_factory=list)
 
 
-def template_warnings(rows: Sequence[WholeRow], tokenizer: Any, settings: RowSettings) -> Iterator[LabelWarning]:
+def template_warnings(rows: Sequence[WholeRow], tokenizer: Any, settings: EncodingConfig) -> Iterator[LabelWarning]:
     """Warnings of what chat templates do with rows, one of a kind for each template.
 
     Args:
@@ -75,7 +75,7 @@ def template_warnings(rows: Sequence[WholeRow], tokenizer: Any, settings: RowSet
 
 
 def _look(
-    row: WholeRow, found: _Found, tokenizer: Any, template: str, settings: RowSettings, markers: re.Pattern[str]
+    row: WholeRow, found: _Found, tokenizer: Any, template: str, settings: EncodingConfig, markers: re.Pattern[str]
 ) -> None:
     example = row.example
     found.rows.append(row)

@@ -11,8 +11,8 @@ from hf_objectives.inspection.template_warnings import template_warnings
 from hf_objectives.inspection.types import LabelWarning, WholeRow, trained_runs, warn
 from hf_objectives.labels import (
     ControlTokens,
+    EncodingConfig,
     Example,
-    RowSettings,
     content_texts,
     control_tokens,
     read_tools,
@@ -29,7 +29,11 @@ _OVERLENGTH = {
 
 
 def find_warnings(
-    rows: Sequence[WholeRow], tokenizer: Any, settings: RowSettings, trained_share: float, stops: Collection[int] = ()
+    rows: Sequence[WholeRow],
+    tokenizer: Any,
+    settings: EncodingConfig,
+    trained_share: float,
+    stops: Collection[int] = (),
 ) -> list[LabelWarning]:
     """All warnings about rows, the worst first.
 
@@ -148,7 +152,7 @@ def _doubled_bos(rows: Sequence[WholeRow], tokenizer: Any) -> Iterator[LabelWarn
         )
 
 
-def _control_in_text(rows: Sequence[WholeRow], tokenizer: Any, settings: RowSettings) -> Iterator[LabelWarning]:
+def _control_in_text(rows: Sequence[WholeRow], tokenizer: Any, settings: EncodingConfig) -> Iterator[LabelWarning]:
     """Control tokens that a document or somebody in a conversation wrote; the assistant may write its own markup."""
     finders: dict[str | None, ControlTokens] = {}
     own = ControlTokens(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
@@ -193,7 +197,7 @@ def _said(example: Example, eos: str | None) -> Iterator[tuple[str, str, str]]:
             yield role, f"the {role} of turn {turn}{side}", "\n".join(content_texts(message.get("content")))
 
 
-def _template(row: WholeRow, tokenizer: Any, settings: RowSettings) -> str:
+def _template(row: WholeRow, tokenizer: Any, settings: EncodingConfig) -> str:
     return template_of(tokenizer, settings.chat_template, read_tools(row.example.tools))
 
 
@@ -216,7 +220,7 @@ def _duplicates(rows: Sequence[WholeRow]) -> Iterator[LabelWarning]:
         )
 
 
-def _too_long(rows: Sequence[WholeRow], settings: RowSettings) -> Iterator[LabelWarning]:
+def _too_long(rows: Sequence[WholeRow], settings: EncodingConfig) -> Iterator[LabelWarning]:
     limit = settings.max_length
     if limit is None:
         return

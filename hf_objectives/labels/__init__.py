@@ -10,12 +10,19 @@ from hf_objectives.labels.byte_lengths import (
     token_byte_lengths,  # Bytes of text per token id
 )
 from hf_objectives.labels.chat import (
-    CONTROL_TOKENS,
-    TRAIN_ON,
     Labelled,  # A batch of encoded texts with labels
     encode_chat,  # Token ids and labels of one conversation
     encode_chats,  # `encode_chat` for a batch
     read_tools,  # Tool schemas as a list: parsed from JSON text, without the null keys that an Arrow table gives ever
+)
+from hf_objectives.labels.config import (
+    CONTROL_TOKENS,
+    OVERLENGTH,
+    TRAIN_ON,
+    EncodingConfig,  # how rows become ids and labels
+    EncodingOptions,  # its fields as keyword arguments of a function
+    Overlength,
+    TrainOn,
 )
 from hf_objectives.labels.formats import (
     FORMATS,  # The formats, by name
@@ -49,9 +56,7 @@ from hf_objectives.labels.rows import (
     SKIPPED,
     TOO_LONG,
     UNSUPERVISED,
-    Overlength,
     RowEncoder,  # Encodes rows under fixed settings; see `prepare_dataset`
-    RowSettings,  # How rows become ids and labels; see `prepare_dataset` for what each setting means
     encode_row,  # Ids and labels of one row in any accepted format; what is beyond `max_length` is cut off
 )
 from hf_objectives.labels.templates import (

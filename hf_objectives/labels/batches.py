@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hf_objectives.errors import ConfigError, FormatError, nearest
 from hf_objectives.labels.framing import make_room
 from hf_objectives.labels.ledger import Ledger
-from hf_objectives.labels.rows import UNSUPERVISED, RowEncoder, RowSettings
+from hf_objectives.labels.rows import UNSUPERVISED, EncodingConfig, RowEncoder
 from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder
 from hf_objectives.types import Row
@@ -39,7 +39,7 @@ class BatchEncoder:
         ConfigError: unknown `on_error`.
     """
 
-    def __init__(self, tokenizer: Any, settings: RowSettings, *, on_error: str = "raise") -> None:
+    def __init__(self, tokenizer: Any, settings: EncodingConfig, *, on_error: str = "raise") -> None:
         if on_error not in ON_ERROR:
             raise ConfigError(
                 f"on_error is {on_error!r}; expected one of {', '.join(ON_ERROR)}{nearest(str(on_error), ON_ERROR)}"

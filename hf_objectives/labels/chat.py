@@ -24,6 +24,7 @@ from hf_objectives.errors import (
     TemplateError,
     nearest,
 )
+from hf_objectives.labels.config import CONTROL_TOKENS, TRAIN_ON, TrainOn
 from hf_objectives.labels.formats import drop_nulls
 from hf_objectives.labels.messages import CLOSE, OPEN, RESERVED, ControlTokens, defuse, read_messages
 from hf_objectives.labels.spans import Rendered, SpanFinder
@@ -32,10 +33,6 @@ from hf_objectives.labels.templates import Renderer, marker_pattern, template_of
 from hf_objectives.labels.templates import control_tokens as control_tokens_of
 from hf_objectives.labels.tokenization import Encoded, text_encoder
 from hf_objectives.types import IGNORE_INDEX
-
-TrainOn = Literal["assistant", "last_assistant", "all"]
-TRAIN_ON = ("assistant", "last_assistant", "all")
-CONTROL_TOKENS = ("plain", "allow")
 
 
 @dataclass(frozen=True, slots=True)

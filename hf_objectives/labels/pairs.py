@@ -23,7 +23,7 @@ from hf_objectives.labels.chat import TRAIN_ON, ChatEncoder, Labelled, chat_enco
 from hf_objectives.labels.formats import Example, detect_format, to_example
 from hf_objectives.labels.messages import read_messages
 from hf_objectives.labels.pair_prompt import LEADING, SIDES, common_turns, role_of, show
-from hf_objectives.labels.rows import RowEncoder, RowSettings
+from hf_objectives.labels.rows import EncodingConfig, RowEncoder
 from hf_objectives.labels.spans import Rendered
 from hf_objectives.labels.tokenization import text_encoder
 from hf_objectives.types import IGNORE_INDEX, Row
@@ -106,7 +106,7 @@ def encode_pair(
     try:
         example = _read(row)
         if example.is_plain:
-            settings = RowSettings(train_on="assistant", control_tokens=control_tokens)
+            settings = EncodingConfig(train_on="assistant", control_tokens=control_tokens)
             pair = _encode_texts(RowEncoder(tokenizer, settings), example, max_length)
         else:
             encoder = chat_encoder(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_objectives.errors import ConfigError, DataError, FormatError, TokenizerError, nearest
+from hf_objectives.errors import DataError, FormatError, TokenizerError
 from hf_objectives.labels.byte_lengths import vocabulary_size
 from hf_objectives.labels.chat import ChatEncoder, Labelled, chat_encoder, cut, label_spans
+from hf_objectives.labels.config import EncodingConfig
 from hf_objectives.labels.formats import Example, detect_format, to_example
 from hf_objectives.labels.framing import make_room
 from hf_objectives.labels.ledger import Ledger
@@ -22,33 +23,8 @@ from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder
 from hf_objectives.types import IGNORE_INDEX, Row
 
-Overlength = Literal["drop", "split_turns", "cut"]
-OVERLENGTH = ("drop", "split_turns", "cut")
 TOO_LONG, CUT, UNSUPERVISED = "longer than max_length", "cut at max_length", "nothing supervised"
 SKIPPED = ", skipped"  # behind the error that a row would have been
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """How rows become ids and labels; see `prepare_dataset` for what each setting means."""
-
-    max_length: int | None = None
-    train_on: str = "assistant"
-    control_tokens: str = "plain"
-    overlength: str = "drop"
-    expand_turns: bool = False
-    chat_template: str | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    splits_documents: bool = False  # texts stay whole whatever their length: packing cuts them
-
-    def __post_init__(self) -> None:
-        if self.overlength not in OVERLENGTH:
-            raise ConfigError(
-                f"overlength is {self.overlength!r}; expected one of {', '.join(OVERLENGTH)}"
-                f"{nearest(str(self.overlength), OVERLENGTH)}"
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; expected at least 2, a token and the one it predicts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +46,7 @@ class RowEncoder:
         settings: the policies.
     """
 
-    def __init__(self, tokenizer: Any, settings: RowSettings) -> None:
+    def __init__(self, tokenizer: Any, settings: EncodingConfig) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self._formats: dict[str, str] = {}
         self._plain_chat: ChatEncoder | None = None
@@ -354,7 +330,14 @@ def encode_row(
     Raises:
         DataError: the row cannot be used; names source and row where given.
     """
-    settings = RowSettings(max_length, train_on, control_tokens, "cut", False, chat_template, template_kwargs)
+    settings = EncodingConfig(
+        train_on=train_on,
+        control_tokens=control_tokens,
+        overlength="cut",
+        chat_template=chat_template,
+        template_kwargs=template_kwargs,
+        max_length=max_length,
+    )
     encoder = RowEncoder(tokenizer, settings)
     try:
         (unit,) = encoder._units(row, row_index or 0, source or "")

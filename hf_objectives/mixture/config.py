@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from hf_objectives.errors import ConfigError, nearest
-from hf_objectives.labels import FORMATS, RowSettings
+from hf_objectives.labels import FORMATS, EncodingConfig
 from hf_objectives.mixture.feeds import UNITS
 from hf_objectives.mixture.weights import PRESETS, Stage, WeightPlan, tempered
 from hf_objectives.packing import check_packing
@@ -193,15 +193,15 @@ class MixtureConfig:
         """Names of the sources."""
         return [source.name for source in self.sources]
 
-    def row_settings(self) -> RowSettings:
+    def row_settings(self) -> EncodingConfig:
         """What rows are encoded under."""
-        return RowSettings(
-            self.max_length,
-            self.train_on,
-            self.control_tokens,
-            self.overlength,
-            self.expand_turns,
-            self.chat_template,
+        return EncodingConfig(
+            max_length=self.max_length,
+            train_on=self.train_on,
+            control_tokens=self.control_tokens,
+            overlength=self.overlength,
+            expand_turns=self.expand_turns,
+            chat_template=self.chat_template,
             splits_documents=self.packing is not None,
         )
 

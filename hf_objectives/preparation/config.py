@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_objectives.errors import ConfigError, nearest
-from hf_objectives.labels import ON_ERROR, RowSettings
+from hf_objectives.labels import ON_ERROR, EncodingConfig
 from hf_objectives.packing import check_packing
 from hf_objectives.preparation.readers import DOCUMENTS
 
@@ -100,15 +100,15 @@ class CorpusSettings:
         if self.shard_bytes < 1:
             raise ConfigError(f"shard_bytes is {self.shard_bytes}; expected at least 1")
 
-    def row_settings(self) -> RowSettings:
+    def row_settings(self) -> EncodingConfig:
         """The part that rows are encoded under."""
-        return RowSettings(
-            self.max_length,
-            self.train_on,
-            self.control_tokens,
-            self.overlength,
-            self.expand_turns,
-            self.chat_template,
+        return EncodingConfig(
+            max_length=self.max_length,
+            train_on=self.train_on,
+            control_tokens=self.control_tokens,
+            overlength=self.overlength,
+            expand_turns=self.expand_turns,
+            chat_template=self.chat_template,
             splits_documents=True,
         )
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from hf_objectives.errors import ConfigError, NothingSupervisedError, WorkerError, nearest
-from hf_objectives.labels import BatchEncoder, Ledger, Overlength, RowSettings, text_encoder
+from hf_objectives.labels import BatchEncoder, EncodingConfig, Ledger, Overlength, text_encoder
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation.config import CorpusSettings
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
@@ -102,15 +102,15 @@ def prepare_dataset(
         )  # fmt: skip
         prepare_corpus(_named(dataset, source), tokenizer, output_dir, corpus)
         return load_prepared(output_dir)
-    settings = RowSettings(
-        max_length,
-        train_on,
-        control_tokens,
-        overlength,
-        expand_turns,
-        chat_template,
-        dict(template_kwargs or {}),
-        packing,
+    settings = EncodingConfig(
+        max_length=max_length,
+        train_on=train_on,
+        control_tokens=control_tokens,
+        overlength=overlength,
+        expand_turns=expand_turns,
+        chat_template=chat_template,
+        template_kwargs=dict(template_kwargs or {}),
+        splits_documents=packing,
     )
     encoded = encode_rows(_rows(dataset), tokenizer, settings, source=source, num_proc=num_proc, ledger=ledger)
     if not packing:
@@ -136,7 +136,7 @@ def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset
 def encode_rows(
     dataset: Dataset | Iterable[Row],
     tokenizer: Any,
-    settings: RowSettings,
+    settings: EncodingConfig,
     *,
     source: str,
     num_proc: int | None = None,
@@ -166,7 +166,7 @@ def _named(dataset: Any, source: str) -> Mapping[str, Any]:
 
 
 def _encoded(
-    dataset: Dataset | Iterable[Row], tokenizer: Any, settings: RowSettings, source: str, num_proc: int | None
+    dataset: Dataset | Iterable[Row], tokenizer: Any, settings: EncodingConfig, source: str, num_proc: int | None
 ) -> Iterator[tuple[pa.Table, Ledger]]:
     """Tables of encoded rows with their ledgers, in the order of the dataset."""
     rows = dataset.with_format("arrow") if isinstance(dataset, Dataset) else dataset

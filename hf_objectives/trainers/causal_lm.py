@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import any_rank, rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_logits, split_riders
+from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_logits, split_extra_columns
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import next_token_loss, next_token_targets
 from hf_objectives.preparation import OrderedStream
@@ -120,7 +120,7 @@ class PerplexityTrainer(Trainer):
         """
         if return_outputs:
             raise ConfigError("logits are computed at supervised positions only; call the model for its outputs")
-        forward, riders = split_riders(inputs)
+        forward, riders = split_extra_columns(inputs)
         targets = next_token_targets(riders["labels"])
         positions = targets != IGNORE_INDEX
         logits = selected_logits(model, forward, positions, full=self._compiled)

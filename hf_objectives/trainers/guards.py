@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_objectives.distributed import any_rank, rank, world_size
 from hf_objectives.errors import ConfigError, NonFiniteError, StopTokenError
-from hf_objectives.evaluation import selected_logits, split_riders
+from hf_objectives.evaluation import selected_logits, split_extra_columns
 from hf_objectives.losses import next_token_targets, token_nll
 from hf_objectives.types import IGNORE_INDEX
 
@@ -79,7 +79,7 @@ def stop_if_not_finite(
 @torch.no_grad()
 def _rows(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
     """The documents of a batch with their summed loss: source, row number, nats, text."""
-    inputs, riders = split_riders(batch)
+    inputs, riders = split_extra_columns(batch)
     labels, ids = riders["labels"], inputs["input_ids"]
     targets = next_token_targets(labels)
     positions = targets != IGNORE_INDEX

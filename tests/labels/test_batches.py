@@ -10,12 +10,12 @@ from hf_objectives import demo
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.labels.batches import BatchEncoder
 from hf_objectives.labels.ledger import Ledger
-from hf_objectives.labels.rows import RowEncoder, RowSettings, encode_row
+from hf_objectives.labels.rows import EncodingConfig, RowEncoder, encode_row
 from tests.support.chat_corpus import byte_tokenizer, with_bos
 from tests.trainers.test_causal_lm import chats
 
 TOKENIZERS = {"demo": demo.build_tokenizer(), "bytes": byte_tokenizer(), "bos": with_bos(byte_tokenizer())}
-SETTINGS = RowSettings(max_length=16, splits_documents=True)
+SETTINGS = EncodingConfig(max_length=16, splits_documents=True)
 PIECES = st.sampled_from(["a", "é", " ", "\n", "<|im_end|>", "<|im_start|>", "🏳️‍🌈", "word ", "\x00", ""])
 
 
@@ -27,7 +27,7 @@ PIECES = st.sampled_from(["a", "é", " ", "\n", "<|im_end|>", "<|im_start|>", "�
 )
 def test_texts_are_encoded_as_one_by_one(name, texts, control_tokens):
     tokenizer = TOKENIZERS[name]
-    options = RowSettings(max_length=16, splits_documents=True, control_tokens=control_tokens)
+    options = EncodingConfig(max_length=16, splits_documents=True, control_tokens=control_tokens)
     rows = [{"text": text, **({"source": "odd"} if i % 3 == 1 else {})} for i, text in enumerate(texts)]
     table, ledger = BatchEncoder(tokenizer, options).encode(rows, source="s", numbers=range(5, 5 + len(rows)))
     kept = [i for i, text in enumerate(texts) if text.strip()]
@@ -42,7 +42,7 @@ def test_texts_are_encoded_as_one_by_one(name, texts, control_tokens):
 
 
 def test_rows_of_other_formats_keep_their_labels():
-    table, _ = BatchEncoder(TOKENIZERS["demo"], RowSettings(512, splits_documents=True)).encode(
+    table, _ = BatchEncoder(TOKENIZERS["demo"], EncodingConfig(max_length=512, splits_documents=True)).encode(
         chats(), source="s", numbers=range(len(chats()))
     )
     assert "labels" in table.column_names

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hf_objectives.errors import ConfigError, ConversationError, FormatError
 from hf_objectives.labels.batches import BatchEncoder
 from hf_objectives.labels.ledger import Ledger
-from hf_objectives.labels.rows import CUT, TOO_LONG, UNSUPERVISED, RowEncoder, RowSettings, encode_row, expand
+from hf_objectives.labels.rows import CUT, TOO_LONG, UNSUPERVISED, EncodingConfig, RowEncoder, encode_row, expand
 from tests.support.chat_corpus import PLAIN, REASONING, byte_tokenizer, template, trained_runs, trained_text, with_bos
 
 TOKENIZER = byte_tokenizer()
@@ -18,7 +18,9 @@ EOS = TOKENIZER.eos_token_id
 
 def encode(rows, **options):
     ledger = Ledger()
-    labelled, sources, origins = RowEncoder(TOKENIZER, RowSettings(**options)).encode(rows, source="s", ledger=ledger)
+    labelled, sources, origins = RowEncoder(TOKENIZER, EncodingConfig(**options)).encode(
+        rows, source="s", ledger=ledger
+    )
     return [labelled.row(i) for i in range(len(sources))], sources, origins, ledger
 
 
@@ -45,13 +47,13 @@ def test_each_of_several_documents_has_its_own_begin_and_end(splits_documents):
     tokenizer = with_bos(byte_tokenizer())
     bos, (a, b, c) = tokenizer.bos_token_id, tokenizer.encode("abc", add_special_tokens=False)
     rows = [{"text": "ab"}, {"text": "c"}, {"text": "b"}]
-    encoder = BatchEncoder(tokenizer, RowSettings(splits_documents=splits_documents))  # True: all in arrays
+    encoder = BatchEncoder(tokenizer, EncodingConfig(splits_documents=splits_documents))  # True: all in arrays
     table, _ = encoder.encode(rows, source="s", numbers=range(3))
     assert table["input_ids"].to_pylist() == [[bos, a, b, EOS], [bos, c, EOS], [bos, b, EOS]]
-    labelled, *_ = RowEncoder(tokenizer, RowSettings()).encode(rows, source="s", ledger=Ledger())
+    labelled, *_ = RowEncoder(tokenizer, EncodingConfig()).encode(rows, source="s", ledger=Ledger())
     assert [labelled.row(i)["labels"] for i in range(3)] == [[-100, a, b, EOS], [-100, c, EOS], [-100, b, EOS]]
     asked = [{"prompt": "a", "completion": "b"}, {"prompt": "bc", "completion": "a"}]
-    labelled, *_ = RowEncoder(tokenizer, RowSettings()).encode(asked, source="s", ledger=Ledger())
+    labelled, *_ = RowEncoder(tokenizer, EncodingConfig()).encode(asked, source="s", ledger=Ledger())
     assert [labelled.row(i) for i in range(2)] == [
         {"input_ids": [bos, a, b, EOS], "labels": [-100, -100, b, EOS]},
         {"input_ids": [bos, b, c, a, EOS], "labels": [-100, -100, -100, a, EOS]},
@@ -123,7 +125,7 @@ def test_split_turns_makes_rows_of_whole_turns_behind_the_system_message():
 
 def test_expand_turns_gives_each_answer_its_prompt_of_inference():
     tokenizer = byte_tokenizer(template("qwen3"))
-    encoder = RowEncoder(tokenizer, RowSettings(expand_turns=True))
+    encoder = RowEncoder(tokenizer, EncodingConfig(expand_turns=True))
     labelled, *_ = encoder.encode([{"messages": REASONING}], source="s", ledger=Ledger())
     rows = [labelled.row(0), labelled.row(1)]
     assert [trained_text(tokenizer, row) for row in rows] == [
@@ -161,7 +163,7 @@ def test_rows_name_their_own_source():
 )
 def test_bad_settings_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
-        RowSettings(**options)
+        EncodingConfig(**options)
 
 
 @pytest.mark.parametrize("row", [{"text": "  "}, {"prompt": "q", "completion": ""}])

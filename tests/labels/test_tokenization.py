@@ -18,7 +18,7 @@ from hf_objectives.labels import tokenization
 from hf_objectives.labels.batches import BatchEncoder
 from hf_objectives.labels.chat import encode_chats
 from hf_objectives.labels.messages import CLOSE, OPEN
-from hf_objectives.labels.rows import RowSettings
+from hf_objectives.labels.rows import EncodingConfig
 from hf_objectives.labels.tokenization import TextEncoder, text_encoder
 from hf_objectives.preparation.readers import load_rows
 from tests.support.chat_corpus import byte_tokenizer
@@ -241,8 +241,8 @@ def test_a_row_with_a_byte_without_a_token_is_named_or_left_out():
     tokenizer.chat_template = template
     for rows in (texts, chats):
         with pytest.raises(FormatError, match="source 's', row 1: the tokenizer has no token"):
-            BatchEncoder(tokenizer, RowSettings()).encode(rows, source="s", numbers=[0, 1, 2])
-        table, ledger = BatchEncoder(tokenizer, RowSettings(), on_error="skip").encode(
+            BatchEncoder(tokenizer, EncodingConfig()).encode(rows, source="s", numbers=[0, 1, 2])
+        table, ledger = BatchEncoder(tokenizer, EncodingConfig(), on_error="skip").encode(
             rows, source="s", numbers=[0, 1, 2]
         )
         assert table["row"].to_pylist() == [0, 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from hf_objectives.labels.ledger import Ledger
-from hf_objectives.labels.rows import RowEncoder, RowSettings
+from hf_objectives.labels.rows import EncodingConfig, RowEncoder
 from hf_objectives.recipes.preview import highlight, print_preview
 from tests.support.chat_corpus import PLAIN, byte_tokenizer
 
@@ -14,7 +14,7 @@ TOKENIZER = byte_tokenizer()
 
 def rows():
     ledger = Ledger()
-    labelled, *_ = RowEncoder(TOKENIZER, RowSettings()).encode([{"messages": PLAIN}], source="chats", ledger=ledger)
+    labelled, *_ = RowEncoder(TOKENIZER, EncodingConfig()).encode([{"messages": PLAIN}], source="chats", ledger=ledger)
     return [{**labelled.row(0), "source": "chats"}], ledger
 
 
