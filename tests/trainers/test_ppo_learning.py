@@ -64,7 +64,7 @@ def test_copying_is_learnt_from_three_seeds(tmp_path, seed):
     model = small_model(seed=seed, hidden_size=32, intermediate_size=64, num_attention_heads=4)
     run = ppo(
         tmp_path, [{"prompt": f"ask {letter}"} for letter in "abcde"] * 40, reward=matching, model=model, seed=seed,
-        per_device_train_batch_size=128, num_iterations=4, max_completion_length=3, learning_rate=1e-2, beta=0.0,
+        per_device_train_batch_size=128, num_iterations=4, max_completion_length=3, learning_rate=5e-3, beta=0.0,
         entropy_coef=0.01, max_steps=120,
     )  # fmt: skip
     run.train()
