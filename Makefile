@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test test-fast lint bench clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "Python 3.11 or later is needed, and there is no '$(PYTHON)'; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -23,8 +23,11 @@ quickstart: $(STAMP)  ## fine-tune a tiny model on the built-in corpus (two CPU 
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/sft.py --config recipes/configs/quickstart.yaml
 
-test: $(STAMP)  ## run all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+test: $(STAMP)  ## run all tests, in two processes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-fast: $(STAMP)  ## tests for daily work: none that is slow, needs a real model or starts processes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not distributed and not real_model"
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
