@@ -36,9 +36,11 @@ def check_keys(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
         ConfigError: names every unknown key, each with the nearest known one.
     """
     known = list(known)
-    unknown = [f"{key!r}{nearest(str(key), known)}" for key in given if key not in known]
+    unknown = [key for key in given if key not in known]
     if unknown:
-        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; expected {', '.join(known)}")
+        hints = (nearest(str(key), known).removeprefix("; ") for key in unknown)
+        named = (f"{key!r} ({hint})" if hint else repr(key) for key, hint in zip(unknown, hints, strict=True))
+        raise ConfigError(f"{where}: unknown key {', '.join(named)}; expected {', '.join(known)}")
 
 
 def check_max_length(max_length: int | None) -> None:
