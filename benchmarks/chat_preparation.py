@@ -25,7 +25,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_objectives import demo, prepare_dataset
-from hf_objectives.preparation.dataset import token_count
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -104,7 +103,7 @@ def main() -> None:
     for name in ways:
         median = statistics.median(rates[name])
         counted = results[name]
-        tokens, trained = token_count(counted) if "labels" in counted.column_names else masked_count(counted)
+        tokens, trained = token_count(counted)
         spread = f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}"
         lines.append([name, f"{median:,.0f}", spread, f"{median / best:.2f}", f"{tokens:,}", f"{trained:,}"])
     print(describe(), "\n")
@@ -114,11 +113,11 @@ def main() -> None:
     print(table(["", "rows/s", "range", "against TRL's best", "tokens", "trained"], lines))
 
 
-def masked_count(dataset: Dataset) -> tuple[int, int]:
-    """Tokens and trained tokens of TRL's form, ids with a mask."""
-    name = next(name for name in ("assistant_masks", "completion_mask") if name in dataset.column_names)
-    masks = dataset.with_format("arrow")[:][name].combine_chunks().flatten().to_numpy()
-    return len(masks), int(masks.sum())
+def token_count(dataset: Dataset) -> tuple[int, int]:
+    """Tokens and trained tokens, by labels or by the masks of TRL's form."""
+    name = next(name for name in ("labels", "assistant_masks", "completion_mask") if name in dataset.column_names)
+    values = dataset.with_format("arrow")[:][name].combine_chunks().flatten().to_numpy()
+    return len(values), int((values != -100).sum() if name == "labels" else values.sum())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ _HOMES = {
     "pack_lengths": "packing",
     "pack_dataset": "packing",
     "prepare_dataset": "preparation",
+    "CorpusConfig": "preparation",
     "CorpusSettings": "preparation",
     "prepare_corpus": "preparation",
     "load_prepared": "preparation",
@@ -49,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CorpusConfig",
     "CorpusSettings",
     "DataCollatorForAssistantOnlyLM",
     "DataCollatorForPreferencePairs",
@@ -104,7 +106,7 @@ if TYPE_CHECKING:
         mixture_schedule,
     )
     from hf_objectives.packing import pack_dataset, pack_lengths
-    from hf_objectives.preparation import CorpusSettings, load_prepared, prepare_corpus, prepare_dataset
+    from hf_objectives.preparation import CorpusConfig, CorpusSettings, load_prepared, prepare_corpus, prepare_dataset
     from hf_objectives.trainers import (
         OrderedStreamCallback,
         PerplexityDPOConfig,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 from hf_objectives.types import check_max_length, check_one_of
@@ -15,7 +15,7 @@ Overlength = Literal["drop", "split_turns", "cut"]
 OVERLENGTH = ("drop", "split_turns", "cut")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EncodingConfig:
     """How rows become ids and labels.
 
@@ -50,13 +50,15 @@ class EncodingConfig:
     splits_documents: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "template_kwargs", dict(self.template_kwargs or {})
-        )  # None is what an option left out is
+        self.template_kwargs = dict(self.template_kwargs or {})  # None is what an option left out is
         check_one_of("train_on", self.train_on, TRAIN_ON)
         check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
         check_one_of("overlength", self.overlength, OVERLENGTH)
         check_max_length(self.max_length)
+
+    def encoding(self) -> EncodingConfig:
+        """These options alone, without the fields that a subclass adds."""
+        return EncodingConfig(**{option.name: getattr(self, option.name) for option in fields(EncodingConfig)})
 
 
 class EncodingOptions(TypedDict, total=False):

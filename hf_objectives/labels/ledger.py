@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -97,6 +98,15 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         """The ledger as JSON values."""
         return {source: account.to_dict() for source, account in self.accounts.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Ledger:
+        """The ledger whose `to_dict` gave these values."""
+        ledger = cls()
+        for source, account in values.items():
+            counters = {name: Counter(account[name]) for name in ("dropped_tokens", "dropped_rows")}
+            ledger.accounts[source] = Account(**{**account, **counters})
+        return ledger
 
     def lines(self) -> list[str]:
         """One line a source, for a terminal or a log."""

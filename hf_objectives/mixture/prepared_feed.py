@@ -71,7 +71,7 @@ class PreparedFeed(MappedFeed):
 
     def _group_sizes(self, group: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens and documents of the rows of a row group."""
-        lengths, offsets = self.stream.piece_lengths(group)
+        lengths, offsets = self.stream.columns(group, ["seq_lengths"])["seq_lengths"]
         ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         return np.diff(ends[offsets]), np.diff(offsets)
 
@@ -87,7 +87,7 @@ class PreparedFeed(MappedFeed):
     def _whole(self) -> NDArray[np.int64]:
         """Rows of which every document is blocked."""
         found = [
-            self._starts[group] + blocked_whole(*self.stream.piece_rows(group), self._pieces)
+            self._starts[group] + blocked_whole(*self.stream.columns(group, ["rows"])["rows"], self._pieces)
             for group in range(len(self._starts) - 1)
         ]
         return np.concatenate(found)

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from hf_objectives.preparation.config import (
-    CorpusSettings,  # How documents become rows. Every field but the last four decides what the rows hold
-    difference,  # What two policies disagree on, a line each
-    tokenizer_digest,  # A digest of all of a tokenizer that shapes ids: its backend, byte for byte, and its special t
+    CorpusConfig,  # how documents become prepared rows
+    CorpusSettings,  # the former name of CorpusConfig
+    difference,  # what two policies of rows disagree on, in words
+    tokenizer_digest,  # a digest of everything of a tokenizer that decides ids
 )
 from hf_objectives.preparation.corpus import (
-    load_prepared,  # The rows of a prepared folder: a `datasets.Dataset`, or a stream without an end
-    prepare_corpus,  # Prepare packed rows of some sources in a folder, once however many processes ask for them
-)
-from hf_objectives.preparation.data_files import (
-    hold_out,  # Row numbers to train on and to evaluate on; a row's side follows from seed and number alone
-    is_hub_id,  # Whether a path can only be the id of a dataset on the Hub: `owner/name`, and no such file
-    load_rows,  # the rows of local files, in memory, or of a data set of the Hub
+    load_prepared,  # a prepared folder as a dataset, or as a stream without an end
+    prepare_corpus,  # sources to a folder of shards, made once
 )
 from hf_objectives.preparation.dataset import (
-    encode_rows,  # All rows, encoded but not packed: `input_ids`, `labels`, `source` and `row`; see `prepare_dataset`
-    prepare_dataset,  # Encode, label and pack a dataset
+    encode_rows,  # rows to one table of encoded documents that are not packed
+    prepare_dataset,  # rows or files to a dataset of encoded, packed rows
+)
+from hf_objectives.preparation.files import (
+    is_hub_id,  # whether a path can only be a dataset on the Hub
+    list_files,  # the files that a path, a folder or a glob stands for
 )
 from hf_objectives.preparation.lock import (
-    exclusive,  # Hold a folder for this process; while another holds it, wait and say how far that one is
+    exclusive,  # hold a folder while this process works in it
 )
 from hf_objectives.preparation.manifest import (
-    MANIFEST,
-    Manifest,  # What a prepared folder holds
+    MANIFEST,  # name of the manifest's file
+    Manifest,  # what a prepared folder holds
 )
 from hf_objectives.preparation.ordered_stream import (
-    OrderedStream,  # Rows 0, 1, 2, ... of an order that never ends, so that every rank takes as many steps as the oth
+    OrderedStream,  # base of streams that any number of ranks and workers read in one order
 )
 from hf_objectives.preparation.readers import (
-    list_files,  # The files that a path, a folder or a glob stands for, in order of name
+    load_rows,  # all rows of local files, or a dataset of the Hub
+)
+from hf_objectives.preparation.splits import (
+    hold_out,  # row numbers to train on and to evaluate on
 )
 from hf_objectives.preparation.stream import (
-    PreparedStream,  # The packed rows of shards, pass after pass
+    PreparedStream,  # a prepared folder as a stream without an end
+)
+from hf_objectives.preparation.workers import (
+    check_engine,  # check that an engine is known and installed
 )

@@ -1,4 +1,4 @@
-"""The elements of a JSON array, some megabytes at a time, without holding the file."""
+"""Read the elements of a JSON array some megabytes at a time, without holding the file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import IO, Any
 
 from hf_objectives.errors import FileFormatError
 
+_MARK = re.compile(r"\s*([\[,\]])\s*")  # what stands before an element, or ends the array
+
 
 def elements(file: IO[bytes], path: str, read_chars: int) -> Iterator[list[Any]]:
-    """The elements of a JSON array.
+    """Yield the elements of a JSON array in lists.
 
     Args:
         file: the open file.
@@ -20,63 +22,57 @@ def elements(file: IO[bytes], path: str, read_chars: int) -> Iterator[list[Any]]
         read_chars: characters read at a time.
 
     Raises:
-        FileFormatError: not UTF-8, not JSON, no array, or a compressed file that ends too soon; names the line.
+        FileFormatError: the file is not UTF-8, not JSON, not an array, or ends too soon; names the line.
     """
-    decoder, text, line = json.JSONDecoder(), "", 1
-    opened = finished = False
+    decoder, text, line, expected = json.JSONDecoder(), "", 1, "["
     lines = io.TextIOWrapper(file, encoding="utf-8")
-    while not finished:
+    while True:
         try:
-            # An element longer than this is read in ever larger steps, not over and over.
-            more = lines.read(max(read_chars, len(text)))
+            more = lines.read(max(read_chars, len(text)))  # a long element is read in ever larger steps
         except UnicodeDecodeError as error:
             raise FileFormatError(f"{path}: not UTF-8 ({bad_byte(error)}); convert the file first") from error
         except OSError as error:
             raise FileFormatError(f"{path}: the compressed file is damaged or ends too soon ({error})") from error
         text += more
-        at = _WHITE.match(text, 0).end()  # type: ignore[union-attr]
-        if not opened and text[at : at + 1] != "[":
-            raise FileFormatError(_no_array(path, text[at:]))
-        at, opened = at + (not opened), True
         values: list[Any] = []
-        while True:
-            begin = _WHITE.match(text, at).end()  # type: ignore[union-attr]
-            if text[begin : begin + 1] == "]":
-                finished = True
-                break
-            try:
-                value, end = decoder.raw_decode(text, begin)
-            except json.JSONDecodeError as error:
-                if more:
+        end, finished = 0, False
+        while not finished and (end < len(text) or not more):
+            mark = _MARK.match(text, end)
+            if mark is None or mark[1] not in expected:
+                if more and not text[end:].strip():
                     break
-                raise FileFormatError(
-                    f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg})"
-                ) from error
-            after = _WHITE.match(text, end).end()  # type: ignore[union-attr]
-            if after == len(text) and more:
-                break  # a number may go on in what is not read yet
-            if text[after : after + 1] not in (",", "]"):
-                line += text.count("\n", 0, after)
-                raise FileFormatError(f"{path}, line {line}: not valid JSON (expected a comma or the end of the array)")
-            values.append(value)
-            at = after + (text[after] == ",")
-        line += text.count("\n", 0, at)
-        text = text[at:]
+                raise FileFormatError(_not_an_array(path, text, end, line, expected))
+            finished = mark[1] == "]" or text[mark.end() : mark.end() + 1] == "]"
+            if not finished:
+                try:
+                    value, after = decoder.raw_decode(text, mark.end())
+                except json.JSONDecodeError as error:
+                    if more:
+                        break
+                    place = f"{path}, line {line + error.lineno - 1}"
+                    raise FileFormatError(f"{place}: not valid JSON ({error.msg})") from error
+                if after == len(text) and more:
+                    break  # a number may go on in what is not read yet
+                values.append(value)
+                end, expected = after, ",]"
         yield values
+        if finished:
+            return
+        line += text.count("\n", 0, end)
+        text = text[end:]
 
 
-_WHITE = re.compile(r"[ \t\r\n]*")
-
-
-def _no_array(path: str, text: str) -> str:
-    """Why a file under the name of JSON is no array of objects."""
+def _not_an_array(path: str, text: str, end: int, line: int, expected: str) -> str:
+    """Say why a .json file is not an array of objects."""
+    if expected != "[":
+        line += text.count("\n", 0, end + len(text[end:]) - len(text[end:].lstrip()))
+        return f"{path}, line {line}: not valid JSON (expected a comma or the end of the array)"
     try:
-        found = type(json.loads(text)).__name__
+        return f"{path} holds {type(json.loads(text)).__name__}; expected a list of objects"
     except json.JSONDecodeError as error:
         return f"{path}, line {error.lineno}: not valid JSON ({error.msg})"
-    return f"{path} holds {found}; expected a list of objects"
 
 
 def bad_byte(error: UnicodeDecodeError) -> str:
-    """Which byte is no UTF-8, in words."""
+    """Name the byte that is not UTF-8."""
     return f"byte 0x{error.object[error.start]:02x} at {error.start}"

@@ -1,4 +1,4 @@
-"""One process prepares, the others wait on a file: never in a collective, whose timeout would kill the run."""
+"""One process prepares and the others wait on a file: never in a collective, whose timeout would kill the run."""
 
 from __future__ import annotations
 
@@ -23,44 +23,43 @@ _LOCK, _FAILED = ".lock", ".failed"
 
 
 @contextmanager
-def exclusive(folder: Path, progress: Callable[[], str], *, heartbeat: float | None = None) -> Iterator[None]:
-    """Hold a folder for this process; while another holds it, wait and say how far that one is.
+def exclusive(folder: Path, progress: Callable[[], str]) -> Iterator[None]:
+    """Hold a folder for this process; while another process holds it, wait and log the progress.
 
-    The lock is the operating system's: it goes when its holder dies, and the next in line goes on.
+    The lock is the operating system's. It ends when its holder dies, and the next process in line goes on.
 
     Args:
-        folder: the folder; made if need be.
-        progress: says how far the preparation is, for the heartbeat line.
-        heartbeat: seconds between two lines.
+        folder: the folder; created if it does not exist.
+        progress: describes the progress of the preparation, for the line that is logged every ten seconds.
 
     Raises:
-        PreparedDataError: the process that was waited for failed; with its message.
+        PreparedDataError: the process that this one waited for failed; with its message.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, began = FileLock(folder / _LOCK), time.time()
     while True:
         try:
-            lock.acquire(timeout=heartbeat or HEARTBEAT_SECONDS)
+            lock.acquire(timeout=HEARTBEAT_SECONDS)
             break
         except Timeout:
             logger.warning(
                 "waiting for another process to prepare %s: %s, %.0f s", folder, progress(), time.time() - began
             )
+    failed = folder / _FAILED
     try:
-        failed = folder / _FAILED
         if failed.exists():
-            told = json.loads(failed.read_text())
+            failure = json.loads(failed.read_text())
             # A failure while this process stood in line is its own failure; an older one is worth another try.
-            if told["time"] >= began:
-                raise PreparedDataError(f"{told['by']} could not prepare {folder}: {told['error']}")
+            if failure["time"] >= began:
+                raise PreparedDataError(f"{failure['by']} could not prepare {folder}: {failure['error']}")
             failed.unlink()
         try:
             yield
         except Exception as error:
             by = f"process {os.getpid()} on {platform.node()}"
-            told = {"time": time.time(), "by": by, "error": f"{type(error).__name__}: {error}"}
+            failure = {"time": time.time(), "by": by, "error": f"{type(error).__name__}: {error}"}
             with contextlib.suppress(OSError):  # a full disk has no room for it either
-                failed.write_text(json.dumps(told))
+                failed.write_text(json.dumps(failure))
             raise
     finally:
         lock.release()

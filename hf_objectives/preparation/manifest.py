@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_objectives.errors import PreparedDataError
+from hf_objectives.labels import Account, Ledger
 from hf_objectives.preparation.config import VERSION
 from hf_objectives.preparation.shards import Shard
-from hf_objectives.preparation.work import SPLITS, Finished
+from hf_objectives.preparation.splits import SPLITS
+from hf_objectives.preparation.work import Finished
 
 MANIFEST = "manifest.json"
-_COUNTS = ("tokens", "supervised", "num_bytes")
 _EXAMPLES = 5
 
 
@@ -24,23 +24,30 @@ class Manifest:
     """What a prepared folder holds.
 
     Attributes:
-        policy: all that decides what rows a document becomes, see `CorpusSettings.policy`.
+        policy: all that decides which rows a document becomes, see `CorpusConfig.policy`.
         complete: whether every shard is there.
         versions: packages that prepared it.
-        sources: by source, `documents_in`, `documents`, `tokens_in`, `dropped_tokens` and `dropped_documents` by reason,
-            `dropped_examples`, and for each split `tokens`, `supervised` and `num_bytes` (of UTF-8). For every source
-            tokens_in = train tokens + validation tokens + all dropped_tokens.
-        broken, broken_named: records that could not be read and were skipped, and the first few in words.
+        ledgers: by split ("train" and "validation"), what happened to every token of each source. In each account,
+            tokens_in = trained + masked + dropped_tokens; `num_bytes` counts UTF-8. Stored as `Ledger.to_dict` gives it.
+        broken, broken_named: number of records that could not be read and were skipped; messages of the first few.
         shards: the files.
     """
 
     policy: dict[str, Any]
     complete: bool = False
     versions: dict[str, str] = field(default_factory=dict)
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ledgers: dict[str, Ledger] = field(default_factory=lambda: {split: Ledger() for split in SPLITS})
     broken: int = 0
     broken_named: list[str] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def sources(self) -> dict[str, Account]:
+        """The account of each source, over all splits."""
+        both = Ledger()
+        for ledger in self.ledgers.values():
+            both.merge(ledger)
+        return both.accounts
 
     @property
     def num_tokens(self) -> int:
@@ -52,18 +59,29 @@ class Manifest:
         """Packed rows of all splits."""
         return sum(shard.rows for shard in self.shards)
 
+    def add(self, finished: Iterable[Finished]) -> None:
+        """Add the accounts and shards of finished segments, in their order."""
+        for segment in finished:
+            self.shards += segment.shards
+            self.broken += segment.skipped.count
+            self.broken_named = (self.broken_named + segment.skipped.named)[:_EXAMPLES]
+            for split, ledger in segment.ledgers.items():
+                self.ledgers[split].merge(Ledger.from_dict(ledger))
+
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
+        ledgers = {split: ledger.to_dict() for split, ledger in self.ledgers.items()}
+        values = {**vars(self), "ledgers": ledgers, "shards": [asdict(shard) for shard in self.shards]}
         draft = folder / (MANIFEST + ".draft")
-        draft.write_text(json.dumps(asdict(self), indent=1))
+        draft.write_text(json.dumps(values, indent=1))
         draft.replace(folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a folder.
+        """Read the manifest of a folder.
 
         Raises:
-            PreparedDataError: there is none, or it is of a version that this one does not read.
+            PreparedDataError: there is none, it is damaged, or the rows are of another version.
         """
         try:
             values = json.loads((folder / MANIFEST).read_text())
@@ -74,31 +92,19 @@ class Manifest:
         made = values.get("policy", {}).get("preparation_version")
         if made != VERSION:
             raise PreparedDataError(
-                f"{folder} was prepared under version {made} of the rows; this is version {VERSION}"
+                f"{folder} was prepared under version {made} of the rows; this is version {VERSION}, which holds out other "
+                "rows. Prepare it again in another folder, or overwrite it"
             )
-        return cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+        ledgers = {split: Ledger.from_dict(ledger) for split, ledger in values["ledgers"].items()}
+        return cls(**{**values, "ledgers": ledgers, "shards": [Shard(**shard) for shard in values["shards"]]})
 
     def lines(self) -> list[str]:
-        """One line a source, for a terminal or a log."""
-        lines = []
-        for name, account in self.sources.items():
-            kept = {split: account[split]["tokens"] for split in SPLITS if split in account}
-            tokens, documents = account["dropped_tokens"], account["dropped_documents"]
-            parts = [f"{n:,} {split}" for split, n in kept.items()]
-            parts += [
-                f"{n:,} dropped ({reason}" + (f", {documents[reason]:,} documents)" if reason in documents else ")")
-                for reason, n in tokens.items()
-                if n
-            ]
-            notes = [f"{n:,} documents: {reason}" for reason, n in documents.items() if not tokens.get(reason)]
-            if self.policy["eval_share"] and "validation" not in kept:
-                notes.append("no document held out")
-            lines.append(
-                f"{name}: {account['documents_in']:,} documents, {account['tokens_in']:,} tokens = "
-                + "; ".join([" + ".join(parts or ["nothing kept"]), *notes])
-            )
-        room = self.num_rows * self.policy["max_length"]
-        if room:
+        """One line a source and split, then the rows and the broken records; for a terminal or a log."""
+        lines = [f"{split}, {line}" for split, ledger in self.ledgers.items() for line in ledger.lines()]
+        if self.policy["eval_share"]:
+            whole = [name for name in self.sources if name not in self.ledgers["validation"].accounts]
+            lines += [f"validation: no row of {', '.join(whole)} is held out"] if whole else []
+        if room := self.num_rows * self.policy["max_length"]:
             lines.append(
                 f"{self.num_rows:,} rows of {self.policy['max_length']:,} tokens, {self.num_tokens / room:.2%} full, "
                 f"in {len(self.shards):,} shards"
@@ -106,29 +112,3 @@ class Manifest:
         if self.broken:
             lines.append(f"{self.broken:,} broken records skipped, such as {self.broken_named[0]}")
         return lines
-
-
-def totals(finished: Iterable[Finished], manifest: Manifest) -> Manifest:
-    """The manifest with the accounts and shards of finished segments, in their order."""
-    for segment in finished:
-        manifest.shards += segment.shards
-        manifest.broken += segment.broken
-        manifest.broken_named = (manifest.broken_named + segment.broken_named)[:_EXAMPLES]
-        for name, account in segment.accounts.items():
-            _add(manifest.sources.setdefault(name, {}), account)
-    return manifest
-
-
-def _add(total: dict[str, Any], account: Mapping[str, Any]) -> None:
-    for name in ("documents_in", "documents", "tokens_in"):
-        total[name] = total.get(name, 0) + account[name]
-    for name in ("dropped_tokens", "dropped_documents"):
-        total[name] = dict(Counter(total.get(name, {})) + Counter(account[name]))
-    examples = total.setdefault("dropped_examples", {})
-    for reason, rows in account["dropped_examples"].items():
-        examples[reason] = (examples.get(reason, []) + rows)[:_EXAMPLES]
-    for split in SPLITS:
-        if split in account:
-            held = total.setdefault(split, dict.fromkeys(_COUNTS, 0))
-            for name in _COUNTS:
-                held[name] += account[split][name]

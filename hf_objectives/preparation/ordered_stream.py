@@ -1,4 +1,4 @@
-"""A stream without an end whose order is a pure function of a seed: any number of ranks and loader workers read the same."""
+"""A stream without an end whose order depends on a seed alone: any number of ranks and loader workers read the same."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_objectives.errors import ConfigError
 
-_AHEAD = 256  # rows whose places are looked up at a time
+_AHEAD = 256  # rows that are looked up at a time
 
 
 class OrderedStream(IterableDataset):
-    """Rows 0, 1, 2, ... of an order that never ends, so that every rank takes as many steps as the others.
+    """Rows 0, 1, 2, ... of an order that never ends, so that all ranks take the same number of steps.
 
-    Each process iterates all of it, and the DataLoader that accelerate prepares (`dispatch_batches=False`) keeps each
-    rank's batches: of `batch_rows` rows that all ranks take together, rank r keeps the r-th part. Loader workers take
-    turns by so many rows, so that the rows of a step do not depend on their number either.
+    Each process iterates over the whole order. The DataLoader that accelerate prepares (`dispatch_batches=False`) keeps
+    the batches of its rank: of the `batch_rows` rows that all ranks take together, rank r keeps the r-th part. Loader
+    workers take turns of `batch_rows` rows, so the rows of a step do not depend on the number of workers either.
 
     Attributes:
         batch_rows: rows that all ranks take together in one micro-step; `PerplexityTrainer` sets it.
@@ -30,23 +30,23 @@ class OrderedStream(IterableDataset):
 
     @abstractmethod
     def rows(self, begin: int, end: int) -> Iterator[Mapping[str, Any]]:
-        """Rows `begin` to `end` of the order."""
+        """Yield rows `begin` to `end` of the order."""
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         worker = get_worker_info()
-        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        # One reader alone may take several turns at a time.
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        # A single reader may take several turns at a time.
         size = self.batch_rows * (max(1, _AHEAD // self.batch_rows) if workers == 1 else 1)
-        begins = (self._begin + turn * size for turn in itertools.count(mine, workers))
+        begins = (self._begin + turn * size for turn in itertools.count(own, workers))
         return self.read_turns(range(begin, begin + size) for begin in begins)
 
     def read_turns(self, turns: Iterable[range]) -> Iterator[Mapping[str, Any]]:
-        """The rows of ascending ranges of the order."""
+        """Yield the rows of ascending ranges of the order."""
         for turn in turns:
             yield from self.rows(turn.start, turn.stop)
 
     def expect(self, rows: int) -> list[str]:
-        """What there is to say before a run takes so many rows, from row 0.
+        """What a user should know before a run takes this many rows from row 0 on.
 
         Raises:
             ConfigError: the stream ends before.
@@ -54,23 +54,23 @@ class OrderedStream(IterableDataset):
         return []
 
     def metrics(self, rows_taken: int) -> dict[str, float]:
-        """What a training log says of the rows up to here."""
+        """What a training log says about the rows up to this one."""
         return {}
 
     def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
-        """Where to go on.
+        """The state to resume from.
 
         Args:
-            rows_taken: rows that all ranks have taken, from row 0; a loader reads ahead, so that only who trains knows.
-                None for where iteration begins.
+            rows_taken: rows that all ranks have taken, from row 0. A loader reads ahead, so only the trainer knows this.
+                None for the row at which iteration begins.
         """
         return {"row": self._begin if rows_taken is None else rows_taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration begins at the row that the state names; nothing is read again.
+        """Begin the next iteration at the row of a state; nothing is read again.
 
         Raises:
-            ConfigError: no state of a stream.
+            ConfigError: the state is not one of a stream.
         """
         row = state.get("row")
         if not isinstance(row, int) or row < 0:

@@ -1,11 +1,11 @@
-"""Shards on disk: written beside and moved into place, with a checksum, so that a shard is whole or not there."""
+"""Shards on disk: written beside and moved into place, with a checksum, so a shard is whole or not there."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from hf_objectives.errors import DiskFullError
 
-PROGRESS = ".progress"  # in the folder: what is being written, and the accounts of finished segments
+PROGRESS = ".progress"  # folder of shards that are being written, and of the accounts of finished segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class Shard:
     Attributes:
         path: its file, relative to the folder.
         split: "train" or "validation".
-        source, file: the source and the file that its documents come from.
-        rows, tokens, supervised: packed rows, their tokens, and the tokens that are trained.
+        source, file: the source and the file of its documents.
+        rows, tokens, supervised: packed rows, their tokens, and their trained tokens.
         row_groups: rows of each row group or record batch.
         num_bytes: size of the file.
-        sha256: its checksum, as `sha256sum` prints it.
+        sha256: checksum of the file, as `sha256sum` prints it.
     """
 
     path: str
@@ -44,12 +44,8 @@ class Shard:
     num_bytes: int
     sha256: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The shard as JSON values."""
-        return asdict(self)
-
     def intact(self, folder: Path, *, checksum: bool = True) -> bool:
-        """Whether the file is there, and is what was written."""
+        """Whether the file is there as it was written."""
         file = folder / self.path
         if not file.is_file() or file.stat().st_size != self.num_bytes:
             return False
@@ -57,11 +53,11 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes packed rows to one file; as a context it moves the file into place, or removes it after an error.
+    """Writes packed rows to one file; leaving the context closes the file, and removes it after an error.
 
     Args:
         folder: the prepared folder.
-        path: the shard's place in it.
+        path: the shard's path in it.
         file_format: a key of FORMATS.
         id_type: numpy type of the token ids.
 
@@ -86,7 +82,7 @@ class ShardWriter:
                 self._writer = self._open(str(self.draft), table.schema)
             self._writer.write_table(table, table.num_rows)
         except OSError as error:
-            raise _space(error, self.final) from error
+            raise _disk_full(error, self.final) from error
         self.row_groups.append(table.num_rows)
 
     def __enter__(self) -> ShardWriter:
@@ -100,34 +96,38 @@ class ShardWriter:
                 self._writer.close()
         except OSError as failed:
             kind = kind or type(failed)
-            raise _space(failed, self.final) from failed
+            raise _disk_full(failed, self.final) from failed
         finally:
             if kind is not None:
                 self.draft.unlink(missing_ok=True)
 
-    def finish(self, **about: Any) -> Shard | None:
-        """Move the closed file into place; None, and no file, where no row was written."""
+    def finish(self, **values: Any) -> Shard | None:
+        """Move the closed file into place; return None where no row was written.
+
+        Args:
+            values: the fields of `Shard` that the file does not tell.
+        """
         if self._writer is None:
             return None
         digest, size = sha256(self.draft), self.draft.stat().st_size
         self.final.parent.mkdir(parents=True, exist_ok=True)
         self.draft.replace(self.final)
-        return Shard(rows=sum(self.row_groups), row_groups=self.row_groups, num_bytes=size, sha256=digest, **about)
+        return Shard(rows=sum(self.row_groups), row_groups=self.row_groups, num_bytes=size, sha256=digest, **values)
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file."""
+    """The checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def id_type(vocabulary: int) -> type[np.unsignedinteger]:
-    """The smallest type that holds the ids of a vocabulary; unsigned, so that 65,536 ids fit in two bytes."""
+    """The smallest unsigned type that holds the ids of a vocabulary; 65,536 ids fit in two bytes."""
     return next(kind for kind in (np.uint8, np.uint16, np.uint32) if vocabulary - 1 <= np.iinfo(kind).max)
 
 
 def _parquet(path: str, schema: pa.Schema) -> pq.ParquetWriter:
-    # Ids apart by byte and then compressed: as small as zstd gets them, in less time than a dictionary takes.
+    # Splitting ids by byte before zstd makes files as small as a dictionary does, in less time.
     bytes_apart = {
         f"{field.name}.list.element": "BYTE_STREAM_SPLIT"
         for field in schema
@@ -152,7 +152,7 @@ def _arrow(path: str, schema: pa.Schema) -> pa.RecordBatchStreamWriter:
 FORMATS: dict[str, Callable[[str, pa.Schema], Any]] = {"parquet": _parquet, "arrow": _arrow}
 
 
-def _space(error: OSError, path: Path) -> Exception:
+def _disk_full(error: OSError, path: Path) -> Exception:
     # pyarrow's errors carry the number in words alone.
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
         return DiskFullError(f"no space left to write {path.name} in {path.parent} ({error})")

@@ -1,4 +1,4 @@
-"""A prepared folder as a stream without an end: read where it lies, shuffled anew in every pass, at any row at once."""
+"""A prepared folder as a stream without an end, shuffled anew in every epoch, with any row found at once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from hf_objectives.preparation.shards import Shard
 
 # The values of a list column end to end, and where each row begins in them.
 Column = tuple[Any, NDArray[np.int64]]
+Numbers = NDArray[np.int64]
 WINDOW = 8  # row groups of some two million tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row of the order lies: the pass, the shard's number, the row group in it, the row in that."""
+    """The place of a row: the epoch, the number of the shard, the row group in it, and the row in that group."""
 
     epoch: int
     shard: int
@@ -32,17 +33,17 @@ class Place:
 
 
 class PreparedStream(OrderedStream):
-    """The packed rows of shards, pass after pass.
+    """The packed rows of shards, epoch after epoch.
 
-    In every pass the row groups of all shards are permuted, and the rows of each `window` consecutive groups among
-    themselves, from seed and pass alone: row n is the same whoever asks, and is found without reading those before it.
-    A process holds one window, about 16 million tokens, whatever the size of the corpus.
+    In every epoch the row groups of all shards are permuted, and the rows of each `window` consecutive groups among
+    themselves. Both depend on seed and epoch alone: row n is the same for every reader, and is found without reading the
+    rows before it. A process holds one window, about 16 million tokens, whatever the size of the corpus.
 
     Args:
         folder: the prepared folder.
         shards: its shards of one split, in the manifest's order.
         file_format: "parquet" or "arrow".
-        seed: of the permutations.
+        seed: seed of the permutations.
         window: row groups whose rows are mixed.
 
     Yields (on iteration): `input_ids` and, where shards hold them, `labels` (integer arrays [tokens]), `seq_lengths`,
@@ -55,44 +56,50 @@ class PreparedStream(OrderedStream):
         self.files = [folder / shard.path for shard in shards]
         self.seed, self.window, self._read = seed, window, READERS[file_format]
         sizes = [np.asarray(shard.row_groups, np.int64) for shard in shards]
-        self.group_sizes: NDArray[np.int64] = np.concatenate(sizes)
+        self.group_sizes: Numbers = np.concatenate(sizes)
         self._shard_of = np.repeat(np.arange(len(sizes)), [len(groups) for groups in sizes])
         self._first = np.searchsorted(self._shard_of, np.arange(len(sizes)))
         self.num_rows = int(self.group_sizes.sum())
-        self._pass: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._window: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._epoch: tuple[int, Numbers, Numbers] | None = None
+        self._window: tuple[tuple[int, int], Numbers, Numbers] | None = None
         self._groups: dict[int, dict[str, Column]] = {}  # as many as a window has
 
     def at(self, n: int) -> Place:
-        """Where row n of the order lies."""
+        """The place of row n of the order."""
         (epoch,), (group,), (row,) = (part.tolist() for part in self.order(n, n + 1))
         shard = int(self._shard_of[group])
         return Place(epoch, shard, int(group - self._first[shard]), row)
 
-    def order(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Where rows `begin` to `end` of the order lie, int64 [rows] each: the pass, the row group, counted through all
-        shards, and the row in that."""
+    def order(self, begin: int, end: int) -> tuple[Numbers, Numbers, Numbers]:
+        """The places of rows `begin` to `end` of the order, int64 [rows] each: the epoch, the row group (counted through
+        all shards), and the row in that group."""
         parts = []
         while begin < end:
             epoch, within = divmod(begin, self.num_rows)
-            if self._pass is None or self._pass[0] != epoch:
+            if self._epoch is None or self._epoch[0] != epoch:
                 groups = np.random.default_rng([self.seed, epoch]).permutation(len(self.group_sizes))
-                self._pass = epoch, groups, np.cumsum(self.group_sizes[groups]) - self.group_sizes[groups]
-            _, groups, starts = self._pass
+                self._epoch = epoch, groups, np.cumsum(self.group_sizes[groups]) - self.group_sizes[groups]
+            _, groups, starts = self._epoch
             number = int(np.searchsorted(starts, within, "right") - 1) // self.window
             if self._window is None or self._window[0] != (epoch, number):
-                mixed = self._mixed(groups[number * self.window :][: self.window], epoch, number)
-                self._window = (epoch, number), *mixed
-            _, of, rows = self._window
+                shuffled = self._shuffle(groups[number * self.window :][: self.window], epoch, number)
+                self._window = (epoch, number), *shuffled
             first = within - int(starts[number * self.window])
-            some = slice(first, first + end - begin)
-            parts.append((np.full(len(of[some]), epoch), of[some], rows[some]))
-            begin += len(of[some])
-        epochs, of_rows, places = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return epochs, of_rows, places
+            found, rows = (part[first : first + end - begin] for part in self._window[1:])
+            parts.append((np.full(len(rows), epoch), found, rows))
+            begin += len(rows)
+        epochs, groups, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return epochs, groups, rows
+
+    def _shuffle(self, groups: Numbers, epoch: int, number: int) -> tuple[Numbers, Numbers]:
+        """The rows of a window in their order: the group of each, and its number in the group."""
+        sizes = self.group_sizes[groups]
+        order = np.random.default_rng([self.seed, epoch, number]).permutation(int(sizes.sum()))
+        within = np.repeat(np.arange(len(groups)), sizes)[order]
+        return groups[within], order - (np.cumsum(sizes) - sizes)[within]
 
     def rows(self, begin: int, end: int) -> Iterator[Mapping[str, Any]]:
-        """Rows `begin` to `end` of the order."""
+        """Yield rows `begin` to `end` of the order."""
         _, groups, rows = self.order(begin, end)
         for group, row in zip(groups.tolist(), rows.tolist(), strict=True):
             yield self.row(group, row)
@@ -103,25 +110,13 @@ class PreparedStream(OrderedStream):
         if columns is None:
             while len(self._groups) >= self.window:
                 self._groups.pop(next(iter(self._groups)))
-            columns = self._groups[group] = self._columns(group)
-        return _row(columns, row)
+            columns = self._groups[group] = self.columns(group)
+        found = {name: values[begins[row] : begins[row + 1]] for name, (values, begins) in columns.items()}
+        return {name: value if name in ("input_ids", "labels") else value.tolist() for name, value in found.items()}
 
-    def piece_lengths(self, group: int) -> Column:
-        """Lengths of the documents in the rows of a row group, end to end, and where each row begins in them."""
-        return self._columns(group, ["seq_lengths"])["seq_lengths"]
-
-    def piece_rows(self, group: int) -> Column:
-        """Numbers of the documents in the rows of a row group in their source, as `piece_lengths`."""
-        return self._columns(group, ["rows"])["rows"]
-
-    def _mixed(self, groups: NDArray[np.int64], epoch: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows of a window in their order: the group of each, and its place in the group."""
-        sizes = self.group_sizes[groups]
-        order = np.random.default_rng([self.seed, epoch, number]).permutation(int(sizes.sum()))
-        of = np.repeat(np.arange(len(groups)), sizes)[order]
-        return groups[of], order - (np.cumsum(sizes) - sizes)[of]
-
-    def _columns(self, group: int, names: list[str] | None = None) -> dict[str, Column]:
+    def columns(self, group: int, names: list[str] | None = None) -> dict[str, Column]:
+        """Columns of a row group, counted through all shards: the values of all rows end to end, and where each row begins
+        in them, int64 [rows + 1]."""
         shard = int(self._shard_of[group])
         try:
             table = self._read(self.files[shard], group - int(self._first[shard]), names)
@@ -135,11 +130,6 @@ class PreparedStream(OrderedStream):
             values, offsets = lists.flatten(), lists.offsets.to_numpy().astype(np.int64)
             columns[name] = values.to_numpy() if pa.types.is_integer(values.type) else values, offsets - offsets[0]
         return columns
-
-
-def _row(columns: Mapping[str, Column], i: int) -> dict[str, Any]:
-    row = {name: values[offsets[i] : offsets[i + 1]] for name, (values, offsets) in columns.items()}
-    return {name: value if name in ("input_ids", "labels") else value.tolist() for name, value in row.items()}
 
 
 def _parquet_group(path: Path, group: int, names: list[str] | None) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Engines: one function over many items, on this machine's cores or on a Ray cluster; results as they come."""
+"""Workers: run one function over many items, on the cores of this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,34 +6,59 @@ import gc
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pyarrow as pa
 
 from hf_objectives.errors import ConfigError, HFObjectivesError, WorkerError
+from hf_objectives.types import check_one_of
 
 Function = Callable[[Any], Any]
 
 
-def run_local(function: Function, items: Sequence[Any], num_proc: int | None) -> Iterator[Any]:
-    """Forked processes, one per core unless told otherwise; a single one is this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(num_proc or cores, len(items))
+def count_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_local(function: Function, items: Iterable[Any], num_proc: int | None) -> Iterator[Any]:
+    """Run in forked processes, which inherit the function, or in this process where one is enough.
+
+    Results come in any order. Only a few items are in flight at a time, so memory stays flat.
+
+    Args:
+        function: what to run.
+        items: what to run it on; read one by one.
+        num_proc: number of processes; None for one per core.
+
+    Raises:
+        WorkerError: a process died.
+    """
+    cores = count_cores()
+    workers = min(
+        num_proc or cores, len(items) if hasattr(items, "__len__") else cores if num_proc is None else num_proc
+    )
     if workers <= 1 or not hasattr(os, "fork"):
         yield from map(function, items)
         return
-    threads = max(1, cores // workers)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _adopt, (function, threads)) as pool:
+    initial = (function, max(1, cores // workers))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _adopt, initial) as pool:
         try:
-            for done in as_completed([pool.submit(_run_adopted, item) for item in items]):
-                yield done.result()
+            pending: set[Future] = set()
+            for item in items:
+                pending.add(pool.submit(_run_adopted, item))
+                if len(pending) > 2 * workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
         except BrokenProcessPool as error:
             raise WorkerError(
-                f"one of {workers} worker processes died; if memory ran out, use fewer (num_proc). "
-                "Run again: finished shards are kept"
+                f"one of {workers} worker processes died; if memory ran out, use fewer (num_proc)"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -45,10 +70,10 @@ _adopted: Function | None = None
 def _adopt(function: Function, threads: int) -> None:
     global _adopted
     _adopted = function
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizers' own threads would fight for the same cores
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizers' own threads would compete for the same cores
     pa.set_cpu_count(threads)
     # Rows are made by the ten thousand and have no cycles: the collector would walk them over and over. What was inherited
-    # is never garbage here; a walk through it after each item took a fifth of the item's time.
+    # is never garbage here: a walk through it after each item took a fifth of the item's time.
     gc.disable()
     gc.freeze()
 
@@ -61,38 +86,46 @@ def _run_adopted(item: Any) -> Any:
         gc.collect()
 
 
-def run_ray(function: Function, items: Sequence[Any], num_proc: int | None) -> Iterator[Any]:
-    """Ray Data's `map_batches` over Arrow, on the cluster that `ray.init` finds, or a local one of `num_proc` CPUs.
-
-    Ray runs an item again when its worker or machine is lost, so the function must give the same again; all machines
-    need the same file system.
-    """
+def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
         raise ConfigError("engine='ray' needs Ray: pip install 'hf-objectives[ray]'") from error
+    return ray
+
+
+def run_ray(function: Function, items: Iterable[Any], num_proc: int | None) -> Iterator[Any]:
+    """Run with Ray Data's `map_batches`, on the cluster that `ray.init` finds, or a local one of `num_proc` CPUs.
+
+    Ray runs an item again when its worker or machine is lost, so the function must give the same result again. All
+    machines need the same file system.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    ray = _import_ray()
     if not ray.is_initialized():
-        own = None if "RAY_ADDRESS" in os.environ else num_proc  # a cluster says itself how many CPUs it has
+        own = None if "RAY_ADDRESS" in os.environ else num_proc  # a cluster knows its own number of CPUs
         ray.init(num_cpus=own, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     shared = ray.put(pickle.dumps(function))
     table = pa.table({"item": pa.array([pickle.dumps(item) for item in items], pa.binary())})
 
     def run_batch(batch: pa.Table) -> pa.Table:
-        work = _unpickled(ray.get(shared))
-        results = [pickle.dumps(_outcome(work, pickle.loads(item))) for item in batch["item"].to_pylist()]
+        work = _unpickle(ray.get(shared))
+        results = [pickle.dumps(_result_or_error(work, pickle.loads(item))) for item in batch["item"].to_pylist()]
         return pa.table({"result": pa.array(results, pa.binary())})
 
     dataset = ray.data.from_arrow([table.slice(i, 1) for i in range(len(table))])
     for row in dataset.map_batches(run_batch, batch_format="pyarrow", batch_size=1).iter_rows():
-        outcome = pickle.loads(row["result"])
-        if isinstance(outcome, HFObjectivesError):
-            raise outcome
-        yield outcome
+        result = pickle.loads(row["result"])
+        if isinstance(result, HFObjectivesError):
+            raise result
+        yield result
 
 
-def _outcome(function: Function, item: Any) -> Any:
-    """A result, or an error of ours as one: Ray would wrap it in errors of its own."""
+def _result_or_error(function: Function, item: Any) -> Any:
+    """Return an error of this package as a value: Ray would wrap it in errors of its own."""
     try:
         return function(item)
     except HFObjectivesError as error:
@@ -102,8 +135,8 @@ def _outcome(function: Function, item: Any) -> Any:
 _last: tuple[bytes, Function] | None = None
 
 
-def _unpickled(text: bytes) -> Function:
-    """The function, made once a process: its tokenizer takes longer to build than a segment to plan."""
+def _unpickle(text: bytes) -> Function:
+    """The function, made once a process: building its tokenizer takes longer than planning a segment."""
     global _last
     if _last is None or _last[0] != text:
         _last = text, pickle.loads(text)
@@ -111,7 +144,18 @@ def _unpickled(text: bytes) -> Function:
 
 
 #: The engines, by name.
-ENGINES: dict[str, Callable[[Function, Sequence[Any], int | None], Iterator[Any]]] = {
+ENGINES: dict[str, Callable[[Function, Iterable[Any], int | None], Iterator[Any]]] = {
     "local": run_local,
     "ray": run_ray,
 }
+
+
+def check_engine(engine: str) -> None:
+    """Check that an engine is known and installed, before anything is written or deleted.
+
+    Raises:
+        ConfigError: the engine is unknown, or Ray is not installed.
+    """
+    check_one_of("engine", engine, ENGINES)
+    if engine == "ray":
+        _import_ray()

@@ -273,10 +273,10 @@ def ledger(manifest: Manifest) -> dict[str, Any]:
     """The manifest's accounts as the model card reads them."""
     return {
         name: {
-            "rows_in": account["documents_in"],
-            "tokens_in": account["tokens_in"],
-            "trained": account.get("train", {}).get("supervised", 0),
-            "dropped_tokens": account["dropped_tokens"],
+            "rows_in": account.rows_in,
+            "tokens_in": account.tokens_in,
+            "trained": manifest.ledgers["train"][name].trained,
+            "dropped_tokens": dict(account.dropped_tokens),
         }
         for name, account in manifest.sources.items()
     }

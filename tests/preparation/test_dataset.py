@@ -12,11 +12,23 @@ from datasets import Dataset
 from hf_objectives.errors import ConfigError, ConversationError, NothingSupervisedError, WorkerError
 from hf_objectives.labels.ledger import Ledger
 from hf_objectives.labels.rows import encode_row
-from hf_objectives.preparation.dataset import prepare_dataset, token_count
-from tests.support.chat_corpus import PLAIN, byte_tokenizer
-from tests.trainers.test_causal_lm import chats
+from hf_objectives.preparation.dataset import prepare_dataset
+from tests.support.chat_corpus import PLAIN
+from tests.support.corpora import TOKENIZER, write_demo
 
-TOKENIZER = byte_tokenizer()
+
+def chats(n: int = 23) -> list[dict]:
+    """Conversations of uneven lengths from two sources."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Count to {i}"},
+                {"role": "assistant", "content": " ".join(map(str, range(1 + (i * 7) % 19)))},
+            ],
+            "source": "even" if i % 2 == 0 else "odd",
+        }
+        for i in range(n)
+    ]
 
 
 def test_unpacked_rows_are_those_of_encode_row():
@@ -32,7 +44,8 @@ def test_packed_rows_hold_every_token(as_dataset):
     packed = prepare_dataset(rows, TOKENIZER, max_length=512, ledger=ledger)
     total = ledger.total()
     assert total.balance() == 0 and total.rows_in == 200
-    assert token_count(packed) == (total.trained + total.masked, total.trained)
+    labels = [label for row in packed for label in row["labels"]]
+    assert len(labels) == total.trained + total.masked and sum(label != -100 for label in labels) == total.trained
     encoded = {tuple(encode_row(TOKENIZER, row)["input_ids"]) for row in chats(200)}
     for row in packed:
         at = 0
@@ -42,19 +55,19 @@ def test_packed_rows_hold_every_token(as_dataset):
         assert len(row["input_ids"]) == at <= 512
 
 
-def test_several_processes_give_the_same():
-    rows = chats(9000)
-    one, two = Ledger(), Ledger()
-    alone = prepare_dataset(rows, TOKENIZER, max_length=256, num_proc=1, ledger=one)
-    several = prepare_dataset(rows, TOKENIZER, max_length=256, num_proc=2, ledger=two)
-    assert alone.data.table.equals(several.data.table) and one.to_dict() == two.to_dict()
+@pytest.fixture(scope="module")
+def alone():
+    """Rows, what one process makes of them, and its ledger."""
+    rows, ledger = chats(5000), Ledger()
+    return rows, prepare_dataset(rows, TOKENIZER, max_length=256, num_proc=1, ledger=ledger), ledger
 
 
-@pytest.mark.parametrize("kind", [Dataset.from_list, iter])
-def test_several_processes_take_any_rows(kind):
-    alone = prepare_dataset(chats(5000), TOKENIZER, max_length=256, num_proc=1)
-    several = prepare_dataset(kind(chats(5000)), TOKENIZER, max_length=256, num_proc=2)
-    assert alone.data.table.equals(several.data.table)
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, iter])
+def test_several_processes_give_the_same_for_any_rows(kind, alone):
+    rows, expected, ledger = alone
+    booked = Ledger()
+    several = prepare_dataset(kind(rows), TOKENIZER, max_length=256, num_proc=2, ledger=booked)
+    assert expected.data.table.equals(several.data.table) and booked.to_dict() == ledger.to_dict()
 
 
 def test_a_killed_worker_is_an_error_not_a_hang():
@@ -69,10 +82,10 @@ def test_a_killed_worker_is_an_error_not_a_hang():
 
 
 def test_a_bad_row_is_named_whatever_the_processes():
-    rows = chats(9000)
-    rows[8123] = {"messages": [PLAIN[0], {"role": "assistant", "content": ""}], "source": "odd"}
+    rows = chats(2300)
+    rows[2123] = {"messages": [PLAIN[0], {"role": "assistant", "content": ""}], "source": "odd"}
     for num_proc in (1, 2):
-        with pytest.raises(ConversationError, match="source 'odd', row 8123, turn 1: empty content"):
+        with pytest.raises(ConversationError, match="source 'odd', row 2123, turn 1: empty content"):
             prepare_dataset(rows, TOKENIZER, max_length=256, num_proc=num_proc)
 
 
@@ -88,3 +101,11 @@ def test_bad_settings_are_named():
         prepare_dataset(chats(), TOKENIZER, max_length=None)
     with pytest.raises(ConfigError, match="engine is 'spark'"):
         prepare_dataset(chats(), TOKENIZER, max_length=8, engine="spark")
+
+
+def test_paths_without_a_folder_stay_in_memory(tmp_path):
+    path = write_demo(tmp_path / "a.jsonl", 20)
+    one = prepare_dataset(path, TOKENIZER, max_length=64)
+    named = prepare_dataset({"a": path, "b": path}, TOKENIZER, max_length=64)
+    assert sum(map(len, named["input_ids"])) == 2 * sum(map(len, one["input_ids"]))
+    assert {name for names in named["sources"] for name in names} == {"a", "b"}

@@ -1,23 +1,19 @@
-"""A prepared folder as a stream: every row once a pass, shuffled anew, at once at any row, in both formats."""
+"""A prepared folder as a stream: every row once an epoch, shuffled anew, at once at any row, in both formats."""
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections import Counter
 
 import pytest
-from datasets import disable_progress_bars
 
 from hf_objectives import demo
 from hf_objectives.errors import PreparedDataError
-from hf_objectives.preparation import readers as files
-from hf_objectives.preparation.config import CorpusSettings
+from hf_objectives.preparation import files
+from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.stream import PreparedStream
-from tests.support.chat_corpus import byte_tokenizer
-
-disable_progress_bars()
+from tests.support.corpora import TOKENIZER, write_rows
 
 
 @pytest.fixture(scope="module", params=["parquet", "arrow"])
@@ -25,12 +21,11 @@ def folder(request, tmp_path_factory):
     """Two sources in many shards, one of them of several row groups."""
     folder = tmp_path_factory.mktemp("stream")
     for name, count in (("a", 2_500), ("b", 83)):
-        rows = demo.texts(count, seed=len(name))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
-    settings = CorpusSettings(32, shard_bytes=200_000, num_proc=1, file_format=request.param)
+        write_rows(folder / f"{name}.jsonl", demo.texts(count, seed=len(name)))
+    config = CorpusConfig(32, shard_bytes=200_000, num_proc=1, file_format=request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "READ_BYTES", 20_000)
-        made = prepare_corpus({n: str(folder / f"{n}.jsonl") for n in "ab"}, byte_tokenizer(), folder / "out", settings)
+        made = prepare_corpus({n: str(folder / f"{n}.jsonl") for n in "ab"}, TOKENIZER, folder / "out", config)
     assert max(len(shard.row_groups) for shard in made.shards) > 1 and len(made.shards) > 2
     assert [sum(shard.row_groups) for shard in made.shards] == [shard.rows for shard in made.shards]
     return folder / "out"
@@ -40,7 +35,7 @@ def key(row) -> tuple:
     return (tuple(row["sources"]), tuple(row["rows"]), tuple(map(int, row["input_ids"])), tuple(row["seq_lengths"]))
 
 
-def test_every_pass_holds_every_row_once_in_a_new_order(folder):
+def test_every_epoch_holds_every_row_once_in_a_new_order(folder):
     mapped = [key(row) for row in load_prepared(folder)]
     stream = load_prepared(folder, streaming=True)
     assert isinstance(stream, PreparedStream) and stream.num_rows == len(mapped)
@@ -53,9 +48,9 @@ def test_every_pass_holds_every_row_once_in_a_new_order(folder):
     assert of_b[-1] - of_b[0] > 2 * len(of_b)
 
 
-def test_a_single_row_group_is_mixed_anew_in_every_pass(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in demo.texts(200)))
-    prepare_corpus({"a": str(tmp_path / "a.jsonl")}, byte_tokenizer(), tmp_path / "out", CorpusSettings(32, num_proc=1))
+def test_a_single_row_group_is_mixed_anew_in_every_epoch(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", demo.texts(200))
+    prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusConfig(32, num_proc=1))
     stream = load_prepared(tmp_path / "out", streaming=True)
     first, second = ([key(row) for row in stream.rows(n, n + stream.num_rows)] for n in (0, stream.num_rows))
     assert sorted(first) == sorted(second) and first != second

@@ -1,32 +1,32 @@
-"""The engines: the same rows from each, and workers that die in the middle."""
+"""Workers: the same rows from every engine, and workers that die in the middle."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError, FormatError, WorkerError
-from hf_objectives.preparation.config import CorpusSettings
+from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.dataset import prepare_dataset
 from hf_objectives.preparation.work import Work
-from tests.support.chat_corpus import byte_tokenizer
+from hf_objectives.preparation.workers import run_local
+from tests.support.corpora import SMALL, TOKENIZER, write_demo, write_texts
 
-disable_progress_bars()
 ROOT = Path(__file__).parents[2]
-TOKENIZER = byte_tokenizer()
-SMALL = {"max_length": 64, "shard_bytes": 2_000}
 
 
-def corpus(folder: Path, n: int = 400) -> dict[str, str]:
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(n)))
-    return {"a": str(folder / "a.jsonl")}
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sources, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("workers")
+    sources = {"a": write_demo(folder / "a.jsonl", 400)}
+    return sources, prepare_corpus(sources, TOKENIZER, folder / "out", CorpusConfig(**SMALL)), folder / "out"
 
 
 class _Dying(Work):
@@ -40,18 +40,38 @@ class _Dying(Work):
         return super().__call__(segment)
 
 
-def test_a_killed_local_worker_is_an_error_and_a_second_run_goes_on(tmp_path, monkeypatch):
-    sources = corpus(tmp_path)
-    whole = prepare_corpus(sources, TOKENIZER, tmp_path / "whole", CorpusSettings(**SMALL))
+def test_workers_change_nothing(tmp_path, corpus):
+    sources, alone, _ = corpus
+    made = prepare_corpus(sources, TOKENIZER, tmp_path / "out", CorpusConfig(**{**SMALL, "num_proc": 3}))
+    assert len(alone.shards) > 5 and made.shards == alone.shards and made.sources == alone.sources
+
+
+def test_items_are_read_as_workers_need_them():
+    read = []
+
+    def items():
+        for i in range(50):
+            read.append(i)
+            yield i
+
+    results = run_local(abs, items(), 2)
+    found = [next(results)]
+    assert len(read) <= 6  # five in flight, and one result
+    assert sorted(found + list(results)) == list(range(50))
+    assert list(run_local(abs, [-3], None)) == [3]
+
+
+def test_a_killed_local_worker_is_an_error_and_a_second_run_goes_on(tmp_path, corpus, monkeypatch):
+    sources, alone, _ = corpus
     monkeypatch.setattr("hf_objectives.preparation.corpus.Work", _Dying)
-    settings = CorpusSettings(num_proc=2, **SMALL)
-    with pytest.raises(WorkerError, match="one of 2 worker processes died.*Run again: finished shards are kept"):
-        prepare_corpus(sources, TOKENIZER, tmp_path / "out", settings)
-    assert prepare_corpus(sources, TOKENIZER, tmp_path / "out", settings).shards == whole.shards
+    config = CorpusConfig(**{**SMALL, "num_proc": 2})
+    with pytest.raises(WorkerError, match="one of 2 worker processes died.*segments are finished and kept, run again"):
+        prepare_corpus(sources, TOKENIZER, tmp_path / "out", config)
+    assert prepare_corpus(sources, TOKENIZER, tmp_path / "out", config).shards == alone.shards
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(corpus):
     """A local Ray cluster of two workers, which import this file's classes. While it is up nothing here forks: a process
     that Ray's threads run in does not survive that."""
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'hf-objectives[ray]'")
@@ -65,40 +85,33 @@ def cluster():
     ray.shutdown()
 
 
-def test_ray_makes_the_same_shards(tmp_path, cluster):
-    sources = corpus(tmp_path)
-    local = prepare_corpus(sources, TOKENIZER, tmp_path / "local", CorpusSettings(num_proc=1, **SMALL))
-    made = prepare_corpus(sources, TOKENIZER, tmp_path / "ray", CorpusSettings(engine="ray", **SMALL))
-    assert len(made.shards) > 5 and made.shards == local.shards and made.sources == local.sources
-    assert list(load_prepared(tmp_path / "ray")) == list(load_prepared(tmp_path / "local"))
-
-
-def test_a_killed_ray_worker_loses_nothing(tmp_path, cluster, monkeypatch):
-    sources = corpus(tmp_path)
-    local = prepare_corpus(sources, TOKENIZER, tmp_path / "local", CorpusSettings(num_proc=1, **SMALL))
+def test_ray_makes_the_same_shards_also_where_a_worker_is_killed(tmp_path, corpus, cluster, monkeypatch):
+    sources, alone, folder = corpus
     monkeypatch.setattr("hf_objectives.preparation.corpus.Work", _Dying)
-    made = prepare_corpus(sources, TOKENIZER, tmp_path / "ray", CorpusSettings(engine="ray", **SMALL))
+    made = prepare_corpus(
+        sources, TOKENIZER, tmp_path / "ray", CorpusConfig(**{**SMALL, "num_proc": None}, engine="ray")
+    )
     assert int((tmp_path / "ray" / "died").read_text()) != os.getpid()
-    assert made.shards == local.shards and made.sources == local.sources
+    assert len(made.shards) > 5 and made.shards == alone.shards and made.sources == alone.sources
+    assert list(load_prepared(tmp_path / "ray")) == list(load_prepared(folder))
     written = {path.name for path in (tmp_path / "ray" / "train").iterdir()}
-    assert written == {Path(shard.path).name for shard in local.shards}
+    assert written == {Path(shard.path).name for shard in alone.shards}
 
 
 def test_errors_come_back_from_ray_as_they_are(tmp_path, cluster):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
     with pytest.raises(FormatError, match="source 'a', row 1: text is int"):
-        prepare_corpus(
-            {"a": str(tmp_path / "a.jsonl")}, TOKENIZER, tmp_path / "out", CorpusSettings(engine="ray", **SMALL)
-        )
+        prepare_corpus({"a": str(tmp_path / "a.jsonl")}, TOKENIZER, tmp_path / "out", CorpusConfig(64, engine="ray"))
 
 
 def test_a_dataset_through_ray(tmp_path, cluster):
-    rows = Dataset.from_list(demo.texts(5_000))
+    rows = Dataset.from_list(demo.texts(2_500))
     packed = prepare_dataset(rows, TOKENIZER, max_length=512, engine="ray", output_dir=tmp_path / "out")
     local = prepare_dataset(rows, TOKENIZER, max_length=512, num_proc=1, output_dir=tmp_path / "local")
     assert packed.to_list() == local.to_list()
 
 
-def test_ray_needs_a_folder():
+def test_ray_needs_a_folder(tmp_path):
+    path = write_texts(tmp_path / "a.jsonl", ["one"])
     with pytest.raises(ConfigError, match="engine='ray' writes shards; give it an output_dir"):
-        prepare_dataset(demo.texts(5), TOKENIZER, max_length=64, engine="ray")
+        prepare_dataset(path, TOKENIZER, max_length=64, engine="ray")

@@ -1,0 +1,81 @@
+"""Held-out rows: which rows are evaluated on instead of trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import orjson
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from hf_objectives.errors import ConfigError
+from hf_objectives.types import Row
+
+SPLITS = ("train", "validation")
+_ROWS_READ = 2_000
+_JSON = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+
+
+def check_eval_share(share: float) -> None:
+    """Check the share of rows that is held out.
+
+    Raises:
+        ConfigError: `share` is under 0, or 1 or more.
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(f"eval_share is {share}; expected 0 or more, under 1")
+
+
+def draw_rows(rows: Iterable[Row], seed: int) -> NDArray[np.float64]:
+    """Draw a number from 0 to 1 for each row, float64 [rows]; a row is held out if its number is under the share.
+
+    The number depends on the seed and on the content of the row alone. So fine-tuning and preparation hold out the same
+    rows, whatever files the rows lie in, and two equal rows are never on both sides.
+    """
+    digests = [hashlib.blake2b(_content(row), digest_size=8, key=str(seed).encode()).digest() for row in rows]
+    return np.frombuffer(b"".join(digests), "<u8") / 2.0**64
+
+
+def _content(row: Row) -> bytes:
+    try:
+        return orjson.dumps(row, default=repr, option=_JSON)
+    except TypeError:  # half of a surrogate pair, say
+        return repr(row).encode("utf-8", "surrogatepass")
+
+
+def hold_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split rows into those to train on and those to evaluate on; see `draw_rows` for the rule.
+
+    Args:
+        rows: the rows.
+        share: the expected share of held-out rows. At least one row is held out unless the share is 0.
+        seed: another seed holds out other rows.
+
+    Returns:
+        The row numbers of both sides, each in ascending order.
+
+    Raises:
+        ConfigError: `share` is under 0, or 1 or more, or nothing is left to train on.
+    """
+    check_eval_share(share)
+    if not share:
+        return list(range(len(rows))), []
+    drawn = draw_rows(_read(rows), seed)
+    held = drawn < share
+    if len(held) and not held.any():
+        held[np.argmin(drawn)] = True
+    if held.all():
+        raise ConfigError(f"eval_share {share} of {len(rows)} rows leaves nothing to train on")
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
+
+
+def _read(rows: Dataset | Sequence[Row]) -> Iterator[Row]:
+    """Read rows as Python values, as preparation does."""
+    if not isinstance(rows, Dataset):
+        yield from rows
+        return
+    table = rows.with_format("arrow")
+    for begin in range(0, len(rows), _ROWS_READ):
+        yield from table[begin : begin + _ROWS_READ].to_pylist()

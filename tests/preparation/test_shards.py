@@ -1,0 +1,61 @@
+"""Shards: written whole or not at all, small, in a form that plain readers load."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+
+from hf_objectives.errors import DiskFullError
+from hf_objectives.preparation.config import CorpusConfig
+from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
+from hf_objectives.preparation.shards import id_type
+from tests.support.corpora import SMALL, TOKENIZER, shard_times, write_demo
+
+
+def test_ids_are_stored_small_and_folders_load_anywhere(tmp_path):
+    path = write_demo(tmp_path / "a.jsonl", 100)
+    prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusConfig(eval_share=0.2, **SMALL))
+    plain = load_dataset("parquet", data_dir=str(tmp_path / "out"))
+    assert plain["train"].features["input_ids"].feature.dtype == "uint16" and set(plain) == {"train", "validation"}
+    assert {len(load_prepared(tmp_path / "out", split)) for split in plain} == {len(plain[split]) for split in plain}
+    stream = load_dataset("parquet", data_dir=str(tmp_path / "out"), split="train", streaming=True)
+    assert sorted(map(str, stream)) == sorted(map(str, plain["train"]))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "kind"), [(256, np.uint8), (257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)]
+)
+def test_the_smallest_type_that_holds_every_id(vocabulary, kind):
+    assert id_type(vocabulary) is kind
+
+
+def test_arrow_shards_hold_the_same_rows(tmp_path):
+    path = write_demo(tmp_path / "a.jsonl", 100)
+    rows = []
+    for kind in ("parquet", "arrow"):
+        prepare_corpus({"a": path}, TOKENIZER, tmp_path / kind, CorpusConfig(file_format=kind, **SMALL))
+        rows.append([dict(row) for row in load_prepared(tmp_path / kind)])
+    assert rows[0] == rows[1] and len(rows[0]) > 3
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
+    sources, folder = {"a": write_demo(tmp_path / "a.jsonl", 100)}, tmp_path / "out"
+    prepare_corpus(sources, TOKENIZER, tmp_path / "whole", CorpusConfig(**SMALL))
+    write, calls = pq.ParquetWriter.write_table, []
+
+    def full(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(DiskFullError, match=r"no space left to write .*; 2 of \d+ segments are finished and kept"):
+        prepare_corpus(sources, TOKENIZER, folder, CorpusConfig(**SMALL))
+    assert len(shard_times(folder)) == 2 and not list((folder / ".progress").glob("*.parquet"))
+    prepare_corpus(sources, TOKENIZER, folder, CorpusConfig(**SMALL))
+    assert list(load_prepared(folder)) == list(load_prepared(tmp_path / "whole"))
