@@ -13,7 +13,6 @@ def report(argv: Sequence[str]) -> None:
 
     Raises:
         FileFormatError: there is no log, or nothing in it can be read.
-        ConfigError: bokeh is not installed.
     """
     parser = argparse.ArgumentParser("hf-objectives report", description="Write a run as one HTML file.")
     parser.add_argument("run", help="output folder, checkpoint, trainer_state.json, JSON lines, CSV or TensorBoard")

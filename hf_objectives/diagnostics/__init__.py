@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from hf_objectives.diagnostics.batch_record import (
-    excerpt,  # A part of a marked text that shows where training begins, with a little of what stands before it
-)
-from hf_objectives.diagnostics.calibration_plot import (
-    plot_reward_model,  # Draw loss and accuracy over steps, and a reliability diagram: how often choices of a confide
+    excerpt,  # the part of a marked text where training begins
 )
 from hf_objectives.diagnostics.callback import (
-    DiagnosticsCallback,  # Watches every step of a Trainer (ours, transformers', TRL's)
+    DiagnosticsCallback,  # watches every step of a Trainer: ours, transformers' or TRL's
 )
 from hf_objectives.diagnostics.curves import (
-    Curves,  # The log of one run
-    read_curves,  # The log of one run
-    read_runs,  # The logs of one or several runs: what `read_curves` takes, a folder of run folders, or a list of pat
+    Curves,  # the log of one run: a series per curve, notes, and the steps of resumes
+    read_curves,  # read the log of one run, in any format
+    read_runs,  # read the logs of one or several runs
 )
 from hf_objectives.diagnostics.detect import (
-    diagnose,  # Look at the log of one or several runs
-    nothing_found,  # What it means that `diagnose` found nothing in a run: that it is sound only where there was enou
+    diagnose,  # find what is wrong with one or several runs
+    nothing_found,  # what it means that nothing was found in a run
+)
+from hf_objectives.diagnostics.drawing import (
+    FORMATS,  # endings of pictures
 )
 from hf_objectives.diagnostics.mixture import (
-    plot_mixture,  # Draw the share of each source, asked for and realised, and its passes
-    report_of_log,  # What a run's log last says of its mixture; `row` is the step
+    plot_mixture,  # draw the share of each source, asked for and realised, and its epochs
+    report_of_log,  # the last report of a mixture in a log
 )
 from hf_objectives.diagnostics.plot import (
-    FORMATS,
-    plot_training_metrics,  # Draw what the log has of loss, perplexity, learning rate, gradient norm, tokens a second
+    plot_training_metrics,  # draw the curves of one or several runs, with findings marked
 )
-from hf_objectives.diagnostics.replay import replay
+from hf_objectives.diagnostics.replay import (
+    replay,  # compute a batch that the monitor kept again
+)
 from hf_objectives.diagnostics.report import (
-    write_report,  # Write the report of a run
+    write_report,  # write the report of a run as one HTML file
+)
+from hf_objectives.diagnostics.reward_model import (
+    plot_reward_model,  # draw a reward model's training and calibration
 )
 from hf_objectives.diagnostics.rewards import (
-    plot_rewards,  # Draw reward, distance from the reference, lengths of answers, and how the steps go
+    plot_rewards,  # draw a run of reinforcement learning
 )

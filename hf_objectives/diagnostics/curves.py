@@ -1,25 +1,25 @@
-"""Reading the log of a run, whoever wrote it, into one array per curve."""
+"""Read the log of a run, whoever wrote it, into one series per curve."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_objectives.diagnostics.log_files import PATTERNS, STATE, TAGGED, read_file
+from hf_objectives.diagnostics.log_files import STATE, read_lines
+from hf_objectives.diagnostics.log_folders import PATTERNS, candidates, contents
 from hf_objectives.diagnostics.log_table import LogTable, Series, tables_by_run
 from hf_objectives.errors import ConfigError, FileFormatError
 from hf_objectives.inspection import visible
 
 Log = Sequence[Mapping[str, Any]]
 _EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
-_SHOWN = 8  # names of curves
-_STEPS = re.compile(rb'"global_step"\s*:\s*(\d+)')
-_BITS = 0.005  # relative; two ways of writing one perplexity agree better than that
+_NAMES_SHOWN = 8  # of curves, in a note
+_UNIT_TOLERANCE = 0.005  # relative; two spellings of one perplexity agree better than that
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Curves:
 
 
 def read_curves(log: str | Path | Log | Curves) -> Curves:
-    """The log of one run.
+    """Read the log of one run.
 
     Args:
         log: a `trainer_state.json`, a checkpoint or output folder, a file of JSON lines (the Trainer's keys, or
@@ -55,189 +55,144 @@ def read_curves(log: str | Path | Log | Curves) -> Curves:
 
     Raises:
         FileFormatError: there is no log, nothing in it can be read, or it holds several runs.
-        ConfigError: a package is missing that reads it.
+        ConfigError: the package that reads it is not installed.
     """
     runs = read_runs(log)
     if len(runs) > 1:
-        raise FileFormatError(
-            f"{log} holds {len(runs)} runs ({', '.join(run.name for run in runs[:6])}); expected one here"
-        )
+        names = ", ".join(run.name for run in runs[:6])
+        raise FileFormatError(f"{log} holds {len(runs)} runs ({names}); expected one here")
     return runs[0]
 
 
 def read_runs(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Curves]:
-    """The logs of one or several runs: what `read_curves` takes, a folder of run folders, or a list of paths.
+    """Read the logs of one or several runs: what `read_curves` takes, a folder of run folders, or a list of paths.
 
     Raises:
         FileFormatError: there is no log, or nothing in it can be read.
-        ConfigError: a package is missing that reads it.
+        ConfigError: the package that reads it is not installed.
     """
     if isinstance(log, Curves):
         return [log]
     if isinstance(log, (str, Path)):
         return _named_apart(_read_path(Path(log)))
-    if log and all(isinstance(one, (str, Path)) for one in log):
-        return _named_apart([run for one in log for run in _read_path(Path(one))])  # type: ignore[arg-type]
+    if log and all(isinstance(entry, (str, Path)) for entry in log):
+        return _named_apart([run for path in log for run in _read_path(Path(path))])  # type: ignore[arg-type]
     for i, line in enumerate(log):
         if not isinstance(line, Mapping):
             raise FileFormatError(
                 f"entry {i} of the log is {line!r:.60}; expected a mapping such as a Trainer's log_history has"
             )
-    tables = tables_by_run(log)  # type: ignore[arg-type]
-    return _named_apart([_curves(name or "the log", [(table, [])]) for name, table in tables.items()])
+    return _named_apart(_runs_of(log, "the log"))  # type: ignore[arg-type]
 
 
 def _read_path(path: Path) -> list[Curves]:
     if not path.exists():
         raise FileFormatError(f"no log at {path}")
     if path.is_file():
-        return _read_file(path, path.parent.name if path.name == STATE and path.parent.name else path.stem)
-    runs, failed = _read_files(path)
-    left = [f"left out: {error}" for error in failed]
-    below = [] if runs else [folder for folder in sorted(path.iterdir()) if folder.is_dir() and any(_logs_in(folder))]
-    for folder in below:
-        try:
-            runs += _read_path(folder)
-        except FileFormatError as error:
-            failed.append(error)
-            left.append(f"another run was left out: {error}")
+        return _read_files([path], path.parent.name if path.name == STATE and path.parent.name else path.stem)
+    runs, failed = _read_folder(path)
+    left_out = [f"left out: {error}" for error in failed]
+    if not runs:
+        for folder in sorted(child for child in path.iterdir() if child.is_dir() and any(candidates(child))):
+            try:
+                runs += _read_path(folder)
+            except FileFormatError as error:
+                failed.append(error)
+                left_out.append(f"another run was left out: {error}")
     if not runs and failed:
-        # A missing package keeps a log from being read; a file that is none says less.
+        # A missing package keeps a log from being read; a file that is no log says less.
         first = next((error for error in failed if isinstance(error, ConfigError)), failed[0])
         more = f" (and {len(failed) - 1} more file{'s' if len(failed) > 2 else ''})" if len(failed) > 1 else ""
         raise type(first)(f"{first}{more}")
     if not runs:
         raise FileFormatError(
-            f"no log in {path}: expected {STATE} or checkpoint-*/{STATE}, or a file {', '.join(PATTERNS)}; "
-            f"it holds {_inside(path)}. A Trainer writes its log with the first checkpoint, or by trainer.save_state()"
+            f"no log in {path}: expected {STATE} or checkpoint-*/{STATE}, or a file {', '.join(PATTERNS)}; it holds "
+            f"{contents(path)}. A Trainer writes its log with the first checkpoint, or by trainer.save_state()"
         )
-    runs[0].notes += left
+    runs[0].notes += left_out
     return runs
 
 
-def _read_files(folder: Path) -> tuple[list[Curves], list[FileFormatError | ConfigError]]:
-    """The runs in the files of a folder, and what is wrong with those that were tried and left.
+def _read_folder(folder: Path) -> tuple[list[Curves], list[FileFormatError | ConfigError]]:
+    """The runs in the files of a folder, and what is wrong with the files that were tried and left out.
 
-    Data, predictions and results have the same endings as logs: files are tried until some hold a training loss; those
-    that hold other curves count where there is no such file.
+    Data, predictions and results have the same endings as logs. So groups of files are tried until one holds a training
+    loss; where none does, the first group with other curves counts.
     """
     failed: list[FileFormatError | ConfigError] = []
     best: list[Curves] = []
-    of_best: list[str] = []
-    for runs_of in _logs_in(folder):
+    best_files: list[Path] = []
+    for group in candidates(folder):
         runs: list[Curves] = []
-        read: list[str] = []
-        for name, files in runs_of.items():
+        files: list[Path] = []
+        for name, paths in group.items():
             try:
-                runs += _read_file(files[0], name) if len(files) == 1 else [_merged(files, name)]
-                read.append(str(files[0]))
+                runs += _read_files(paths, name)
+                files.append(paths[0])
             except (FileFormatError, ConfigError) as error:
                 failed.append(error)
-        if len(runs) == 1 and runs[0].name in runs_of:  # a file's name; the folder's says more
+        if len(runs) == 1 and runs[0].name in group:  # the name of a file; that of the folder says more
             runs[0].name = visible(folder.resolve().name)
-        found = any("loss" in run for run in runs)
-        left = of_best if found or not best else read
-        failed += [FileFormatError(f"{file}: no curve of training loss") for file in left]
-        if found or not best:
-            best, of_best = runs, read
-        if found:
+        has_loss = any("loss" in run for run in runs)
+        better = has_loss or not best
+        failed += [FileFormatError(f"{file}: no curve of training loss") for file in (best_files if better else files)]
+        if better:
+            best, best_files = runs, files
+        if has_loss:
             break
     return best, failed
 
 
-def _logs_in(folder: Path) -> Iterator[dict[str, list[Path]]]:
-    """Files that may hold a log, the likeliest first: of each kind the files of every run, by a name."""
-    if state := _state_of(folder):
-        yield {state.stem: [state]}
-    for pattern in PATTERNS:
-        for where in (pattern, f"runs/*/{pattern}", f"logs/{pattern}"):
-            runs: dict[str, list[Path]] = {}
-            for file in sorted(file for file in folder.glob(where) if file.is_file()):
-                tagged = TAGGED.fullmatch(file.name)
-                # Event files of one folder are of one run: resumed, or with a writer for the evaluation.
-                name = pattern if "tfevents" in pattern else tagged["run"] if tagged else file.stem
-                runs.setdefault(name, []).append(file)
-            if runs:
-                yield runs
+def _read_files(paths: Sequence[Path], name: str) -> list[Curves]:
+    """The runs in the files of one log, which are read one after the other."""
+    notes: list[str] = []
+    lines = chain.from_iterable(read_lines(path, notes) for path in paths)
+    return _runs_of(lines, name, paths[0], notes)
 
 
-def _merged(files: Sequence[Path], name: str) -> Curves:
-    return _curves(name, [content for file in files for content in read_file(file).values()], str(files[0]))
+def _runs_of(
+    lines: Iterable[Mapping[str, Any]], name: str, path: Path | None = None, notes: Sequence[str] = ()
+) -> list[Curves]:
+    tables = tables_by_run(lines)
+    is_database = path is not None and path.suffix in (".db", ".sqlite")  # whose file is named for a project
+    named = is_database or len(tables) > 1
+    return [_curves(run if named and run else name, table, path, notes) for run, table in tables.items()]
 
 
-def _read_file(path: Path, name: str) -> list[Curves]:
-    return [_curves(run or name, [content], str(path)) for run, content in read_file(path).items()]
-
-
-def _state_of(folder: Path) -> Path | None:
-    """The state file of a run: its own, or that of the newest checkpoint where the run has gone on since."""
-    numbered = [
-        (int(number), state)
-        for state in folder.glob(f"checkpoint-*/{STATE}")
-        if (number := state.parent.name.removeprefix("checkpoint-")).isdigit()
-    ]
-    newest = max(numbered, default=(0, None), key=lambda one: one[0])[1]
-    own = folder / STATE
-    if not own.is_file():
-        return newest
-    if newest is None:
-        return own
-    # A copy loses the times of files; the step stands in the file.
-    step, later = _step_in(own), _step_in(newest)
-    if step is not None and later is not None:
-        return newest if later > step else own
-    return newest if newest.stat().st_mtime > own.stat().st_mtime else own
-
-
-def _step_in(state: Path) -> int | None:
-    """The step of a state, from its head: its keys are sorted, and global_step comes before the log."""
-    with state.open("rb") as file:
-        found = _STEPS.search(file.read(1 << 16).partition(b'"log_history"')[0])
-    return int(found[1]) if found else None
-
-
-def _inside(folder: Path) -> str:
-    names = sorted(child.name for child in folder.iterdir())
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
-
-
-def _curves(name: str, contents: Sequence[tuple[LogTable, list[str]]], where: str = "") -> Curves:
-    table = contents[0][0]
-    for more, _ in contents[1:]:
-        table.append(more)
-    series, said, seams = table.curves()
-    # Keys are data, and notes are printed.
-    notes = [visible(note) for note in (*dict.fromkeys(note for _, found in contents for note in found), *said)]
+def _curves(name: str, table: LogTable, path: Path | None, file_notes: Sequence[str]) -> Curves:
+    series, table_notes, seams = table.curves()
+    notes = [
+        visible(note) for note in (*dict.fromkeys(file_notes), *table_notes)
+    ]  # keys are data, and notes are printed
     if not series:
         raise FileFormatError(
-            f'{visible(where or name)}: no curve could be read; expected lines such as {{"step": 1, "loss": 2.3}}. '
+            f'{visible(str(path or name))}: no curve could be read; expected lines such as {{"step": 1, "loss": 2.3}}. '
             + ("; ".join(notes) or "It has no lines")
         )
     if "loss" not in series:
         found = [visible(key) for key in series]
-        rest = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        notes.append(f"no curve of training loss; found: {', '.join(found[:_SHOWN])}{rest}")
-    return Curves(visible(name), series, notes + _units(series), seams)
+        rest = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
+        notes.append(f"no curve of training loss; found: {', '.join(found[:_NAMES_SHOWN])}{rest}")
+    return Curves(visible(name), series, notes + _unit_notes(series), seams)
 
 
-def _units(series: Mapping[str, Series]) -> list[str]:
-    """Says where a perplexity is not that of the loss beside it: loss in bits, or summed over micro-batches."""
+def _unit_notes(series: Mapping[str, Series]) -> list[str]:
+    """Say where the perplexity is not exp(loss): the loss is in bits, or summed over micro-batches."""
     notes = []
     for loss_key, key in (("loss", "perplexity"), ("eval_loss", "eval_perplexity")):
         if loss_key not in series or key not in series:
             continue
-        _, at, of = np.intersect1d(series[loss_key].steps, series[key].steps, return_indices=True)
-        loss, perplexity = series[loss_key].values[at], series[key].values[of]
+        _, rows, other_rows = np.intersect1d(series[loss_key].steps, series[key].steps, return_indices=True)
+        loss, perplexity = series[loss_key].values[rows], series[key].values[other_rows]
         usable = (perplexity > 1.001) & np.isfinite(loss) & np.isfinite(perplexity) & (loss > 0)
         if usable.sum() < 3:
             continue
-        nats = float(np.median(loss[usable] / np.log(perplexity[usable])))
-        if abs(nats * np.log(2) - 1) < _BITS:
+        ratio = float(np.median(loss[usable] / np.log(perplexity[usable])))
+        if abs(ratio * np.log(2) - 1) < _UNIT_TOLERANCE:
             notes.append(f"{loss_key} is in bits: {key} is 2 to its power")
-        elif abs(nats - round(nats)) < _BITS * nats and round(nats) > 1:
-            notes.append(
-                f"{loss_key} is {round(nats)} times the logarithm of {key}: summed over micro-batches, not averaged"
-            )
+        elif abs(ratio - round(ratio)) < _UNIT_TOLERANCE * ratio and round(ratio) > 1:
+            times = f"{loss_key} is {round(ratio)} times the logarithm of {key}"
+            notes.append(f"{times}: summed over micro-batches, not averaged")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What a mixture asked for and gave over a run, as a picture."""
+"""Draw what a mixture asked for and gave over a run, and read its last report from the log."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_objectives.diagnostics.curves import Curves, Log, Series, read_curves
-from hf_objectives.diagnostics.plot import save
+from hf_objectives.diagnostics.drawing import save
 from hf_objectives.errors import FileFormatError
 from hf_objectives.mixture import MixtureReport, SourceReport
 
-_NO_MIXTURE = "the log has no 'mixture/<source>/share'; it is not of a run on a mixture"
 _FIGURES = {"asked": float, "share": float, "tokens": int, "examples": int, "epochs": float}
-_EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
-# By source and figure.
-_Sources = dict[str, dict[str, Series]]
 
 
 def plot_mixture(log: str | Path | Log | Curves | Sequence[MixtureReport], output: str | Path = "mixture.png") -> Path:
-    """Draw the share of each source, asked for and realised, and its passes.
+    """Draw the share of each source, asked for and realised, and its epochs.
 
     Args:
         log: what `read_curves` takes, or reports of a mixture.
@@ -37,22 +31,24 @@ def plot_mixture(log: str | Path | Log | Curves | Sequence[MixtureReport], outpu
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
+    unit, over = "", "step"
     if isinstance(log, Sequence) and not isinstance(log, str) and log and isinstance(log[0], MixtureReport):
-        sources, unit, over = _of_reports(log), f" ({log[0].unit})", "row"  # type: ignore[arg-type]
-    else:
-        sources, unit, over = _of_log(log), "", "step"  # type: ignore[arg-type]
+        unit, over = f" ({log[0].unit})", "row"
+        log = [{"step": report.row, **report.metrics()} for report in log]  # type: ignore[union-attr]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    shares, passes = figure.subplots(1, 2)
-    for source, figures in sources.items():
-        share = figures["share"]
-        dots = "." if len(share.steps) < 30 else ""
-        (line,) = shares.plot(*share, label=source, marker=dots)
-        shares.plot(*figures.get("asked", _EMPTY), "--", color=line.get_color(), alpha=0.6)
-        passes.plot(*figures.get("epochs", _EMPTY), label=source, marker=dots)
-    shares.set(title=f"Share of what was drawn{unit}, dashed as asked", xlabel=over, ylim=(0, None))
+    shares, epochs = figure.subplots(1, 2)
+    for source, series in _sources_of(log).items():  # type: ignore[arg-type]
+        marker = "." if len(series["share"].steps) < 30 else ""
+        (line,) = shares.plot(*series["share"], label=source, marker=marker)
+        if "asked" in series:
+            shares.plot(*series["asked"], "--", color=line.get_color(), alpha=0.6)
+        if "epochs" in series:
+            epochs.plot(*series["epochs"], color=line.get_color(), label=source, marker=marker)
+    shares.set(title=f"Share of what was drawn{unit}, dashed as asked")
     shares.yaxis.set_major_formatter(PercentFormatter(1.0))
-    passes.set(title="Passes of each source", xlabel=over, ylim=(0, None))
-    for axes in (shares, passes):
+    epochs.set(title="Epochs of each source")
+    for axes in (shares, epochs):
+        axes.set(xlabel=over, ylim=(0, None))
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     return save(figure, output)
@@ -68,35 +64,23 @@ def report_of_log(log: str | Path | Log | Curves) -> MixtureReport:
         FileFormatError: no log where `log` says, the run was not on a mixture, or a figure of a source is missing.
     """
     sources, last = [], 0
-    for name, figures in _of_log(log).items():
-        if missing := [one for one in _FIGURES if one not in figures]:
+    for name, series in _sources_of(log).items():
+        if missing := [figure for figure in _FIGURES if figure not in series]:
             raise FileFormatError(f"the log has no 'mixture/{name}/{missing[0]}'; expected {', '.join(_FIGURES)}")
-        values: dict[str, Any] = {one: number(figures[one].values[-1]) for one, number in _FIGURES.items()}
+        values: dict[str, Any] = {figure: number(series[figure].values[-1]) for figure, number in _FIGURES.items()}
         sources.append(SourceReport(name, **values))
-        last = max(last, int(figures["share"].steps[-1]))
+        last = max(last, int(series["share"].steps[-1]))
     return MixtureReport(last, "the mixture's unit", sources, "steps")
 
 
-def _of_reports(reports: Sequence[MixtureReport]) -> _Sources:
-    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for report in reports:
-        for source in report:
-            of = points.setdefault(source.name, {name: [] for name in ("share", "asked", "epochs")})
-            for name, given in of.items():
-                given.append((report.row, getattr(source, name)))
-    return {
-        source: {name: Series(np.array([x for x, _ in of]), np.array([y for _, y in of])) for name, of in named.items()}
-        for source, named in points.items()
-    }
-
-
-def _of_log(log: str | Path | Log | Curves) -> _Sources:
-    sources: _Sources = {}
+def _sources_of(log: str | Path | Log | Curves) -> dict[str, dict[str, Series]]:
+    """The curves of a mixture by source and figure, from the keys `mixture/<source>/<figure>`."""
+    sources: dict[str, dict[str, Series]] = {}
     for key, series in read_curves(log).series.items():
-        source, _, name = key.removeprefix("mixture/").rpartition("/")
+        source, _, figure = key.removeprefix("mixture/").rpartition("/")
         if key.startswith("mixture/") and source:
-            sources.setdefault(source, {})[name] = series
-    sources = {source: figures for source, figures in sources.items() if "share" in figures}
+            sources.setdefault(source, {})[figure] = series
+    sources = {source: series for source, series in sources.items() if "share" in series}
     if not sources:
-        raise FileFormatError(_NO_MIXTURE)
+        raise FileFormatError("the log has no 'mixture/<source>/share'; it is not of a run on a mixture")
     return sources

@@ -1,18 +1,22 @@
-"""A run of reinforcement learning as a picture."""
+"""Draw a run of reinforcement learning."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hf_objectives.diagnostics.curves import Curves, Log, read_curves
-from hf_objectives.diagnostics.panels import Line, colour_of
-from hf_objectives.diagnostics.plot import draw_line, save
+from hf_objectives.diagnostics.drawing import draw_keys, save
 from hf_objectives.errors import FileFormatError
+
+_SHARES = {
+    "completions/finished": "finished answers",
+    "clip_fraction": "clipped tokens",
+    "explained_variance": "variance explained by the critic",
+}
 
 
 def plot_rewards(log: str | Path | Log | Curves, output: str | Path = "rewards.png") -> Path:
-    """Draw reward, distance from the reference, lengths of answers, and how the steps go.
+    """Draw the reward, the KL to the reference, the lengths of answers, and how the steps go.
 
     Args:
         log: what `read_curves` takes.
@@ -31,37 +35,13 @@ def plot_rewards(log: str | Path | Log | Curves, output: str | Path = "rewards.p
     if "reward" not in curves:
         raise FileFormatError("the log has no 'reward'; nothing to draw")
     figure = Figure(figsize=(11, 6.5), layout="constrained")
-    (reward, distance), (length, step) = figure.subplots(2, 2, sharex=True)
-    draw_keys(reward, curves, {"reward": "training", "eval_reward": "evaluation"})
-    reward.set(title="Reward (mean of an answer)")
-    per_answer = "kl_per_answer" in curves
-    draw_keys(distance, curves, {"kl_per_answer" if per_answer else "kl": "KL to the reference"})
-    distance.set(title=f"KL to the reference (nats per {'answer' if per_answer else 'token'})")
-    draw_keys(length, curves, {"completions/mean_length": "mean length of an answer"})
-    length.set(title="Tokens of an answer", xlabel="step")
-    shares = {
-        "completions/finished": "finished answers",
-        "clip_fraction": "clipped tokens",
-        "explained_variance": "variance explained by the critic",
-    }
-    draw_keys(step, curves, shares)
-    step.set(title="Shares", xlabel="step", ylim=(-0.05, 1.05))
+    (reward, kl), (length, shares) = figure.subplots(2, 2, sharex=True)
+    draw_keys(reward, curves, {"reward": "training", "eval_reward": "evaluation"}, "Reward (mean of an answer)")
+    key, unit = ("kl_per_answer", "answer") if "kl_per_answer" in curves else ("kl", "token")
+    draw_keys(kl, curves, {key: "KL to the reference"}, f"KL to the reference (nats per {unit})")
+    draw_keys(length, curves, {"completions/mean_length": "mean length of an answer"}, "Tokens of an answer")
+    draw_keys(shares, curves, _SHARES, "Shares")
+    shares.set(ylim=(-0.05, 1.05))
+    for axes in (reward, kl):
+        axes.set(xlabel="")
     return save(figure, output)
-
-
-def draw_keys(axes: Any, curves: Curves, labels: dict[str, str]) -> None:
-    """Draw curves of a log, by key, under their labels; those of `eval_` dashed, what the log lacks not at all.
-
-    Args:
-        axes: matplotlib's.
-        curves: of one run.
-        labels: label by key.
-    """
-    for i, (key, label) in enumerate(labels.items()):
-        if key in curves:
-            line = Line(curves.get(key), label, colour_of(i), held_out=key.startswith("eval_"))
-            (drawn,) = draw_line(axes, line)
-            drawn.set_label(label)
-    axes.grid(alpha=0.25)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False)

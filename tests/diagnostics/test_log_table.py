@@ -226,7 +226,8 @@ def test_a_column_of_runs_gives_several_tables(key):
     found = {name: table.curves()[0]["loss"].values.tolist() for name, table in tables.items()}
     # What names no run belongs to the run that was named last.
     assert found == {"a": [0.5, 1.0, 1.0], "b": [2.0, 2.0, 3.0]}
-    assert list(tables_by_run(line for line in lines if line.get(key) != "b")) == [""]
+    assert list(tables_by_run(line for line in lines if line.get(key) != "b")) == ["a"]
+    assert list(tables_by_run(lines[:1])) == list(tables_by_run([])) == [""]
 
 
 # -- odd values and keys -------------------------------------------------------------------------------------------

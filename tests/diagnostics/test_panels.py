@@ -46,7 +46,7 @@ def test_training_and_validation_of_one_run():
     loss = named(run(loss=2.0, eval_loss=3.0))["loss"]
     assert labels(loss) == ["training", "validation"]
     assert [line.held_out for line in loss.lines] == [False, True]
-    assert loss.lines[0].colour != loss.lines[1].colour and loss.legend
+    assert loss.lines[0].colour != loss.lines[1].colour
 
 
 def test_without_validation_there_is_no_line_of_it():
@@ -55,7 +55,7 @@ def test_without_validation_there_is_no_line_of_it():
 
 def test_several_runs_have_a_colour_each():
     loss = named(run(name="a", loss=2.0, eval_loss=3.0), run(name="b", loss=1.0))["loss"]
-    assert labels(loss) == ["a", "a, validation", "b"] and not loss.legend
+    assert labels(loss) == ["a", "a, validation", "b"]
     assert loss.lines[0].colour == loss.lines[1].colour != loss.lines[2].colour
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from hf_objectives.diagnostics import plot as drawing
 from hf_objectives.diagnostics.curves import Curves, Series, read_curves
-from hf_objectives.diagnostics.plot import plot_training_metrics, save
+from hf_objectives.diagnostics.drawing import save
+from hf_objectives.diagnostics.plot import plot_training_metrics
 from hf_objectives.errors import ConfigError, FileFormatError
 from hf_objectives.inspection.findings import Finding
 

@@ -1,15 +1,17 @@
-"""A reward model's training and calibration as one picture."""
+"""Draw a reward model's training and calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_objectives.diagnostics.curves import Curves, Log, read_curves
+from hf_objectives.diagnostics.drawing import draw_keys, save
 from hf_objectives.diagnostics.panels import colour_of
-from hf_objectives.diagnostics.plot import save
-from hf_objectives.diagnostics.rewards import draw_keys
-from hf_objectives.evaluation import Reliability
+
+if TYPE_CHECKING:
+    from hf_objectives.evaluation import Reliability
 
 
 def plot_reward_model(
@@ -34,21 +36,17 @@ def plot_reward_model(
     curves = read_curves(log) if log else Curves("nothing was trained")
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     loss, accuracy, diagram = figure.subplots(1, 3)
+    draw_keys(loss, curves, {"loss": "training", "eval_loss": "held out"}, "Loss (nats per pair)")
     low, high = (curves.get(f"eval_accuracy_{end}") for end in ("low", "high"))
     if len(low.steps):
         accuracy.fill_between(*low, high.values, alpha=0.2, color=colour_of(1), label="95 % interval")
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        draw_keys(axes, curves, {name: "training", f"eval_{name}": "held out"})
-    loss.set(title="Loss (nats per pair)", xlabel="step")
-    accuracy.set(title="Accuracy", xlabel="step")
+    draw_keys(accuracy, curves, {"accuracy": "training", "eval_accuracy": "held out"}, "Accuracy")
     diagram.plot([0.5, 1], [0.5, 1], "--", color="grey", label="calibrated")
     for name, found in reliabilities.items():
         full = found.counts > 0
-        sizes = 400 * found.counts[full] / found.counts.sum()
-        error = found.expected_calibration_error
-        diagram.scatter(
-            found.confidence[full], found.accuracy[full], sizes, alpha=0.7, label=f"{name}, ECE {error:.3f}"
-        )
+        areas = 400 * found.counts[full] / found.counts.sum()
+        label = f"{name}, ECE {found.expected_calibration_error:.3f}"
+        diagram.scatter(found.confidence[full], found.accuracy[full], areas, alpha=0.7, label=label)
     diagram.set(title="Calibration (held out)", xlabel="confidence, sigmoid of the margin", ylabel="accuracy")
     diagram.grid(alpha=0.25)
     diagram.legend(frameon=False)

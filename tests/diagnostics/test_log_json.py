@@ -7,7 +7,6 @@ import json
 import pytest
 
 from hf_objectives.diagnostics.curves import read_curves
-from hf_objectives.diagnostics.log_state import StateLines
 
 LINES = [{"step": i, "loss": 3.0 - i / 10, "learning_rate": 1e-3} for i in range(1, 6)]
 LOSSES = [line["loss"] for line in LINES]
@@ -38,7 +37,7 @@ def test_a_state_with_nan_and_nested_values(tmp_path):
 
 
 def test_a_state_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_objectives.diagnostics.log_state.CHUNK", 37)
+    monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", 37)
     path = tmp_path / "trainer_state.json"
     path.write_text(json.dumps({"best_model_checkpoint": "x" * 100, "log_history": LINES}, indent=2))
     assert losses(path) == (LOSSES, [])
@@ -47,8 +46,7 @@ def test_a_state_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [97, 1 << 22])
 def test_a_state_is_read_on_behind_damage(tmp_path, monkeypatch, indent, chunk):
-    monkeypatch.setattr("hf_objectives.diagnostics.log_state.CHUNK", chunk)
-    monkeypatch.setattr("hf_objectives.diagnostics.log_state.LONGEST", 200)
+    monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", chunk)
     path = tmp_path / "trainer_state.json"
     lines = [{"step": i, "loss": float(i), "more": {"a": [1, {"b": 2}]}} for i in range(1, 101)]
     text = json.dumps({"log_history": lines, "max_steps": 5}, indent=indent)
@@ -65,25 +63,30 @@ def test_a_state_is_read_on_behind_damage(tmp_path, monkeypatch, indent, chunk):
 
 
 def test_damage_longer_than_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_objectives.diagnostics.log_state.LONGEST", 100)
     path = tmp_path / "trainer_state.json"
     text = json.dumps({"log_history": [{"step": i, "loss": float(i)} for i in range(1, 101)]}, indent=2)
     first, end = text.index('"step": 7,'), text.index('"step": 20,') + 9
     path.write_text(text[:first] + "x" * (end - first) + text[end:])
     for chunk in range(21, 80):
-        monkeypatch.setattr("hf_objectives.diagnostics.log_state.CHUNK", chunk)
+        monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", chunk)
         values, notes = losses(path)
         assert values == [float(i) for i in range(1, 101) if not 7 <= i <= 20]
         assert notes == ["it is damaged in 1 place, after step 6: what stood there was left out"]
 
 
-def test_a_long_file_is_not_held_whole_for_damage_at_its_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_objectives.diagnostics.log_state.CHUNK", 1000)
-    monkeypatch.setattr("hf_objectives.diagnostics.log_state.LONGEST", 1000)
+def test_objects_inside_of_entries_do_not_end_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", 10)
     path = tmp_path / "trainer_state.json"
-    path.write_text(
-        json.dumps({"log_history": [{"step": i, "loss": 1.0} for i in range(9000)]}).replace('"step": 7', "?")
-    )
-    lines = StateLines(path)
-    held = [len(lines._text) for _ in lines]
-    assert len(held) > 7000 and max(held) < 4000
+    lines = [{"step": i, "loss": float(i), "more": [{"a": 1}, {"b": {"c": 2}}, {"d": 3}]} for i in range(9)]
+    for indent in (None, 2):
+        path.write_text(json.dumps({"log_history": lines, "callbacks": [{"step": 3}, {"step": 4}]}, indent=indent))
+        values, notes = losses(path)
+        assert values == [float(i) for i in range(9)] and "damaged" not in str(notes)
+
+
+def test_a_log_that_ends_between_two_entries_is_cut_short(tmp_path):
+    path = tmp_path / "trainer_state.json"
+    for end in ("", ",", ",\n  "):
+        path.write_text('{"log_history": [{"step": 1, "loss": 2.5}' + end)
+        values, notes = losses(path)
+        assert values == [2.5] and len(notes) == 1 and "ends in the middle of its log" in notes[0]
