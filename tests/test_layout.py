@@ -152,7 +152,7 @@ def test_no_place_of_one_machine_in_the_tree(path):
         ("losses", "import transformers"),
         ("losses", "from torch import distributed"),
         ("packing", "from hf_objectives.collators import DataCollatorWithEosPacking"),
-        ("collators", "from hf_objectives.packing.bins import pack_rows"),
+        ("collators", "from hf_objectives.packing.rows import pack_rows"),
         ("packing", "def f():\n    from hf_objectives import collators"),
         ("collators", "import hf_objectives.trainers"),
         ("evaluation", "from hf_objectives.recipes import print_plan"),

@@ -1,12 +1,13 @@
-"""Rows to tensors of a batch."""
+"""Rows to the tensors of a batch."""
 
 from __future__ import annotations
 
 from hf_objectives.collators.assistant_only import (
     DataCollatorForAssistantOnlyLM,  # Pads conversations; only what the assistant has to produce is trained
-    DataCollatorWithEosPacking,  # Joins documents with exactly one EOS between them and packs them into rows of `max_
-    check_choices,  # Refuse an unknown `train_on` or `control_tokens`
+)
+from hf_objectives.collators.packing import (
+    DataCollatorWithEosPacking,  # Joins documents with one EOS between them and packs them into rows
 )
 from hf_objectives.collators.preference import (
-    DataCollatorForPreferencePairs,  # Pads preference pairs; only what the model has to produce of each answer is in
+    DataCollatorForPreferencePairs,  # Pads preference pairs; only the answers are in the completion mask
 )

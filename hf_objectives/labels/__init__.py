@@ -3,68 +3,73 @@
 from __future__ import annotations
 
 from hf_objectives.labels.batches import (
-    ON_ERROR,
-    BatchEncoder,  # Encodes batches of rows; see `prepare_dataset` for the settings
-)
-from hf_objectives.labels.byte_lengths import (
-    token_byte_lengths,  # Bytes of text per token id
+    ON_ERROR,  # What may happen to a row that cannot be used: "raise" or "skip"
+    BatchEncoder,  # Encodes batches of rows to Arrow tables
 )
 from hf_objectives.labels.chat import (
     Labelled,  # A batch of encoded texts with labels
     encode_chat,  # Token ids and labels of one conversation
-    encode_chats,  # `encode_chat` for a batch
-    read_tools,  # Tool schemas as a list: parsed from JSON text, without the null keys that an Arrow table gives ever
+    encode_chats,  # `encode_chat` for many conversations, to an Arrow table
+    read_tools,  # Tool schemas as a list, from a list or from JSON text
 )
 from hf_objectives.labels.config import (
-    CONTROL_TOKENS,
-    OVERLENGTH,
-    TRAIN_ON,
-    EncodingConfig,  # how rows become ids and labels
-    EncodingOptions,  # its fields as keyword arguments of a function
-    Overlength,
-    TrainOn,
+    CONTROL_TOKENS,  # Values of `control_tokens`
+    OVERLENGTH,  # Values of `overlength`
+    TRAIN_ON,  # Values of `train_on`
+    EncodingConfig,  # How the rows of a dataset become ids and labels
+    EncodingOptions,  # Its fields as keyword arguments of a function
+    LabelConfig,  # How one row becomes ids and labels
+    Overlength,  # Type of `overlength`
+    TrainOn,  # Type of `train_on`
 )
 from hf_objectives.labels.formats import (
-    FORMATS,  # The formats, by name
-    Example,  # One row in one form
+    FORMATS,  # The row formats by name
+    Example,  # One row in one form, whatever its format
+    Kind,  # What a row is: a text, prompt and completion, messages, a preference, tokens
     detect_format,  # Name of the format of a row, a key of FORMATS
-    to_example,  # Read a row
+    to_example,  # Reads a row to an Example
+)
+from hf_objectives.labels.framing import (
+    document_frame,  # What stands before a document (BOS) and after it (EOS)
 )
 from hf_objectives.labels.ledger import (
-    Account,  # The account of one source
+    SKIPPED,  # End of the reason of a row that was skipped because of an error
+    TOO_LONG,  # Reason of a row that is longer than `max_length`
+    UNSUPERVISED,  # Reason of a row that trains no token
+    Account,  # What happened to the rows and tokens of one source
     Ledger,  # Accounts by source name
 )
 from hf_objectives.labels.messages import (
-    REASONING_FIELDS,
-    ROLES,  # Roles that chat templates in use know. "assistant" is the one whose turns are trained
-    ControlTokens,  # Finds literal control tokens in untrusted text and wraps them so that they are tokenised as plai
-    content_texts,  # The texts of a message's content: itself when it is a string, those of its blocks when it is a l
-    read_messages,  # Check a conversation and strip what the template must not see
+    REASONING_FIELDS,  # Names that the reasoning of a message goes by
+    ROLES,  # Roles that a message may have
+    ControlTokens,  # Finds control tokens in text and wraps them, so that they are read as plain text
+    content_texts,  # The texts of a message's content, a string or a list of parts
+    read_messages,  # Checks a conversation and removes what the template must not see
+)
+from hf_objectives.labels.pair_limits import (
+    fit_ids,  # Cuts an encoded preference pair to `max_length`
 )
 from hf_objectives.labels.pair_prompt import (
-    SIDES,
+    SIDES,  # "chosen" and "rejected"
 )
 from hf_objectives.labels.pairs import (
     encode_pair,  # Ids and masks of one preference row
-    fit_ids,  # An encoded pair (arrays) cut to `max_length`: the prompt's first tokens after BOS go first, see the mo
 )
 from hf_objectives.labels.prompts import (
-    PromptOrder,  # TRL's order of prompts, with a shuffle that depends on the epoch and not on how many this process
-    with_prompts,  # Rows with their prompt in a column `prompt`, in one form, all text or all conversations, and thei
+    with_prompts,  # A dataset with the prompt of each row, in whatever format, in a column `prompt`
 )
 from hf_objectives.labels.rows import (
-    SKIPPED,
-    TOO_LONG,
-    UNSUPERVISED,
-    RowEncoder,  # Encodes rows under fixed settings; see `prepare_dataset`
-    encode_row,  # Ids and labels of one row in any accepted format; what is beyond `max_length` is cut off
+    Piece,  # What one encoded row is made from: its source, number, text and trained spans
+    RowEncoder,  # Encodes rows of any format: render, tokenise, frame, limit, account
+    encode_row,  # Ids and labels of one row in any accepted format
 )
 from hf_objectives.labels.templates import (
-    Renderer,  # Renders conversations under one template, one set of tools and one set of template arguments
+    Renderer,  # Renders conversations under one template, one set of tools and one set of template variables
     control_tokens,  # The control tokens of a tokenizer under a template, longest first
-    marker_pattern,  # A pattern for control tokens in rendered text: the tokenizer's added tokens and whatever has th
-    template_of,  # The template text that `apply_chat_template` would use: the argument, a named one, or the tokenize
+    marker_pattern,  # A pattern for control tokens in rendered text
+    template_of,  # The template text that `apply_chat_template` would use
 )
 from hf_objectives.labels.tokenization import (
-    text_encoder,  # The TextEncoder of a tokenizer, made once and again when tokens were added to it
+    text_encoder,  # The TextEncoder of a tokenizer, made once
+    token_byte_lengths,  # Bytes of text per token id
 )

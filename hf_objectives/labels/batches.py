@@ -1,8 +1,9 @@
-"""Batches of rows to a table of encoded documents: plain texts all in arrays, every other format row by row."""
+"""Encode batches of rows to Arrow tables: plain texts all in arrays, every other format row by row."""
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,153 +11,119 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hf_objectives.errors import ConfigError, FormatError, nearest
-from hf_objectives.labels.framing import make_room
-from hf_objectives.labels.ledger import Ledger
-from hf_objectives.labels.rows import UNSUPERVISED, EncodingConfig, RowEncoder
+from hf_objectives.errors import DataError, FormatError
+from hf_objectives.labels.config import EncodingConfig
+from hf_objectives.labels.formats import NOT_TEXT
+from hf_objectives.labels.framing import frame_documents
+from hf_objectives.labels.ledger import Ledger, account_rows
+from hf_objectives.labels.rows import RowEncoder
 from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder
-from hf_objectives.types import Row
+from hf_objectives.types import Row, check_one_of
 
 ON_ERROR = ("raise", "skip")
 _TEXT = operator.itemgetter("text")
-# Columns that make a row something other than a plain text, when `text` is there too.
-_FORMAT_COLUMNS = frozenset(
-    "input_ids messages conversations instruction output prompt completion chosen rejected image images pixel_values "
-    "video videos audio audios".split()
-)
 
 
 class BatchEncoder:
-    """Encodes batches of rows; see `prepare_dataset` for the settings.
+    """Encodes batches of rows.
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        settings: the policies.
-        on_error: what becomes of a row that cannot be used: "raise" an error that names it, or "skip" and book it.
+        config: how rows become ids and labels.
+        on_error: what happens to a row that cannot be used: "raise" an error that names it, or "skip" and count it.
 
     Raises:
         ConfigError: unknown `on_error`.
     """
 
-    def __init__(self, tokenizer: Any, settings: EncodingConfig, *, on_error: str = "raise") -> None:
-        if on_error not in ON_ERROR:
-            raise ConfigError(
-                f"on_error is {on_error!r}; expected one of {', '.join(ON_ERROR)}{nearest(str(on_error), ON_ERROR)}"
-            )
-        self.tokenizer, self.settings, self.on_error = tokenizer, settings, on_error
-        self._rows = RowEncoder(tokenizer, settings)
+    def __init__(self, tokenizer: Any, config: EncodingConfig, *, on_error: str = "raise") -> None:
+        check_one_of("on_error", on_error, ON_ERROR)
+        self.tokenizer, self.config, self.on_error = tokenizer, config, on_error
+        self._rows = RowEncoder(tokenizer, config)
         self._control: NDArray[np.int32] | None = None
 
     def encode(self, rows: Sequence[Row], *, source: str, numbers: Sequence[int]) -> tuple[pa.Table, Ledger]:
-        """Encode rows.
+        """Encode rows, and leave out those that are too long or train nothing.
 
         Args:
-            rows: the rows, of one format a source.
-            source: source of rows that name none.
-            numbers: number of each row in its source.
+            rows: the rows, of one format per source.
+            source: source of rows that name none in `source`.
+            numbers: number of each row that has none of its own in `row`.
 
         Returns:
-            A table with `input_ids` and `labels` (list of int32; no `labels` where every token of every row is trained,
-            but for what stands before a text), `source` and `row`; and the ledger of the batch.
+            A table with `input_ids`, `labels` (list of int32), `source` and `row`; and the ledger of the batch. There is no
+            column `labels` where every token is trained but the one that stands before a text.
 
         Raises:
             DataError: a row that cannot be used; names source and row.
         """
-        if (columns := self._text_columns(rows)) is not None:
-            done = self._texts(rows, columns, source, numbers)
-            if done is not None:
-                return done
         ledger = Ledger()
+        columns = self._text_columns(rows)
+        if columns is not None and (table := self._texts(rows, columns, source, numbers, ledger)) is not None:
+            return table, ledger
+        refused: list[DataError] | None = [] if self.on_error == "skip" else None
         labelled, sources, kept = self._rows.encode(
-            rows, source=source, numbers=numbers, ledger=ledger, skip=self.on_error == "skip"
+            rows, source=source, numbers=numbers, ledger=ledger, refused=refused
         )
         table = labelled.to_table().append_column("source", pa.array(sources, pa.string()))
         return table.append_column("row", pa.array(kept, pa.int64())), ledger
 
     def _text_columns(self, rows: Sequence[Row]) -> set[str] | None:
-        """The columns of rows that are all plain texts, trained whole; None where one of them is not."""
-        if not self.settings.splits_documents or set(map(type, rows)) != {dict}:
+        """The columns of rows that are all plain texts of any length; None where one of them is not."""
+        if not self.config.splits_documents or set(map(type, rows)) != {dict}:
             return None
         shapes = set(map(tuple, rows))
-        if not all("text" in shape and _FORMAT_COLUMNS.isdisjoint(shape) for shape in shapes):
+        if not all("text" in shape and NOT_TEXT.isdisjoint(shape) for shape in shapes):
             return None
         return set().union(*shapes) if set(map(type, map(_TEXT, rows))) == {str} else None
 
     def _texts(
-        self, rows: Sequence[Row], columns: set[str], source: str, numbers: Sequence[int]
-    ) -> tuple[pa.Table, Ledger] | None:
-        """Table and ledger of plain texts, or None where one of them needs the care of the other path."""
-        ledger = Ledger()
+        self, rows: Sequence[Row], columns: set[str], source: str, numbers: Sequence[int], ledger: Ledger
+    ) -> pa.Table | None:
+        """Plain texts tokenised, framed and accounted for in arrays; None where one needs the care of `RowEncoder`."""
         texts = list(map(_TEXT, rows))
         try:
             ids, offsets = text_encoder(self.tokenizer).encode_ids(texts)
-        except FormatError:  # a character without a token; the other path names the row
+        except FormatError:  # a character without a token: RowEncoder names the row
             return None
-        if self.settings.control_tokens == "plain" and self._holds_control(ids):
+        if self.config.control_tokens == "plain" and self._holds_control(ids):
             return None
-        before, after = self._rows.frame
-        if len(before) > 1:  # only a first token is untrained without a label of its own
+        frame = self._rows.document_frame
+        if len(frame.before) > 1:  # without a column `labels`, only a first token is untrained
             return None
         said = ~np.fromiter(map(str.isspace, texts), bool, len(texts)) & (np.diff(offsets) > 0)
-        ids, offsets, empty = _framed(ids, offsets, said, before, after)
-        names, of = [source], np.zeros(len(rows), np.int64)
+        room, _ = frame_documents(ids, offsets, frame, said)
+        ids, sizes = room.fill(ids, frame.before, frame.after), np.diff(room.offsets)
+        sources = [source] * len(rows)
         if "source" in columns:
-            found, of = np.unique([str(row.get("source") or source) for row in rows], return_inverse=True)
-            names = found.tolist()
+            sources = [str(row.get("source") or source) for row in rows]
         if "row" in columns:
             numbers = [row["row"] if type(row.get("row")) is int else n for row, n in zip(rows, numbers, strict=True)]
-        for code, name in enumerate(names):
-            account, mine = ledger[name], of == code
-            tokens = int(np.diff(offsets)[of[said] == code].sum())
-            account.rows_in += int(mine.sum())
-            account.rows_out += int((mine & said).sum())
-            account.tokens_in += tokens
-            account.masked += len(before) * int((mine & said).sum())
-            account.trained += tokens - len(before) * int((mine & said).sum())
-            for i in np.flatnonzero(mine & ~said):
-                account.tokens_in += int(empty[i])
-                account.drop(UNSUPERVISED, tokens=int(empty[i]), row=numbers[int(i)])
-        kept = np.flatnonzero(said)
+        for name, count in Counter(sources).items():
+            ledger[name].rows_in += count
+        trained = (sizes - len(frame.before)) * said
+        keep = account_rows(ledger, sources, numbers, sizes, sizes, trained, np.ones(len(rows), bool))
+        if not keep.all():
+            ids = ids[np.repeat(keep, sizes)]
+        kept = np.flatnonzero(keep)
+        offsets = np.concatenate(([0], np.cumsum(sizes[kept])))
         return pa.table(
             {
                 "input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids)).cast(pa.list_(pa.int32())),
-                "source": pa.array(names, pa.string()).take(pa.array(of[kept])),
+                "source": pa.array(sources, pa.string()).take(pa.array(kept)),
                 "row": pa.array(np.asarray(numbers, np.int64)[kept]),
             }
-        ), ledger
+        )
 
     def _holds_control(self, ids: NDArray[np.int32]) -> bool:
-        """Whether a text turned into an id that no text may turn into: those of the tokens that other texts are wrapped
-        for."""
+        """Whether a text holds an id that no text may turn into: that of a control token."""
         if self._control is None:
             added = self.tokenizer.added_tokens_encoder
             known = [added[token] for token in control_tokens(self.tokenizer, "") if token in added]
             self._control = np.array(sorted(known), np.int32)
         if not len(self._control):
             return False
-        # They mostly lie side by side, so that two comparisons tell.
+        # Control ids mostly lie side by side, so that two comparisons tell.
         near = (ids >= self._control[0]) & (ids <= self._control[-1])
         return bool(near.any()) and bool(np.isin(ids[near], self._control).any())
-
-
-def _framed(
-    ids: NDArray[np.int32], offsets: NDArray[np.int64], said: NDArray[np.bool_], before: list[int], after: list[int]
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """The texts that say something, each between `before` and `after`; the offsets of these; and the sizes of all as
-    they were. A text that ends with `after` already gets no second one."""
-    sizes = np.diff(offsets)
-    if not said.all():
-        ids = ids[np.repeat(said, sizes)]
-    kept = sizes[said]
-    ends = np.cumsum(kept)
-    if not len(kept):
-        return ids[:0], np.zeros(1, np.int64), sizes
-    room = make_room(
-        np.concatenate(([0], ends)), np.full(len(kept), len(before)), np.asarray(ids[ends - 1] != after[0])
-    )
-    framed = np.empty(room.offsets[-1], np.int32)
-    framed[room.text] = ids
-    framed[room.before] = np.tile(before, len(kept))
-    framed[room.after] = after[0]
-    return framed, room.offsets, sizes

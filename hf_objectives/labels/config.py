@@ -1,10 +1,10 @@
-"""How rows become ids and labels: one set of options for every caller."""
+"""Options that decide how rows become ids and labels, declared once for every caller."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 from hf_objectives.types import check_max_length, check_one_of
 
@@ -16,45 +16,76 @@ OVERLENGTH = ("drop", "split_turns", "cut")
 
 
 @dataclass(kw_only=True)
-class EncodingConfig:
-    """How rows become ids and labels.
-
-    Callers take these options by name and pass them on as one object; configurations that need more inherit from it.
+class LabelConfig:
+    """How one row becomes ids and labels.
 
     Attributes:
         max_length: most tokens of a row; None for no limit.
         train_on: "assistant" trains every assistant turn, "last_assistant" the last one only, "all" every token.
         control_tokens: "plain" reads control tokens inside user, system and tool text as plain text; "allow" encodes the
-            render as it is.
-        overlength: what becomes of a conversation longer than `max_length`. "drop" leaves it out. "split_turns" makes
-            several rows of whole user turns, each behind the system message. "cut" cuts it off; a turn that the cut goes
-            through is not trained at all.
-        expand_turns: make one row per user turn, each with exactly the prompt of inference; for templates that drop the
-            reasoning of earlier turns.
+            rendered text as it is.
         chat_template: template text or the name of one; None for the tokenizer's own.
-        template_kwargs: variables that are passed to the template.
-        splits_documents: texts are packed afterwards, so they stay whole whatever their length; set by the callers that
-            pack, not by users.
+        template_kwargs: variables that are passed to the template, for example `{"enable_thinking": False}`.
 
     Raises:
-        ConfigError: an unknown `train_on`, `control_tokens` or `overlength`, or `max_length` under 2.
+        ConfigError: an unknown `train_on` or `control_tokens`, or `max_length` under 2.
     """
 
     max_length: int | None = None
     train_on: str = field(default="assistant", metadata={"help": "assistant, last_assistant or all."})
     control_tokens: str = field(default="plain", metadata={"help": "plain or allow."})
-    overlength: str = field(default="drop", metadata={"help": "Longer conversations: drop, split_turns or cut."})
-    expand_turns: bool = field(default=False, metadata={"help": "One row per user turn."})
     chat_template: str | None = field(default=None, metadata={"help": "A template, or the path of a .jinja file."})
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    splits_documents: bool = False
 
     def __post_init__(self) -> None:
         self.template_kwargs = dict(self.template_kwargs or {})  # None is what an option left out is
         check_one_of("train_on", self.train_on, TRAIN_ON)
         check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
-        check_one_of("overlength", self.overlength, OVERLENGTH)
         check_max_length(self.max_length)
+
+    def options(self) -> dict[str, Any]:
+        """The fields of `LabelConfig` as keyword arguments."""
+        return {f.name: getattr(self, f.name) for f in fields(LabelConfig)}
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
+        """Take the fields from the keyword arguments of a function; every other keyword is a template variable.
+
+        Example: `{"train_on": "all", "enable_thinking": False}` has the field `train_on` and the template variable
+        `enable_thinking`.
+        """
+        known = {f.name for f in fields(cls)}
+        options = {name: value for name, value in keywords.items() if name in known}
+        variables = {name: value for name, value in keywords.items() if name not in known}
+        return cls(**{**options, "template_kwargs": {**(options.get("template_kwargs") or {}), **variables}})
+
+
+@dataclass(kw_only=True)
+class EncodingConfig(LabelConfig):
+    """How the rows of a dataset become ids and labels: `LabelConfig`, and how many rows one row becomes.
+
+    Callers take these options by name and pass them on as one object. Configurations that need more inherit from it.
+
+    Attributes:
+        overlength: what happens to a conversation longer than `max_length`. "drop" leaves it out. "split_turns" makes
+            several rows of whole user turns, each with the system message first. "cut" cuts it off; a turn that the cut
+            goes through is not trained at all.
+        expand_turns: make one row per user turn, each with exactly the prompt of inference; for templates that drop the
+            reasoning of earlier turns.
+        splits_documents: texts are packed afterwards, so they stay whole whatever their length; set by the callers that
+            pack, not by users.
+
+    Raises:
+        ConfigError: see `LabelConfig`; or an unknown `overlength`.
+    """
+
+    overlength: str = field(default="drop", metadata={"help": "Longer conversations: drop, split_turns or cut."})
+    expand_turns: bool = field(default=False, metadata={"help": "One row per user turn."})
+    splits_documents: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("overlength", self.overlength, OVERLENGTH)
 
     def encoding(self) -> EncodingConfig:
         """These options alone, without the fields that a subclass adds."""

@@ -1,8 +1,8 @@
-"""Rows as they come to one form: which of the field's formats a row is in, and what it says.
+"""Read a row in any of the accepted formats into one form, `Example`.
 
-Recognised from one row: `text`; `messages` (OpenAI); `conversations` (ShareGPT); `instruction`/`input`/`output`
-(Alpaca); `prompt`/`completion`; preference `chosen`/`rejected`, with or without `prompt`, plain, conversational or
-ShareGPT; already tokenised `input_ids` (and `labels`).
+The columns of a row tell its format: `text`; `messages` (OpenAI); `conversations` (ShareGPT);
+`instruction`/`input`/`output` (Alpaca); `prompt`/`completion`; preference `chosen`/`rejected`, with or without `prompt`,
+plain, conversational or ShareGPT; tokenised `input_ids` (and `labels`).
 """
 
 from __future__ import annotations
@@ -10,33 +10,34 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 from hf_objectives.errors import ConversationError, FormatError, VisionContentError
 from hf_objectives.labels.pair_prompt import join_prompt, split_texts
 from hf_objectives.labels.styles import CALL_TEXT
-from hf_objectives.types import Row
-
-Kind = Literal["text", "prompt_completion", "messages", "preference", "tokens"]
+from hf_objectives.types import Row, check_one_of
 
 _VISION = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
 _SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(
+        ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call", "tool_call"), "assistant"
+    ),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
     "system": "system",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "function_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+
+
+class Kind(StrEnum):
+    """What a row is, whatever its format."""
+
+    TEXT = "text"
+    PROMPT_COMPLETION = "prompt_completion"
+    MESSAGES = "messages"
+    PREFERENCE = "preference"
+    TOKENS = "tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +45,16 @@ class Example:
     """One row in one form.
 
     Attributes:
-        kind: "text" (a document), "prompt_completion" (one whose beginning is a prompt), "messages" (a conversation),
-            "preference" (two conversations, or two texts), "tokens" (encoded already).
-        text: the document; of a prompt-completion row, the prompt and the completion, joined as they are; of a preference
-            row in plain text, the prompt and the chosen answer.
-        prompt_chars: how much of the text is prompt.
+        kind: TEXT (a document), PROMPT_COMPLETION (a text that begins with a prompt), MESSAGES (a conversation),
+            PREFERENCE (two conversations, or two texts) or TOKENS (encoded already).
+        text: the document; of a prompt and completion, both joined as they are; of a preference row in plain text, the
+            prompt and the chosen answer.
+        prompt_chars: how many characters of the text are prompt.
         rejected_text: of a preference row in plain text, the prompt and the rejected answer; None of any other row.
         messages: the conversation; of a preference row, the chosen one.
         rejected: of a preference row, the rejected conversation.
-        prompt_turns: of a preference row, how many messages of both conversations are a prompt of its own; None where
-            it has none, and what the two begin with is the prompt.
+        prompt_turns: how many messages of both conversations of a preference row are its prompt; None where the row has no
+            prompt of its own, so that the prompt is what both begin with.
         tools: tool schemas, as the row gives them.
         input_ids, labels: of an encoded row; labels default to the ids.
         template_kwargs: `chat_template_kwargs` of the row.
@@ -74,27 +75,27 @@ class Example:
     @property
     def is_plain(self) -> bool:
         """Whether the row is text, which no chat template renders."""
-        return self.kind in ("text", "prompt_completion") or self.rejected_text is not None
+        return self.kind is Kind.TEXT or self.kind is Kind.PROMPT_COMPLETION or self.rejected_text is not None
 
 
 def detect_format(row: Row) -> str:
-    """Name of the format of a row, a key of FORMATS.
+    """Name the format of a row, a key of FORMATS, by its columns that are not None.
 
     Raises:
-        FormatError: no format fits, or the row has the keys of two; says which keys were found.
-        VisionContentError: the row carries images, video or audio.
+        FormatError: no format fits; names the columns found.
+        VisionContentError: the row has images, video or audio.
     """
     if type(row) is not dict and not isinstance(row, Mapping):
         raise FormatError(f"a row is {type(row).__name__}; expected a mapping of column names to values")
     present = {key for key, value in row.items() if value is not None}
     if media := sorted(present.intersection(_VISION)):
         raise VisionContentError(f"column {media[0]!r}: image, video and audio rows are not supported, text only")
-    for names, name in _KEYS:
-        if names <= present:
+    for name, (columns, _) in FORMATS.items():
+        if columns <= present:
             return name
     raise FormatError(
         f"unknown row format with columns {', '.join(sorted(present - {'source', 'row'})) or '(none)'}; expected one of "
-        + "; ".join(" + ".join(sorted(names)) for names, _ in _KEYS)
+        + "; ".join(" + ".join(sorted(columns)) for columns, _ in FORMATS.values())
     )
 
 
@@ -103,36 +104,35 @@ def to_example(row: Row, *, format: str | None = None) -> Example:
 
     Args:
         row: a mapping of column names to values.
-        format: a key of FORMATS; recognised from the row when None.
+        format: a key of FORMATS; None to detect it.
 
     Raises:
-        FormatError: unknown format, or the row lacks what its format needs.
+        FormatError: the row lacks what its format needs.
         ConversationError, VisionContentError: the conversation in the row is malformed.
+        ConfigError: an unknown format.
     """
     name = format or detect_format(row)
     if name not in FORMATS:
-        raise FormatError(f"unknown row format {name!r}; expected one of {', '.join(FORMATS)}")
-    return FORMATS[name](row)
+        check_one_of("format", name, FORMATS)
+    return FORMATS[name][1](row)
 
 
 def _text(row: Row) -> Example:
     if not isinstance(row["text"], str):
         raise FormatError(f"text is {type(row['text']).__name__}; expected a string")
-    return Example("text", text=row["text"])
+    return Example(Kind.TEXT, text=row["text"])
 
 
 def _tokens(row: Row) -> Example:
-    return Example("tokens", input_ids=row["input_ids"], labels=row.get("labels"))
+    return Example(Kind.TOKENS, input_ids=row["input_ids"], labels=row.get("labels"))
 
 
 def _messages(row: Row) -> Example:
-    messages = [_arrow_clean(message) for message in _list(row["messages"], "messages")]
-    return Example("messages", messages=messages, tools=row.get("tools"), template_kwargs=_kwargs(row))
+    return _chat(row, messages=_list(row["messages"], "messages"))
 
 
 def _sharegpt(row: Row) -> Example:
-    messages = _system(row) + _sharegpt_messages(row["conversations"])
-    return Example("messages", messages=messages, tools=row.get("tools"), template_kwargs=_kwargs(row))
+    return _chat(row, messages=_system(row) + _sharegpt_messages(row["conversations"]))
 
 
 def _alpaca(row: Row) -> Example:
@@ -142,45 +142,36 @@ def _alpaca(row: Row) -> Example:
             raise FormatError(f"{name} is {type(value).__name__}; expected a string")
     history = [message for pair in row.get("history") or () for message in _exchange(*pair)]
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    return Example("messages", messages=[*_system(row), *history, *_exchange(question, output)])
+    return Example(Kind.MESSAGES, messages=[*_system(row), *history, *_exchange(question, output)])
 
 
 def _prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):  # plain text: no template, as in TRL
-        return Example("prompt_completion", text=prompt + completion, prompt_chars=len(prompt))
-    # Earlier assistant turns are the prompt's: only the completion is what the model is to learn.
-    given = [{**_arrow_clean(message), "train": False} for message in _list(prompt, "prompt")]
-    messages = given + [_arrow_clean(message) for message in _list(completion, "completion")]
-    return Example("messages", messages=messages, tools=row.get("tools"), template_kwargs=_kwargs(row))
+        return Example(Kind.PROMPT_COMPLETION, text=prompt + completion, prompt_chars=len(prompt))
+    # Only the completion is trained, not the assistant turns of the prompt.
+    asked = [{**turn, "train": False} if isinstance(turn, Mapping) else turn for turn in _list(prompt, "prompt")]
+    return _chat(row, messages=asked + _list(completion, "completion"))
 
 
 def _preference(row: Row) -> Example:
     """Both sides as whole conversations, or as whole texts, each with the prompt before it."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    asked = row.get("conversations")
-    if asked is None and isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        text = chosen if prompt is None else prompt + chosen  # plain text: no template, as in TRL
-        other = rejected if prompt is None else prompt + rejected
-        at = split_texts(text, other) if prompt is None else len(prompt)
-        return Example("preference", text=text, prompt_chars=at, rejected_text=other)
-    answers = [_side(side, name) for name, side in (("chosen", chosen), ("rejected", rejected))]
-    given: list[dict[str, Any]] | None = None
+    sharegpt = row.get("conversations")
+    if sharegpt is None and isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
+        texts = (prompt or "") + chosen, (prompt or "") + rejected  # plain text: no template, as in TRL
+        prompt_chars = split_texts(*texts) if prompt is None else len(prompt)
+        return Example(Kind.PREFERENCE, text=texts[0], prompt_chars=prompt_chars, rejected_text=texts[1])
+    sides = [_side(side, name) for name, side in (("chosen", chosen), ("rejected", rejected))]
     head = _system(row)
-    if asked is not None:
-        given = _sharegpt_messages(asked)
-    elif prompt is not None:
-        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt, "prompt")
-    if given is not None:
-        head, answers = join_prompt(head + given, answers)
-    return Example(
-        "preference",
-        messages=head + answers[0],
-        rejected=head + answers[1],
-        prompt_turns=None if given is None else len(head),
-        tools=row.get("tools"),
-        template_kwargs=_kwargs(row),
-    )
+    if sharegpt is not None:
+        prompt = _sharegpt_messages(sharegpt)
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt is not None:
+        head, sides = join_prompt(head + _turns(prompt, "prompt"), sides)
+    prompt_turns = None if prompt is None else len(head)
+    return _chat(row, Kind.PREFERENCE, messages=head + sides[0], rejected=head + sides[1], prompt_turns=prompt_turns)
 
 
 def _side(side: Any, name: str) -> list[dict[str, Any]]:
@@ -194,28 +185,21 @@ def _turns(value: Any, name: str) -> list[dict[str, Any]]:
     turns = _list(value, name)
     if any(isinstance(turn, Mapping) and "from" in turn for turn in turns):
         return _sharegpt_messages(turns)
-    return [_arrow_clean(turn) for turn in turns]
+    return turns
 
 
-#: The formats, by name.
-FORMATS: dict[str, Callable[[Row], Example]] = {
-    "tokens": _tokens,
-    "preference": _preference,
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "prompt_completion": _prompt_completion,
-    "alpaca": _alpaca,
-    "text": _text,
+#: The formats by name: the columns that a row of the format has, and its reader. The first that fits is taken.
+FORMATS: dict[str, tuple[frozenset[str], Callable[[Row], Example]]] = {
+    "tokens": (frozenset({"input_ids"}), _tokens),
+    "preference": (frozenset({"chosen", "rejected"}), _preference),
+    "messages": (frozenset({"messages"}), _messages),
+    "sharegpt": (frozenset({"conversations"}), _sharegpt),
+    "prompt_completion": (frozenset({"prompt", "completion"}), _prompt_completion),
+    "alpaca": (frozenset({"instruction", "output"}), _alpaca),
+    "text": (frozenset({"text"}), _text),
 }
-_KEYS: tuple[tuple[frozenset[str], str], ...] = (
-    (frozenset({"input_ids"}), "tokens"),
-    (frozenset({"chosen", "rejected"}), "preference"),
-    (frozenset({"messages"}), "messages"),
-    (frozenset({"conversations"}), "sharegpt"),
-    (frozenset({"prompt", "completion"}), "prompt_completion"),
-    (frozenset({"instruction", "output"}), "alpaca"),
-    (frozenset({"text"}), "text"),
-)
+#: Columns that may make a row something other than a text, although it has a column `text`.
+NOT_TEXT = frozenset(_VISION).union(*(columns for columns, _ in FORMATS.values())) - {"text"}
 
 
 def _exchange(question: str, answer: str) -> list[dict[str, Any]]:
@@ -229,22 +213,41 @@ def _system(row: Row) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}]
 
 
-def _kwargs(row: Row) -> dict[str, Any]:
-    given = row.get("chat_template_kwargs")
-    if isinstance(given, str):
-        given = json.loads(given)
-    return {key: value for key, value in (given or {}).items() if value is not None}
+def _chat(row: Row, kind: Kind = Kind.MESSAGES, **conversations: Any) -> Example:
+    """A conversation, or two, with the tools and the template variables of the row."""
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str):
+        kwargs = _json(kwargs, "chat_template_kwargs is")
+    kwargs = {key: value for key, value in (kwargs or {}).items() if value is not None}
+    return Example(kind, tools=row.get("tools"), template_kwargs=kwargs, **conversations)
+
+
+def _json(text: str, what: str, turn: int | None = None) -> Any:
+    """Parse JSON text; `what` begins the error, for example "messages is"."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        kind = FormatError if turn is None else ConversationError
+        raise kind(f"{what} text but not JSON ({error}): {text[:80]!r}", turn=turn) from error
 
 
 def _list(value: Any, name: str) -> list:
+    """A list of messages; their tool calls are parsed and lack the null keys that an Arrow struct adds."""
     if isinstance(value, str):  # a conversation stored as JSON text, so that no Arrow struct mixes its keys
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{name} is text but not JSON ({error}); expected a list of messages") from error
+        value = _json(value, f"{name} is")
     if isinstance(value, Mapping) or not hasattr(value, "__iter__"):
         raise FormatError(f"{name} is {type(value).__name__}; expected a list of messages")
-    return list(value)
+    return [
+        _read_calls(turn) if isinstance(turn, Mapping) and turn.get("tool_calls") is not None else turn
+        for turn in value
+    ]
+
+
+def _read_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls = message["tool_calls"]
+    if isinstance(calls, str):
+        calls = _json(calls, "tool_calls is")
+    return {**message, "tool_calls": drop_nulls(calls)}
 
 
 def _sharegpt_messages(turns: Any) -> list[dict[str, Any]]:
@@ -252,7 +255,7 @@ def _sharegpt_messages(turns: Any) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for turn, entry in enumerate(_list(turns, "conversations")):
         if isinstance(entry, Mapping) and "role" in entry and "from" not in entry:
-            messages.append(_arrow_clean(entry))
+            messages.append(dict(entry))
             continue
         if not isinstance(entry, Mapping) or "from" not in entry or "value" not in entry:
             raise ConversationError(f'found {entry!r:.80}; expected {{"from": ..., "value": ...}}', turn=turn)
@@ -276,45 +279,25 @@ def _sharegpt_messages(turns: Any) -> list[dict[str, Any]]:
 
 
 def _calls(value: Any, turn: int) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ConversationError(f"function_call is not JSON ({error}): {value[:80]!r}", turn=turn) from error
-    listed = calls if isinstance(calls, list) else [calls]
+    calls = _json(value, "function_call is", turn) if isinstance(value, str) else value
     built = []
-    for call in listed:
+    for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, Mapping) or "name" not in call:
             raise ConversationError(
                 f'function_call {call!r:.80} has no name; expected {{"name", "arguments"}}', turn=turn
             )
         arguments = call.get("arguments", {})
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except json.JSONDecodeError as error:
-                raise ConversationError(f"arguments of {call['name']!r} are not JSON ({error})", turn=turn) from error
+            arguments = _json(arguments, f"arguments of {call['name']!r} are", turn)
         built.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
     return built
-
-
-def _arrow_clean(message: Any) -> Any:
-    """A message without the null keys that an Arrow struct adds to its tool calls; JSON text of them is parsed."""
-    if not isinstance(message, Mapping) or message.get("tool_calls") is None:
-        return message
-    calls = message["tool_calls"]
-    if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except json.JSONDecodeError as error:
-            raise FormatError(f"tool_calls is text but not JSON ({error})") from error
-    return {**message, "tool_calls": drop_nulls(calls)}
 
 
 def drop_nulls(value: Any) -> Any:
     """A JSON value without the keys whose value is None.
 
     `datasets` stores tools with different parameters as one struct, in which each has the keys of all the others as
-    null. A key that its author set to null cannot be told from these and goes too; members of lists stay.
+    null. A key that its author set to null looks the same, so it goes too; members of lists stay.
     """
     if isinstance(value, Mapping):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}

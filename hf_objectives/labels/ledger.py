@@ -1,28 +1,34 @@
-"""What became of every token: a ledger per source that must add up."""
+"""Count what happened to every token, per source: trained, masked or dropped, and why."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+# Reasons to leave something out.
+TOO_LONG, CUT, UNSUPERVISED = "longer than max_length", "cut at max_length", "nothing supervised"
+SKIPPED = ", skipped"  # after the name of the error that the row would have raised
 _EXAMPLES_KEPT = 5
 _SUMS = ("rows_in", "rows_out", "tokens_in", "trained", "masked", "num_bytes")
 
 
 @dataclass(slots=True)
 class Account:
-    """The account of one source.
+    """What happened to the rows and tokens of one source.
 
     Attributes:
         rows_in: rows read.
         rows_out: rows kept; more than read where conversations were expanded or split.
         tokens_in: tokens encoded.
-        trained, masked: tokens kept that are trained and that are context only.
+        trained, masked: tokens kept that are trained, and that are context only.
         num_bytes: bytes of UTF-8 that the tokens kept stand for, where they were counted.
         dropped_tokens, dropped_rows: what was left out, by reason.
-        dropped_examples: the first few row numbers by reason.
+        dropped_examples: the first few row numbers, by reason.
     """
 
     rows_in: int = 0
@@ -36,13 +42,22 @@ class Account:
     dropped_examples: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, reason: str, *, tokens: int, row: int | None = None) -> None:
-        """Book tokens left out; `row` where the whole row goes."""
+        """Count tokens that are left out; give `row`, its number, where the whole row is."""
         self.dropped_tokens[reason] += tokens
         if row is not None:
             self.dropped_rows[reason] += 1
-            seen = self.dropped_examples.setdefault(reason, [])
-            if len(seen) < _EXAMPLES_KEPT:
-                seen.append(row)
+            examples = self.dropped_examples.setdefault(reason, [])
+            if len(examples) < _EXAMPLES_KEPT:
+                examples.append(row)
+
+    def add(self, other: Account, *, examples: bool = True) -> None:
+        """Add the sums of another account and, with `examples`, its example rows."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.dropped_tokens.update(other.dropped_tokens)
+        self.dropped_rows.update(other.dropped_rows)
+        for reason, rows in other.dropped_examples.items() if examples else ():
+            self.dropped_examples[reason] = (self.dropped_examples.get(reason, []) + rows)[:_EXAMPLES_KEPT]
 
     def to_dict(self) -> dict[str, Any]:
         """The account as JSON values."""
@@ -50,12 +65,12 @@ class Account:
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
 
     def balance(self) -> int:
-        """tokens in - (trained + masked + dropped): 0, or tokens were lost."""
+        """`tokens_in - (trained + masked + dropped)`: 0, or tokens were lost."""
         return self.tokens_in - self.trained - self.masked - self.dropped_tokens.total()
 
 
 class Ledger:
-    """Accounts by source name.
+    """Accounts by source name; asking for a new name opens an account.
 
     Example:
         >>> ledger = Ledger()
@@ -78,22 +93,13 @@ class Ledger:
         """All sources in one account, without the example rows."""
         total = Account()
         for account in self.accounts.values():
-            for name in _SUMS:
-                setattr(total, name, getattr(total, name) + getattr(account, name))
-            total.dropped_tokens.update(account.dropped_tokens)
-            total.dropped_rows.update(account.dropped_rows)
+            total.add(account, examples=False)
         return total
 
     def merge(self, other: Ledger) -> None:
         """Add another ledger's accounts to this one's."""
-        for source, theirs in other.accounts.items():
-            mine = self[source]
-            for name in _SUMS:
-                setattr(mine, name, getattr(mine, name) + getattr(theirs, name))
-            mine.dropped_tokens.update(theirs.dropped_tokens)
-            mine.dropped_rows.update(theirs.dropped_rows)
-            for reason, rows in theirs.dropped_examples.items():
-                mine.dropped_examples[reason] = (mine.dropped_examples.get(reason, []) + rows)[:_EXAMPLES_KEPT]
+        for source, account in other.accounts.items():
+            self[source].add(account)
 
     def to_dict(self) -> dict[str, Any]:
         """The ledger as JSON values."""
@@ -109,7 +115,7 @@ class Ledger:
         return ledger
 
     def lines(self) -> list[str]:
-        """One line a source, for a terminal or a log."""
+        """One line per source, for a terminal or a log."""
         lines = []
         for source, account in self.accounts.items():
             share = account.trained / max(1, account.trained + account.masked)
@@ -124,3 +130,42 @@ class Ledger:
                 + (f"; {dropped}" if dropped else "")
             )
         return lines
+
+
+def account_rows(
+    ledger: Ledger,
+    sources: Sequence[str],
+    numbers: Sequence[int],
+    whole: NDArray[np.int64],
+    kept: NDArray[np.int64],
+    trained: NDArray[np.int64],
+    fits: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Count what happened to every token, per source.
+
+    Args:
+        ledger: counts.
+        sources, numbers: source and number of each row.
+        whole, kept, trained: int64 [rows], tokens before the limit, tokens after it, and those of them that are trained.
+        fits: bool [rows], False where a row is left out because it is too long.
+
+    Returns:
+        bool [rows]: the rows that are kept, which fit and train a token.
+    """
+    keep = fits & (trained > 0)
+    codes: dict[str, int] = {}
+    code_of_row = np.fromiter((codes.setdefault(source, len(codes)) for source in sources), np.int64, len(sources))
+    for source, code in codes.items():
+        total, rows = ledger[source], code_of_row == code
+        total.tokens_in += int(whole[rows].sum())
+        rows &= keep
+        total.rows_out += int(rows.sum())
+        total.trained += int(trained[rows].sum())
+        total.masked += int(kept[rows].sum() - trained[rows].sum())
+    for i in np.flatnonzero(~fits).tolist():
+        ledger[sources[i]].drop(TOO_LONG, tokens=int(whole[i]), row=numbers[i])
+    for i in np.flatnonzero(fits & (kept < whole)).tolist():
+        ledger[sources[i]].drop(CUT, tokens=int(whole[i] - kept[i]))
+    for i in np.flatnonzero(fits & (trained == 0)).tolist():
+        ledger[sources[i]].drop(UNSUPERVISED, tokens=int(kept[i]), row=numbers[i])
+    return keep

@@ -1,4 +1,4 @@
-"""The prompt of a row of any format: what a policy answers when it is trained by reward."""
+"""Find the prompt of a row of any format: what a policy answers when it is trained by reward."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from trl.trainer.utils import RepeatSampler
 
 from hf_objectives.errors import ConfigError, DataError, FormatError
-from hf_objectives.labels.formats import to_example
-from hf_objectives.labels.pair_prompt import common_turns
+from hf_objectives.labels.formats import Kind, to_example
+from hf_objectives.labels.turns import Message, common_turns, role_of
 from hf_objectives.types import Row
 
 _ASKING = ("user", "tool")
 
 
-def to_prompt(row: Row, *, source: str | None = None, row_index: int | None = None) -> str | list[dict[str, Any]]:
+def to_prompt(row: Row, *, source: str | None = None, row_index: int | None = None) -> str | list[Message]:
     """The prompt of a row: text, or a conversation that waits for an answer.
 
     Of a row with `prompt`, that; of a conversation (`messages`, ShareGPT, Alpaca), what comes before its last answer; of a
@@ -27,8 +26,8 @@ def to_prompt(row: Row, *, source: str | None = None, row_index: int | None = No
         source, row_index: name and number of the row, for errors.
 
     Raises:
-        FormatError: no prompt in the row, an empty one, one that waits for no answer, or tools, which generation in TRL's
-            RLOOTrainer does not hand to the template.
+        FormatError: no prompt in the row, an empty one, one that waits for no answer, or tools, which TRL's RLOOTrainer
+            does not hand to the template.
         ConversationError: a malformed conversation.
     """
     try:
@@ -42,31 +41,31 @@ def to_prompt(row: Row, *, source: str | None = None, row_index: int | None = No
     return prompt
 
 
-def _read(row: Row) -> str | list[dict[str, Any]]:
+def _read(row: Row) -> str | list[Message]:
     if row.get("tools"):
         raise FormatError("tools are not supported here: generation does not hand them to the chat template")
-    given = row.get("prompt")
-    if given is not None and row.get("chosen") is None and row.get("completion") is None:
-        if isinstance(given, str):
-            return given
-        return to_example({"messages": given}, format="messages").messages
+    prompt = row.get("prompt")
+    if prompt is not None and row.get("chosen") is None and row.get("completion") is None:
+        return prompt if isinstance(prompt, str) else to_example({"messages": prompt}, format="messages").messages
     example = to_example(row)
-    if example.kind == "prompt_completion":
+    if example.kind is Kind.TEXT or example.kind is Kind.TOKENS:
+        raise FormatError(f"a row of {example.kind} has no prompt; expected prompt, or a conversation")
+    if example.is_plain:
         return example.text[: example.prompt_chars]
-    if example.kind == "messages":
-        last = max((i for i, message in enumerate(example.messages) if _role(message) in _ASKING), default=-1)
-        return [_plain(message) for message in example.messages[: last + 1]]
-    if example.kind == "preference":
-        if example.is_plain:
-            return example.text[: example.prompt_chars]
-        shared = common_turns(example.messages, example.rejected)
-        return [_plain(message) for message in example.messages[:shared]]
-    raise FormatError(f"a row of {example.kind} has no prompt; expected prompt, or a conversation")
+    if example.kind is Kind.PREFERENCE:
+        end = common_turns(example.messages, example.rejected)
+    else:
+        end = 1 + max((i for i, turn in enumerate(example.messages) if role_of(turn) in _ASKING), default=-1)
+    return [_without_training(turn) for turn in example.messages[:end]]
 
 
-def _check_turns(prompt: list[dict[str, Any]]) -> None:
+def _without_training(turn: Any) -> Any:
+    return {k: v for k, v in turn.items() if k not in ("train", "weight")} if isinstance(turn, Mapping) else turn
+
+
+def _check_turns(prompt: list[Message]) -> None:
     for turn, message in enumerate(prompt):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if not isinstance(role_of(message), str):
             raise FormatError(f"message {turn} of the prompt is {message!r:.80}; expected role and content")
     if prompt[-1]["role"] not in _ASKING:
         raise FormatError(
@@ -74,24 +73,15 @@ def _check_turns(prompt: list[dict[str, Any]]) -> None:
         )
 
 
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without what speaks of training."""
-    return {key: value for key, value in message.items() if key not in ("train", "weight")}
-
-
 def with_prompts(dataset: Any, name: str) -> Any:
-    """Rows with their prompt in a column `prompt`, in one form, all text or all conversations, and their number in `row`.
+    """Add each row's prompt in a column `prompt`, all text or all conversations, and its number in a column `row`.
 
     Args:
         dataset: a Dataset, an IterableDataset, a list of rows, or a mapping of names to these; None stays None.
         name: what errors call it.
 
     Raises:
-        ConfigError: no rows.
+        ConfigError: no dataset.
         FormatError: see `to_prompt`; or text among conversations.
     """
     if dataset is None:
@@ -106,30 +96,14 @@ def with_prompts(dataset: Any, name: str) -> Any:
         rows = [dict(row) for row in dataset]
         columns = list(dict.fromkeys(key for row in rows for key in row))  # from_list knows those of the first row only
         dataset = Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
-    form: list[str] = []
+    kinds: list[str] = []
 
     def read(row: dict[str, Any], i: int) -> dict[str, Any]:
         prompt = to_prompt(row, source=name, row_index=i)
-        kind = "text" if isinstance(prompt, str) else "a conversation"
-        form[:] = form or [kind]
-        if kind != form[0]:
-            raise FormatError(f"the prompt is {kind} among prompts that are {form[0]}", source=name, row=i)
+        kinds.append("text" if isinstance(prompt, str) else "a conversation")
+        if kinds[-1] != kinds[0]:
+            raise FormatError(f"the prompt is {kinds[-1]} among prompts that are {kinds[0]}", source=name, row=i)
+        del kinds[1:]
         return {"prompt": prompt, "row": row.get("row", i)}
 
     return dataset.map(read, with_indices=True)
-
-
-class PromptOrder(RepeatSampler):
-    """TRL's order of prompts, with a shuffle that depends on the epoch and not on how many this process has seen."""
-
-    @classmethod
-    def like(cls, other: RepeatSampler) -> PromptOrder:
-        """One with the settings of another."""
-        return cls(
-            other.data_source, other.mini_repeat_count, other.batch_size, other.repeat_count, other.shuffle, other.seed
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Told by the loader before each epoch; the first has TRL's own shuffle."""
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)

@@ -1,4 +1,4 @@
-"""Texts to token ids with the place of every token, by the fastest backend that agrees with the tokenizer."""
+"""Tokenise texts with the position of every token, by the fastest backend that agrees with the tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,12 @@ from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_objectives.errors import FormatError, TokenizerError
-from hf_objectives.labels.byte_lengths import token_byte_lengths
 from hf_objectives.labels.messages import CLOSE, OPEN
 
 logger = logging.getLogger(__name__)
 
-# Texts on which a fast backend must give the tokenizer's own ids before it is trusted: scripts, digits, runs of white
-# space, line ends, emoji joined by ZWJ, decomposed accents, control characters.
+# A fast backend must give the tokenizer's own ids on these before it is trusted: scripts, digits, runs of white space,
+# line ends, emoji joined by ZWJ, decomposed accents, control characters.
 _PROBE = (
     "Hello, world! It's 3.14159 o'clock; don't  double   space.\n\n\tTabs\r\nand 1,234,567 numbers. x=y+z*2**10",
     "Ünïcödé 日本語テキスト 한국어 العربية עברית हिन्दी ไทย русский ελληνικά 👩‍👩‍👧‍👦🏳️‍🌈 café cafe\u0301 \u200b\ufeff\x00\x7f",
@@ -30,17 +29,20 @@ _PROBE = (
     "          \n \n  \t\t   ...!!!???---___###@ aAaA CamelCaseWORDS lower_snake 0x1F 1e-9 ½ ² Ⅳ",
     "",
 )
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+_Positions = list[tuple[int, int]]
+_Part = tuple[NDArray, NDArray, NDArray, bool]  # ids, starts, ends and in_bytes of one text, as in `Encoded`
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a batch of texts, end to end, and where each token stands.
+    """Token ids of a batch of texts, end to end, and the position of each token.
 
     Attributes:
         ids: int32 [total], the ids of all texts.
         offsets: int64 [texts + 1]; text i is `ids[offsets[i]:offsets[i + 1]]`.
-        starts, ends: int64 [total], the half-open place of each token in its own text.
-        in_bytes: bool [texts], whether places count UTF-8 bytes (else characters).
+        starts, ends: int64 [total], each token's half-open range in its own text.
+        in_bytes: bool [texts], whether positions count UTF-8 bytes (else characters).
     """
 
     ids: NDArray[np.int32]
@@ -51,35 +53,35 @@ class Encoded:
 
 
 class TextEncoder:
-    """Encodes texts exactly as `tokenizer(text, add_special_tokens=False)` does, with the place of every token.
+    """Encodes texts exactly as `tokenizer(text, add_special_tokens=False)` does, with the position of every token.
 
-    `fastokens` does the work where it is installed, loads the tokenizer, gives its ids on a probe and the tokenizer is
-    a byte-level BPE (so that places follow from the byte length of each id); `tokenizers` does it otherwise.
+    `fastokens` does the work where it is installed, loads the tokenizer and gives its ids on a probe, and where the
+    tokenizer is a byte-level BPE, so that positions follow from the byte length of each id. `tokenizers` does it
+    otherwise.
 
     Args:
         tokenizer: a transformers tokenizer with a `tokenizers` backend.
 
     Raises:
-        TokenizerError: the tokenizer has no such backend (a pure Python tokenizer gives no places).
+        TokenizerError: the tokenizer has no such backend (a pure Python tokenizer gives no positions).
     """
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise TokenizerError(
-                f"{type(tokenizer).__name__} has no fast backend, so the place of its tokens in the text is unknown; "
+                f"{type(tokenizer).__name__} has no fast backend, which gives the position of tokens in the text; "
                 "load it with AutoTokenizer (use_fast=True) or convert it to tokenizer.json"
             )
-        # A copy: padding and truncation are state of the shared backend, and a batch call of somebody else sets them.
+        # A copy: padding and truncation are state of the shared backend, and other callers set them.
         self._slow = Tokenizer.from_str(backend.to_str())
         self._slow.no_padding()
         self._slow.no_truncation()
         self._added = dict(tokenizer.added_tokens_encoder)
         self._fast = _load_fastokens(self._slow)
-        self._lengths: NDArray[np.int64] | None = None
         self._unknown = _unknown_bytes(self._slow)
-        if self._fast is not None:
-            self._lengths = np.asarray(token_byte_lengths(tokenizer, special="text"), dtype=np.int64)
+        fast = self._fast is not None
+        self._lengths = token_byte_lengths(tokenizer, special="text") if fast else np.empty(0, np.int64)
 
     @property
     def backend(self) -> str:
@@ -87,11 +89,11 @@ class TextEncoder:
         return "tokenizers" if self._fast is None else "fastokens"
 
     def check(self, text: str) -> None:
-        """Make sure that every character of a text has its tokens.
+        """Check that the tokenizer has tokens for every character of a text.
 
         Raises:
-            FormatError: it holds half of a surrogate pair, or a byte that a byte-level vocabulary lacks (some lack control
-                characters), which `tokenizer(text)` leaves out without a word.
+            FormatError: the text holds half of a surrogate pair, or a byte that a byte-level vocabulary lacks (some lack
+                control characters), which `tokenizer(text)` leaves out silently.
         """
         try:
             encoded = text.encode()
@@ -99,23 +101,21 @@ class TextEncoder:
             found = text[error.start]
             raise FormatError(f"half of a surrogate pair, {found!r}, is no character; expected valid Unicode") from None
         if self._unknown is not None and (unknown := self._unknown.search(encoded)):
-            at = len(encoded[: unknown.start()].decode(errors="ignore"))
-            around = text[max(0, at - 20) : at + 20]
+            position = len(encoded[: unknown.start()].decode(errors="ignore"))
+            around = text[max(0, position - 20) : position + 20]
             raise FormatError(
-                f"the tokenizer has no token for {text[at]!r} (byte {unknown[0].hex()}) in {around!r} and would leave it "
-                "out; expected text without it"
+                f"the tokenizer has no token for {text[position]!r} (byte {unknown[0].hex()}) in {around!r} and would leave "
+                "it out; expected text without it"
             )
 
     def encode_ids(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Ids of texts end to end, int32 [total], and where each text begins and ends, int64 [texts + 1]; no places.
+        """Encode texts without positions: ids end to end, int32 [total], and offsets of the texts, int64 [texts + 1].
 
         Raises:
             FormatError: see `check`.
         """
         if self._fast is not None:
-            flat, bounds = self._flat(texts)
-            # Ids are far below 2^31: the same bytes read as signed.
-            return np.frombuffer(flat, "<i4"), np.frombuffer(bounds, "<i8")
+            return self._encode_flat(texts)
         self._check_all(texts)
         rows = [encoding.ids for encoding in self._slow.encode_batch_fast(list(texts), add_special_tokens=False)]
         sizes = np.fromiter(map(len, rows), np.int64, len(rows))
@@ -123,32 +123,23 @@ class TextEncoder:
         return ids, np.concatenate(([0], np.cumsum(sizes)))
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Encode texts; those that hold wrapped control tokens (see messages.py) have these read as plain text.
+        """Encode texts; control tokens that are wrapped (see messages.py) are read as plain text.
 
         Raises:
             FormatError: see `check`.
         """
-        wrapped = [i for i, text in enumerate(texts) if OPEN in text or CLOSE in text]
-        if self._fast is None or self._lengths is None:
+        if self._fast is None:
             self._check_all(texts)
             return _join([self._encode_one(text) for text in texts])
-        ids, offsets = (
-            np.frombuffer(buffer, kind) for buffer, kind in zip(self._flat(texts), ("<u4", "<u8"), strict=True)
-        )
-        offsets = offsets.astype(np.int64)
-        lengths = self._lengths[ids]
-        total = np.concatenate(([0], np.cumsum(lengths)))
-        sizes = np.fromiter(
-            (len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts)
-        )
-        # Byte lengths add up to the text unless the tokenizer normalises it or an added token swallows white space;
-        # such texts, and those with wrapped tokens, take the slow way with the backend's own offsets.
+        ids, offsets = self._encode_flat(texts)
+        total = np.concatenate(([0], np.cumsum(self._lengths[ids])))
+        sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], np.int64)
+        # Byte lengths add up to the text unless the tokenizer normalises it or an added token swallows white space. Such
+        # texts, and those with wrapped tokens, are encoded again with the backend's own positions.
         redo = total[offsets[1:]] - total[offsets[:-1]] != sizes
-        redo[wrapped] = True
+        redo |= np.fromiter((OPEN in text or CLOSE in text for text in texts), bool, len(texts))
         base = np.repeat(total[offsets[:-1]], np.diff(offsets))
-        encoded = Encoded(
-            ids.astype(np.int32), offsets, total[:-1] - base, total[1:] - base, np.ones(len(texts), dtype=bool)
-        )
+        encoded = Encoded(ids, offsets, total[:-1] - base, total[1:] - base, np.ones(len(texts), bool))
         if not redo.any():
             return encoded
         return _join(
@@ -162,35 +153,35 @@ class TextEncoder:
         for text in texts:
             self.check(text)
 
-    def _flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
-        """Ids and bounds by fastokens, which refuses what it has no token for without a word of where."""
+    def _encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids and offsets by fastokens, whose own error for a character without a token does not say where it is."""
         fast: Any = self._fast
         try:
-            return fast.encode_batch_flat(list(texts))
+            ids, offsets = fast.encode_batch_flat(list(texts))
         except ValueError:
             self._check_all(texts)
             raise
+        return np.frombuffer(ids, "<i4"), np.frombuffer(offsets, "<i8")  # unsigned, but far below 2^31
 
-    def _encode_one(self, text: str) -> tuple[NDArray, NDArray, NDArray, bool]:
-        """ids, starts, ends of one text in characters; the text's wrapped tokens count without their wrapping."""
+    def _encode_one(self, text: str) -> _Part:
+        """Encode one text with positions in characters; the wrapping of control tokens is not counted."""
         if OPEN not in text and CLOSE not in text:
             encoding = self._slow.encode(text, add_special_tokens=False)
-            places = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            return np.asarray(encoding.ids, dtype=np.int32), places[:, 0], places[:, 1], False
+            positions = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+            return np.asarray(encoding.ids, np.int32), positions[:, 0], positions[:, 1], False
         ids: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        at = 0
+        spans: _Positions = []
+        begin = 0
         for piece, plain in _pieces(text):
-            piece_ids, spans = self._plain(piece) if plain else self._continued(piece, at > 0)
+            piece_ids, positions_in_piece = self._plain(piece) if plain else self._continued(piece, begin > 0)
             ids += piece_ids
-            starts += [at + start for start, _ in spans]
-            ends += [at + end for _, end in spans]
-            at += len(piece)
-        return np.asarray(ids, np.int32), np.asarray(starts, np.int64), np.asarray(ends, np.int64), False
+            spans += [(begin + start, begin + end) for start, end in positions_in_piece]
+            begin += len(piece)
+        positions = np.asarray(spans, np.int64).reshape(-1, 2)
+        return np.asarray(ids, np.int32), positions[:, 0], positions[:, 1], False
 
-    def _continued(self, piece: str, inside: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """A piece from the middle of a text: after a newline, so that no word-start prefix is added, then without it."""
+    def _continued(self, piece: str, inside: bool) -> tuple[list[int], _Positions]:
+        """Encode a piece from inside a text: after a newline, so that no word-start prefix is added, then without it."""
         if inside:
             encoding = self._slow.encode("\n" + piece, add_special_tokens=False)
             newline = self._slow.encode("\n", add_special_tokens=False).ids
@@ -200,8 +191,8 @@ class TextEncoder:
         encoding = self._slow.encode(piece, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def _plain(self, token: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """A control token as plain text: the model alone, without the table of added tokens.
+    def _plain(self, token: str) -> tuple[list[int], _Positions]:
+        """Encode a control token as plain text: by the model alone, without the table of added tokens.
 
         Raises:
             TokenizerError: even the model itself maps the text to a control id.
@@ -210,10 +201,12 @@ class TextEncoder:
         ids = ids[len(newline) :] if ids[: len(newline)] == newline else self._model_ids(token)
         inside = {i for text, i in self._added.items() if text in token and len(text) > 1}
         if not inside.isdisjoint(ids) and len(token) > 1:
-            # A vocabulary that holds the token as a word of its own: cut it, no half is a control token.
+            # A vocabulary that holds the token as a word of its own: cut it in two, since no half is a control token.
             ids = self._model_ids(token[:1]) + self._model_ids(token[1:])
         if not inside.isdisjoint(ids):
-            raise TokenizerError(f"the tokenizer turns the plain text {token!r} into a control token; cannot defuse it")
+            raise TokenizerError(
+                f"the tokenizer turns the plain text {token!r} into a control token; expected one that can spell it"
+            )
         return ids, [(0, len(token))] * len(ids)
 
     def _model_ids(self, text: str) -> list[int]:
@@ -226,20 +219,20 @@ class TextEncoder:
 
 
 def _unknown_bytes(backend: Tokenizer) -> re.Pattern[bytes] | None:
-    """The bytes that a byte-level vocabulary cannot spell, where an unknown token does not stand for them either."""
+    """A pattern for the bytes that a byte-level vocabulary cannot spell; None where it can, or has an unknown token."""
     if "ByteLevel" not in str(backend.pre_tokenizer) or getattr(backend.model, "unk_token", None):
         return None
-    ours = (OPEN + CLOSE).encode()  # marks that never reach the model
+    wrapping = (OPEN + CLOSE).encode()  # never reaches the model
     missing = bytes(
         byte
         for byte, letter in bytes_to_unicode().items()
-        if backend.model.token_to_id(letter) is None and byte not in ours
+        if backend.model.token_to_id(letter) is None and byte not in wrapping
     )
     return re.compile(b"[" + re.escape(missing) + b"]") if missing else None
 
 
 def _pieces(text: str) -> list[tuple[str, bool]]:
-    """Cut a text at OPEN and CLOSE: (piece, read it as plain text)."""
+    """Cut a text at OPEN and CLOSE into pieces, each with whether it is read as plain text."""
     pieces: list[tuple[str, bool]] = []
     for i, part in enumerate(text.split(OPEN)):
         plain, closed, rest = part.partition(CLOSE) if i else ("", "", part)
@@ -250,16 +243,12 @@ def _pieces(text: str) -> list[tuple[str, bool]]:
     return [(piece, plain) for piece, plain in pieces if piece]
 
 
-def _join(parts: list[tuple[NDArray, NDArray, NDArray, bool]]) -> Encoded:
-    sizes = [len(ids) for ids, *_ in parts]
-    empty = np.empty(0, np.int64)
-    return Encoded(
-        np.concatenate([ids for ids, *_ in parts] or [empty]).astype(np.int32),
-        np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
-        np.concatenate([starts for _, starts, *_ in parts] or [empty]).astype(np.int64),
-        np.concatenate([ends for *_, ends, _ in parts] or [empty]).astype(np.int64),
-        np.fromiter((in_bytes for *_, in_bytes in parts), bool, len(parts)),
-    )
+def _join(parts: Sequence[_Part]) -> Encoded:
+    none = np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64), False  # np.concatenate needs one array
+    ids, starts, ends, in_bytes = zip(none, *parts, strict=True)
+    offsets = np.cumsum([len(row) for row in ids])
+    joined = np.concatenate(ids), offsets, np.concatenate(starts), np.concatenate(ends)
+    return Encoded(*joined, np.array(in_bytes[1:], bool))
 
 
 def _load_fastokens(slow: Tokenizer) -> Any | None:
@@ -291,9 +280,45 @@ _encoders: weakref.WeakKeyDictionary[Any, tuple[int, TextEncoder]] = weakref.Wea
 
 
 def text_encoder(tokenizer: Any) -> TextEncoder:
-    """The TextEncoder of a tokenizer, made once and again when tokens were added to it."""
+    """The TextEncoder of a tokenizer, made once, and again after tokens were added to it."""
     size, encoder = _encoders.get(tokenizer, (-1, None))
     if encoder is None or size != len(tokenizer):
         encoder = TextEncoder(tokenizer)
         _encoders[tokenizer] = len(tokenizer), encoder
     return encoder
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the tokenizer's highest id, added tokens included; `len` is less where ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def token_byte_lengths(tokenizer: Any, *, special: Literal["zero", "text"] = "zero") -> NDArray[np.int64]:
+    """How many bytes of UTF-8 text each token id stands for.
+
+    A byte-level BPE spells bytes in the GPT-2 alphabet, one character each. Other vocabularies spell text, with `▁` for a
+    space and `<0x0A>` for a single byte.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        special: bytes of a special token: "zero", it stands for no text (bits per byte), or "text", those of its own name
+            (positions in a rendered conversation).
+
+    Returns:
+        int64 [vocabulary], 0 for ids that the tokenizer does not use.
+    """
+    lengths = np.zeros(vocabulary_size(tokenizer), np.int64)
+    backend = tokenizer.backend_tokenizer
+    byte_level = "ByteLevel" in f"{backend.decoder} {backend.pre_tokenizer}"  # alone, or in a sequence
+    alphabet = set(bytes_to_unicode().values())
+    added = tokenizer.added_tokens_decoder
+    for token, i in tokenizer.get_vocab().items():
+        if i in added:
+            lengths[i] = 0 if added[i].special and special == "zero" else len(added[i].content.encode())
+        elif byte_level and alphabet.issuperset(token):
+            lengths[i] = len(token)
+        elif _BYTE_FALLBACK.fullmatch(token):
+            lengths[i] = 1
+        else:
+            lengths[i] = len(token.replace("▁", " ").encode())
+    return lengths

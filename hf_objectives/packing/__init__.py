@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from hf_objectives.packing.bins import (
-    PackedRows,  # Rows of packed documents, or pieces of documents
-    check_packing,  # Raise ConfigError unless the settings name a way to pack
-    pack_lengths,  # Put documents in as few bins as the strategy manages; a pure function of its arguments
-    pack_rows,  # Pack documents that lie end to end in one flat array
+    pack_lengths,  # Lengths to bins
 )
 from hf_objectives.packing.dataset import (
-    flat_column,  # A list column as its values (int32) end to end and the offsets of its rows (int64 [rows + 1])
-    pack_dataset,  # Pack the documents of an encoded dataset into rows of at most `max_length` tokens
-    pack_table,  # `pack_dataset` on an Arrow table; without `labels`, where all tokens but the first of a document ar
+    flat_column,  # A list column of a table as its values end to end, and the offsets of its rows
+    pack_dataset,  # An encoded dataset to a dataset of packed rows
+    pack_table,  # The same for Arrow tables
+)
+from hf_objectives.packing.rows import (
+    PackedRows,  # Rows of packed documents: which piece of which document is where
+    check_packing,  # Checks strategy, overflow and max_length
+    pack_rows,  # Documents to packed rows
 )

@@ -1,4 +1,4 @@
-"""Packing of a whole encoded dataset, over its Arrow columns."""
+"""Pack a whole encoded dataset, over its Arrow columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
 from hf_objectives.errors import FormatError, NothingSupervisedError
-from hf_objectives.packing.bins import PackedRows, pack_rows
+from hf_objectives.packing.rows import PackedRows, pack_rows
 from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -24,26 +24,25 @@ def pack_dataset(
     """Pack the documents of an encoded dataset into rows of at most `max_length` tokens.
 
     Args:
-        dataset: columns `input_ids` and, unless every token is trained, `labels`; `source` and `row` columns are kept.
+        dataset: columns `input_ids` and, unless every token is trained, `labels`; `source` and `row` are kept.
         max_length: most tokens a row may hold.
-        strategy: "best_fit" or "first_fit" (whole documents), or "concat" (a continuous stream).
-        overflow: but for concat, what becomes of longer documents: "truncate", "split" or "drop".
+        strategy, overflow: see `pack_rows`.
 
     Returns:
         A dataset with `input_ids` and `labels` (list of int32; the first label of each document is -100), `seq_lengths`
         (the lengths of the documents in a row, in order) and, where the dataset has `source` or `row`, `sources` and
-        `rows`, one entry per document.
-        Every row trains at least one token; rows that would not are left out and counted in the log.
+        `rows`, one entry per document. Every row trains at least one token; the log counts rows that would not, which
+        are left out.
 
     Raises:
-        FormatError: no `input_ids` column, or labels of another length.
+        FormatError: no column `input_ids`, or labels of another length.
         NothingSupervisedError: no row would train a token.
         ConfigError: an unknown strategy or overflow, or `max_length` under 2.
     """
     if "input_ids" not in dataset.column_names:
         raise FormatError(f"columns {', '.join(dataset.column_names)}; expected input_ids, encode the dataset first")
     table = pack_table(dataset.with_format("arrow")[:], max_length, strategy=strategy, overflow=overflow)
-    # What it follows from names it; datasets would read all of the table to name it by its content.
+    # A fingerprint from what the rows follow from; datasets would hash the whole table.
     return Dataset(table, fingerprint=Hasher.hash([dataset._fingerprint, "pack", max_length, strategy, overflow]))
 
 
@@ -56,8 +55,12 @@ def pack_table(
     labels: bool = True,
     allow_empty: bool = False,
 ) -> pa.Table:
-    """`pack_dataset` on an Arrow table; without `labels`, where all tokens but the first of a document are trained, that
-    column is left out, and with `allow_empty` a table without a row is no error."""
+    """`pack_dataset` for Arrow tables.
+
+    Args:
+        labels: False leaves the column `labels` out, for tables of which all tokens but the first of a document are trained.
+        allow_empty: a result without a row is no error.
+    """
     ids, offsets = flat_column(table, "input_ids")
     targets, label_offsets = flat_column(table, "labels") if "labels" in table.column_names else (ids, offsets)
     if not np.array_equal(offsets, label_offsets):
@@ -74,7 +77,7 @@ def pack_table(
             of_pieces = table[name].combine_chunks().take(pa.array(rows.documents))
             columns[f"{name}s"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), of_pieces)
     packed = pa.table(columns)
-    keep = _supervised(packed, rows)
+    keep = _trains(rows, others[0] if others else None)
     tokens, lost = int(rows.row_offsets[-1]), int(rows.dropped.sum())
     if not keep.any() and not allow_empty:
         raise NothingSupervisedError(
@@ -88,13 +91,10 @@ def pack_table(
     return packed if keep.all() else packed.filter(pa.array(keep))
 
 
-def _supervised(packed: pa.Table, rows: PackedRows) -> NDArray[np.bool_]:
-    """Which rows train a token: without labels, those in which a piece goes on after its first."""
-    if "labels" not in packed.column_names:
+def _trains(rows: PackedRows, labels: NDArray[np.int32] | None) -> NDArray[np.bool_]:
+    """Which rows train a token, bool [rows]; without labels, those in which a piece has more than its first token."""
+    if labels is None:
         return np.diff(np.concatenate(([0], np.cumsum(rows.lengths > 1)))[rows.piece_offsets]) > 0
-    if not rows.row_offsets[-1]:
-        return np.zeros(len(rows.row_offsets) - 1, bool)
-    labels = packed["labels"].chunk(0).values.to_numpy()
     sizes = np.diff(rows.row_offsets)
     trains = sizes > 0
     # Nearly always a row's last token is trained; only where it is not are all labels of the row read.
@@ -105,7 +105,11 @@ def _supervised(packed: pa.Table, rows: PackedRows) -> NDArray[np.bool_]:
 
 
 def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """A list column as its values (int32) end to end and the offsets of its rows (int64 [rows + 1])."""
+    """A list column as its values end to end, int32 [total], and the offsets of its rows, int64 [rows + 1].
+
+    Raises:
+        FormatError: the column holds no lists.
+    """
     chunks = table[name]
     column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies a single one, too
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):

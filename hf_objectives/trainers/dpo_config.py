@@ -7,8 +7,9 @@ from typing import Any
 
 from trl import DPOConfig
 
-from hf_objectives.collators import check_choices
 from hf_objectives.errors import ConfigError
+from hf_objectives.labels import CONTROL_TOKENS, TRAIN_ON
+from hf_objectives.types import check_one_of
 
 
 @dataclass
@@ -45,7 +46,8 @@ class PerplexityDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self.train_on, self.control_tokens)
+        check_one_of("train_on", self.train_on, TRAIN_ON)
+        check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
         for name in ("nll_weight", "dpop_lambda"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")

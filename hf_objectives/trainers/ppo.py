@@ -18,7 +18,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import EvaluatesLanguageModels
-from hf_objectives.labels import PromptOrder, with_prompts
+from hf_objectives.labels import with_prompts
 from hf_objectives.losses import (
     KL_ESTIMATORS,
     AdaptiveKL,
@@ -32,6 +32,7 @@ from hf_objectives.losses import (
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
 from hf_objectives.trainers.ppo_config import PPOConfig
 from hf_objectives.trainers.ppo_figures import StepFigures
+from hf_objectives.trainers.prompt_order import PromptOrder
 from hf_objectives.trainers.reference import frozen_copy, place_reference
 from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from hf_objectives.errors import ConfigError, HFObjectivesError
-from hf_objectives.labels import EncodingConfig, RowEncoder
+from hf_objectives.labels import document_frame
 
 _QUOTED = 120  # characters of a prompt and an answer that an error quotes
 RewardFunction = Callable[..., Any]
@@ -152,8 +152,8 @@ class FramedTexts:
 
     def __call__(self, *, text: list[str], **settings: Any) -> Any:
         if self.ended is not None:
-            before, after = RowEncoder(self._tokenizer, EncodingConfig()).frame
-            begin, end = self._tokenizer.decode(before), self._tokenizer.decode(after)
+            frame = document_frame(self._tokenizer)
+            begin, end = self._tokenizer.decode(frame.before), self._tokenizer.decode([frame.after])
             text = [begin + one + end * done for one, done in zip(text, self.ended, strict=True)]
         return self._tokenizer(text=text, **settings)
 

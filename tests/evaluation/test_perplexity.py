@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_objectives.collators.assistant_only import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
 from hf_objectives.evaluation.perplexity import EvaluationCounts, compute_perplexity, count_batch
 from tests.collators.test_assistant_only import llama

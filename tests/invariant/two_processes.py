@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_objectives.collators.assistant_only import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import leave_group, rank
 from hf_objectives.errors import NonFiniteError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.labels.batches import BatchEncoder
+from hf_objectives.labels.config import EncodingConfig
 from hf_objectives.labels.ledger import Ledger
-from hf_objectives.labels.rows import EncodingConfig, RowEncoder, encode_row
+from hf_objectives.labels.rows import RowEncoder, encode_row
 from tests.support.chat_corpus import byte_tokenizer, with_bos
 from tests.trainers.test_causal_lm import chats
 

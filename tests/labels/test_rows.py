@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from hf_objectives.errors import ConfigError, ConversationError, FormatError
 from hf_objectives.labels.batches import BatchEncoder
-from hf_objectives.labels.ledger import Ledger
-from hf_objectives.labels.rows import CUT, TOO_LONG, UNSUPERVISED, EncodingConfig, RowEncoder, encode_row, expand
+from hf_objectives.labels.config import EncodingConfig
+from hf_objectives.labels.ledger import CUT, TOO_LONG, UNSUPERVISED, Ledger
+from hf_objectives.labels.overlength import expand
+from hf_objectives.labels.rows import RowEncoder, encode_row
 from tests.support.chat_corpus import PLAIN, REASONING, byte_tokenizer, template, trained_runs, trained_text, with_bos
 
 TOKENIZER = byte_tokenizer()

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 
-from hf_objectives.collators.assistant_only import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.labels.rows import encode_row
 from hf_objectives.preparation.ordered_stream import OrderedStream

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, LlamaConfig, MambaConfig, MambaForCausalLM
 
-from hf_objectives.collators.assistant_only import DataCollatorWithEosPacking
+from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, NonFiniteError, PackingLeakError, StopTokenError
 from hf_objectives.trainers.guards import check_stream, ends_of_runs, ensure_stop_tokens
 from tests.collators.test_assistant_only import llama

@@ -1,0 +1,147 @@
+"""What the collators share: rows to arrays, and arrays to right-padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError, TokenizerError
+from hf_objectives.labels import EncodingConfig, LabelConfig, RowEncoder
+from hf_objectives.types import IGNORE_INDEX, Row
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row as arrays.
+
+    Attributes:
+        ids, labels: int64 [tokens]; labels are unshifted.
+        weights: float32 [tokens], weights of the labels; None where the row has none.
+        lengths: tokens of each document in the row; of one document where the row is not packed.
+        sources, numbers: source and row number of each document; None where the row has none.
+        packed: whether the row was packed before.
+    """
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    weights: NDArray[np.float32] | None
+    lengths: list[int]
+    sources: list[str] | None
+    numbers: list[int] | None
+    packed: bool
+
+    def per_token(self, values: Sequence[int] | None) -> NDArray[np.int64]:
+        """One value per document as int64 [tokens]; -1 where there are no values."""
+        return np.repeat(np.asarray(values or [-1] * len(self.lengths), np.int64), self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator(LabelConfig):
+    """Options and padding of all collators; see each."""
+
+    tokenizer: Any = field(kw_only=False)
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ConfigError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; expected at least 1")
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of the token to pad with: the pad token, EOS where there is none; masks and labels tell it from a real EOS.
+
+        Raises:
+            TokenizerError: neither.
+        """
+        for name in ("pad_token_id", "eos_token_id"):
+            if (value := getattr(self.tokenizer, name, None)) is not None:
+                return int(value)
+        raise TokenizerError("the tokenizer has neither a pad nor an EOS token to pad with; set tokenizer.pad_token")
+
+    def pad(self, rows: Sequence[NDArray], value: float, dtype: Any = np.int64) -> torch.Tensor:
+        """Rows [tokens] of any lengths as one tensor [rows, width], padded on the right with `value`."""
+        multiple = self.pad_to_multiple_of or 1
+        width = max(1, -(-max(map(len, rows)) // multiple)) * multiple
+        padded = np.full((len(rows), width), value, dtype)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        return torch.from_numpy(padded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelCollator(Collator):
+    """What the two collators of language modelling share; see each."""
+
+    allow_empty: bool = False
+    return_source: bool = False
+
+    @cached_property
+    def encoding(self) -> EncodingConfig:
+        """How raw rows are encoded."""
+        return EncodingConfig(**self.options())
+
+    def read(self, row: Row, i: int, encoder: RowEncoder, max_ids: int | None = None) -> EncodedRow:
+        """Row i of a batch as arrays: a raw row is encoded, an encoded one cut to `max_ids`, a packed one taken as it is.
+
+        Raises:
+            DataError: the row cannot be used; `row` counts within the batch.
+        """
+        ids, labels, packed = row.get("input_ids"), row.get("labels"), row.get("seq_lengths") is not None
+        if ids is None or (not packed and max_ids is not None and len(ids) > max_ids):
+            encoded = encoder.encode_one(row, source=row.get("source"), number=i)
+            ids, labels = encoded.ids, encoded.labels
+        ids = np.asarray(ids, np.int64)
+        labels = np.array(ids if labels is None else labels, np.int64)  # a copy: its first label will be ignored
+        if labels.shape != ids.shape or ids.ndim != 1:
+            raise FormatError(
+                f"input_ids of shape {ids.shape}, labels of shape {labels.shape}; expected one label per token", row=i
+            )
+        weights = row.get("loss_weights")
+        if weights is not None:
+            weights = np.asarray(weights, np.float32)[: len(ids)]
+            if weights.shape != ids.shape:
+                raise FormatError(f"{len(weights)} loss_weights for {len(ids)} tokens; expected one per token", row=i)
+        lengths = [int(length) for length in row["seq_lengths"]] if packed else [len(ids)]
+        if sum(lengths) != len(ids):
+            raise FormatError(f"seq_lengths add up to {sum(lengths)}, the row has {len(ids)} tokens", row=i)
+        sources = row.get("sources") or ([row["source"]] * len(lengths) if row.get("source") is not None else None)
+        numbers = row.get("rows") or ([row["row"]] if isinstance(row.get("row"), int) else None)
+        if numbers is not None:
+            numbers = [*numbers, *[-1] * len(lengths)][: len(lengths)]
+        return EncodedRow(ids, labels, weights, lengths, sources, numbers, packed)
+
+    def tensors(self, rows: Sequence[EncodedRow], num_rows: int) -> Batch:
+        """Padded `input_ids`, `labels` and the extra columns, [rows, width].
+
+        Raises:
+            NothingSupervisedError: no token is trained in the batch of `num_rows` rows.
+        """
+        batch: Batch = {
+            "input_ids": self.pad([row.ids for row in rows], self.pad_token_id),
+            "labels": self.pad([row.labels for row in rows], IGNORE_INDEX),
+        }
+        if not self.allow_empty and not (batch["labels"][:, 1:] != IGNORE_INDEX).any():
+            raise NothingSupervisedError(
+                f"no token is trained in a batch of {num_rows} rows; check labels and max_length={self.max_length}, "
+                "or pass allow_empty=True"
+            )
+        if any(row.weights is not None for row in rows):
+            weights = [np.ones(len(row.ids)) if row.weights is None else row.weights for row in rows]
+            batch["loss_weights"] = self.pad(weights, 1, np.float32)
+        if self.return_source and any(row.sources for row in rows):
+            names: dict[str, int] = {}
+            codes = [[names.setdefault(name, len(names)) for name in row.sources or ()] for row in rows]
+            batch["source_ids"] = self.pad([row.per_token(of_row) for row, of_row in zip(rows, codes, strict=True)], -1)
+            batch["source_names"] = list(names)
+        if self.return_source and any(row.numbers for row in rows):
+            batch["row_ids"] = self.pad([row.per_token(row.numbers) for row in rows], -1)
+        return batch
