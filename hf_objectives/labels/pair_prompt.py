@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_objectives.errors import FormatError
-from hf_objectives.labels.agreement import common_prefix
+from hf_objectives.labels.sentinels import common_prefix
 
 Message = dict[str, Any]
 SIDES = ("chosen", "rejected")
