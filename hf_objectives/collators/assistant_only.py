@@ -12,7 +12,7 @@ from hf_objectives.labels import RowEncoder
 from hf_objectives.types import IGNORE_INDEX, Row
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DataCollatorForAssistantOnlyLM(LanguageModelCollator):
     """Pads conversations; only what the assistant has to produce is trained.
 

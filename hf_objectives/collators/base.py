@@ -43,7 +43,7 @@ class EncodedRow:
         return np.repeat(np.asarray(values or [-1] * len(self.lengths), np.int64), self.lengths)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Collator(LabelConfig):
     """Options and padding of all collators; see each."""
 
@@ -77,7 +77,7 @@ class Collator(LabelConfig):
         return torch.from_numpy(padded)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class LanguageModelCollator(Collator):
     """What the two collators of language modelling share; see each."""
 

@@ -17,7 +17,7 @@ from hf_objectives.packing import check_packing, pack_rows
 from hf_objectives.types import IGNORE_INDEX, Row
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DataCollatorWithEosPacking(LanguageModelCollator):
     """Joins documents with exactly one EOS between them and packs them into rows of `max_length`.
 

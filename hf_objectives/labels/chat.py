@@ -9,64 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from hf_objectives.errors import (
-    ConfigError,
-    ConversationError,
-    DataError,
-    NothingSupervisedError,
-    TemplateError,
-    nearest,
-)
+from hf_objectives.errors import ConversationError, DataError, FormatError, NothingSupervisedError, TemplateError
 from hf_objectives.labels.config import CONTROL_TOKENS, TRAIN_ON, TrainOn
 from hf_objectives.labels.formats import drop_nulls
-from hf_objectives.labels.messages import CLOSE, OPEN, RESERVED, ControlTokens, defuse, read_messages
-from hf_objectives.labels.spans import Rendered, SpanFinder
-from hf_objectives.labels.styles import STYLES
-from hf_objectives.labels.templates import Renderer, marker_pattern, template_of
+from hf_objectives.labels.labelled import Labelled, cut, label_spans
+from hf_objectives.labels.message_forms import FORMS, Form, as_given, blocks
+from hf_objectives.labels.messages import ControlTokens, Quiet, Turns, defuse, read_messages
+from hf_objectives.labels.spans import Memory, Rendered, SpanFinder
+from hf_objectives.labels.templates import Renderer, marker_pattern, surroundings, template_of, tool_schema
 from hf_objectives.labels.templates import control_tokens as control_tokens_of
-from hf_objectives.labels.tokenization import Encoded, text_encoder
-from hf_objectives.types import IGNORE_INDEX
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A batch of encoded texts with labels.
-
-    Attributes:
-        ids: int32 [total], token ids of all rows end to end.
-        labels: int32 [total], the id where a token is trained, -100 elsewhere; unshifted.
-        offsets: int64 [rows + 1], row i is `[offsets[i]:offsets[i + 1]]`.
-        spans: int64 [spans, 2], the trained runs as half-open ranges of positions in `ids`.
-        span_rows: int64 [spans], the row of each run.
-    """
-
-    ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    spans: NDArray[np.int64]
-    span_rows: NDArray[np.int64]
-
-    def row(self, i: int) -> dict[str, list[int]]:
-        """Row i as lists."""
-        a, b = self.offsets[i], self.offsets[i + 1]
-        return {"input_ids": self.ids[a:b].tolist(), "labels": self.labels[a:b].tolist()}
-
-    def to_table(self) -> pa.Table:
-        """All rows as a table of two list columns."""
-        offsets = pa.array(self.offsets, pa.int64())
-        return pa.table(
-            {
-                name: pa.LargeListArray.from_arrays(offsets, values).cast(pa.list_(pa.int32()))
-                for name, values in (("input_ids", self.ids), ("labels", self.labels))
-            }
-        )
+from hf_objectives.labels.text_use import TextUse, text_use
+from hf_objectives.labels.tokenization import text_encoder
+from hf_objectives.types import IGNORE_INDEX, check_max_length, check_one_of
 
 
 class ChatEncoder:
@@ -94,19 +53,12 @@ class ChatEncoder:
         control_tokens: str = "plain",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value, known in (
-            ("train_on", train_on, TRAIN_ON),
-            ("control_tokens", control_tokens, CONTROL_TOKENS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
-                )
+        check_one_of("train_on", train_on, TRAIN_ON)
+        check_one_of("control_tokens", control_tokens, CONTROL_TOKENS)
         self.tokenizer, self.train_on, self.control_tokens = tokenizer, train_on, control_tokens
-        self._template, self._kwargs = chat_template, dict(template_kwargs or {})
-        self._finders: dict[tuple[str, bool], SpanFinder] = {}
-        self._guards: dict[str, tuple[ControlTokens, ControlTokens]] = {}
-        self._style = 0
+        self._chat_template, self._kwargs = chat_template, dict(template_kwargs or {})
+        self._templates: dict[str, _Template] = {}
+        self._form = as_given
         template_of(tokenizer, chat_template, None)
 
     def render(self, messages: Any, tools: Any = None, *, require_trained: bool = True) -> Rendered:
@@ -121,87 +73,98 @@ class ChatEncoder:
         if not turns.trained and require_trained:
             raise NothingSupervisedError("no assistant message to train; nothing would be supervised")
         tools = read_tools(tools)
-        template = template_of(self.tokenizer, self._template, tools)
-        cleaned = turns.messages
-        self._refuse_reserved(cleaned)
-        if self.control_tokens == "plain":
-            untrusted, structural = self._guard(template)
-            cleaned = defuse(cleaned, untrusted, structural) or cleaned
-            tools = untrusted.wrap_all(tools) if tools is not None else None
-        finder = self._finder(template, tools)
-        if turns.plain and self._style == 0:
-            try:
-                rendered = finder.find(cleaned, turns.trained)
-            except TemplateError as error:
-                rendered = self._restyled(finder, cleaned, turns.trained, error)
-        else:
-            rendered = self._restyled(finder, cleaned, turns.trained, None)
+        source = template_of(self.tokenizer, self._chat_template, tools)
+        template = self._templates.get(source)
+        if template is None:
+            template = self._templates[source] = _Template(self.tokenizer, source, self._kwargs)
+        rendered = self._plain(template, turns) if turns.plain and tools is None else None
+        if rendered is None:
+            untrusted, structural = template.guards if self.control_tokens == "plain" else (None, None)
+            cleaned = defuse(turns.messages, untrusted, structural)
+            if untrusted is not None and tools is not None:
+                tools = untrusted.wrap_all(tools)
+            rendered = self._formed(template.finder(tools), cleaned, turns.trained)
         if self.train_on == "all":
             return Rendered(rendered.text, [(0, len(rendered.text))])
         return rendered
 
     def encode(self, rendered: Sequence[Rendered]) -> Labelled:
         """Tokenise rendered conversations, and label the tokens that lie in their spans."""
-        encoded = text_encoder(self.tokenizer).encode_batch([one.text for one in rendered])
+        encoded = text_encoder(self.tokenizer).encode_batch([row.text for row in rendered])
         return label_spans(encoded, rendered)
 
-    def _restyled(
-        self, finder: SpanFinder, messages: list[dict], trained: list[int], error: TemplateError | None
-    ) -> Rendered:
+    def _plain(self, template: _Template, turns: Turns) -> Rendered | None:
+        """The render of a conversation of texts that the template prints as they are, put together without it."""
+        form = self._form if self._form in (as_given, blocks) else as_given
+        use, quiet = template.text_use(form)
+        if not use.known:
+            return None
+        texts = [message["content"] for message in turns.messages]
+        for text in texts:
+            if (use.strips and (text[0].isspace() or text[-1].isspace())) or not quiet.passes(text):
+                return None
+        if use.compares and len(set(texts)) < len(texts):
+            return None
+        roles = tuple([message["role"] for message in turns.messages])
+        layout = template.finder(None).layout(roles, form, quiet)
+        return None if layout is None else layout.fill(texts, turns.trained)
+
+    def _formed(self, finder: SpanFinder, messages: list[dict], trained: Sequence[int]) -> Rendered:
         """Find the spans with the messages as they are, else in the first other form that the template takes."""
-        first = error
-        order = [self._style, *(i for i in range(len(STYLES)) if i != self._style)]
-        for i in order:
-            if error is not None and i == 0:
-                continue
-            styled = STYLES[i](messages)
-            if styled is None:
+        first: TemplateError | None = None
+        for form in dict.fromkeys((self._form, *FORMS)):
+            formed = form(messages)
+            if formed is None:
                 continue
             try:
-                rendered = finder.find(styled, trained)
-            except TemplateError as failed:
-                first = first or failed
+                rendered = finder.find(formed, trained)
+            except TemplateError as error:
+                first = first or error
                 continue
-            self._style = i
+            self._form = form
             return rendered
-        assert first is not None  # STYLES[0] always applies
+        assert first is not None  # `as_given` always applies
+        if first.turn is None:
+            first.turn = finder.refused_turn(messages)
         raise first
 
-    def _finder(self, template: str, tools: list | None) -> SpanFinder:
-        key = template, bool(tools)
-        finder = self._finders.get(key)
-        if finder is None:
-            render = Renderer(self.tokenizer, template, None, self._kwargs)
-            finder = SpanFinder(render, marker_pattern(self.tokenizer), self.tokenizer.eos_token)
-            self._finders[key] = finder
-        finder.render.tools = tools
-        return finder
 
-    def _guard(self, template: str) -> tuple[ControlTokens, ControlTokens]:
+class _Template:
+    """One template of a tokenizer, and what was learnt of it."""
+
+    def __init__(self, tokenizer: Any, source: str, template_kwargs: Mapping[str, Any]) -> None:
+        self.tokenizer, self.source = tokenizer, source
+        self.markers = marker_pattern(tokenizer)
+        self._renderer = Renderer(tokenizer, source, None, template_kwargs)
+        self._memories = {False: Memory(), True: Memory()}
+        self._without_tools = self._new_finder(self._renderer)
+        self._uses: dict[Form, tuple[TextUse, Quiet]] = {}
+
+    def finder(self, tools: list | None) -> SpanFinder:
+        """Finds spans of conversations with these tools."""
+        return self._without_tools if tools is None else self._new_finder(self._renderer.with_tools(tools))
+
+    def _new_finder(self, render: Renderer) -> SpanFinder:
+        return SpanFinder(render, self.markers, self.tokenizer.eos_token, self._memories[render.has_tools])
+
+    def text_use(self, form: Form) -> tuple[TextUse, Quiet]:
+        """What the template does with contents in a form, and a check for texts that it prints as they are."""
+        if form not in self._uses:
+            use = text_use(self.source, "text" if form is blocks else "content")
+            self._uses[form] = use, Quiet([*control_tokens_of(self.tokenizer, self.source), *use.searched])
+        return self._uses[form]
+
+    @cached_property
+    def guards(self) -> tuple[ControlTokens, ControlTokens]:
         """Finders of forged control tokens: in text that the assistant did not write, and in the assistant's own."""
-        if template not in self._guards:
-            every = control_tokens_of(self.tokenizer, template)
-            special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-            finder = SpanFinder(
-                Renderer(self.tokenizer, template, None, self._kwargs), marker_pattern(self.tokenizer), None
-            )
-            outside, before_reply = finder.framing()
-            outside += "".join(map(str, (self.tokenizer.bos_token, self.tokenizer.eos_token)))
-            # A pair of brackets that stands before replies alone, `<think>` and `</think>`, is the assistant's own markup.
-            opens = [t for t in every if _partner(t) not in every or t in outside or _partner(t) in outside]
-            structural = [t for t in opens if t in special and (t in outside or t in before_reply)]
-            self._guards[template] = ControlTokens(every), ControlTokens(structural)
-        return self._guards[template]
-
-    @staticmethod
-    def _refuse_reserved(messages: list[dict]) -> None:
-        for turn, message in enumerate(messages):
-            content = message.get("content")
-            text = content if type(content) is str else json.dumps(message, ensure_ascii=False, default=str)
-            if not text.isascii() and (found := RESERVED.search(text)):
-                raise ConversationError(
-                    f"private-use character U+{ord(found.group()):X}, which this library uses as a mark", turn=turn
-                )
+        every = control_tokens_of(self.tokenizer, self.source)
+        special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        outside, before_reply = surroundings(self._renderer)
+        outside += "".join(map(str, (self.tokenizer.bos_token, self.tokenizer.eos_token)))
+        # A pair of brackets that stands before replies alone, `<think>` and `</think>`, is the assistant's own markup.
+        opens = [t for t in every if _partner(t) not in every or t in outside or _partner(t) in outside]
+        structural = [t for t in opens if t in special and (t in outside or t in before_reply)]
+        return ControlTokens(every), ControlTokens(structural)
 
 
 def _partner(token: str) -> str:
@@ -229,48 +192,8 @@ def read_tools(tools: Any) -> list | None:
         tool = json.loads(tool) if isinstance(tool, str) else tool
         if not isinstance(tool, Mapping) and not callable(tool):
             raise ConversationError(f"tool {tool!r:.80} is neither a JSON schema nor a function")
-        read.append(drop_nulls(tool) if isinstance(tool, Mapping) else tool)
+        read.append(drop_nulls(tool) if isinstance(tool, Mapping) else tool_schema(tool))
     return read or None
-
-
-def label_spans(encoded: Encoded, rendered: Sequence[Rendered]) -> Labelled:
-    """Labels of encoded texts: a token is trained when it lies in a span.
-
-    A token that begins before a span is not trained: the prompt supplies its beginning. One that ends after it is
-    trained only where what follows the span is white space that the token swallows (`<|end|>` with `rstrip`).
-    """
-    sizes = np.diff(encoded.offsets)
-    # One axis for all texts: text i begins at base[i], further on than any place in text i - 1.
-    lengths = np.fromiter((4 * len(one.text) + 1 for one in rendered), np.int64, len(rendered))
-    base = np.concatenate(([0], np.cumsum(lengths)[:-1])) if len(rendered) else np.empty(0, np.int64)
-    shift = np.repeat(base, sizes)
-    starts, ends = encoded.starts + shift, encoded.ends + shift
-    bounds, rows = [], []
-    for i, one in enumerate(rendered):
-        for begin, end in one.spans:
-            stretched = end
-            while stretched < len(one.text) and one.text[stretched].isspace():
-                stretched += 1
-            bounds.append([_place(one.text, at, encoded.in_bytes[i]) + base[i] for at in (begin, end, stretched)])
-            rows.append(i)
-    places = np.asarray(bounds, dtype=np.int64).reshape(-1, 3)
-    first = np.searchsorted(starts, places[:, 0], "left")
-    last = np.minimum(np.searchsorted(ends, places[:, 2], "right"), np.searchsorted(starts, places[:, 1], "left"))
-    steps = np.zeros(len(encoded.ids) + 1, np.int64)
-    np.add.at(steps, first, 1)
-    np.add.at(steps, np.maximum(first, last), -1)
-    trained = np.cumsum(steps[:-1]) > 0
-    labels = np.where(trained, encoded.ids, IGNORE_INDEX).astype(np.int32)
-    spans = np.stack([first, np.maximum(first, last)], axis=1)
-    return Labelled(encoded.ids, labels, encoded.offsets, spans, np.asarray(rows, np.int64))
-
-
-def _place(text: str, at: int, in_bytes: bool) -> int:
-    """Character position `at` of a text in the unit of its tokens' places."""
-    if in_bytes:
-        return at if text.isascii() else len(text[:at].encode())
-    head = text[:at]
-    return at - head.count(OPEN) - head.count(CLOSE)
 
 
 # The encoders used last, newest at the end. An encoder holds its tokenizer, so that a weak dictionary would never let go.
@@ -280,11 +203,12 @@ _RECENT_KEPT = 8
 
 def chat_encoder(tokenizer: Any, **settings: Any) -> ChatEncoder:
     """A ChatEncoder for a tokenizer and settings, with what it has learnt of the template; see `ChatEncoder`."""
+    own, kwargs = getattr(tokenizer, "chat_template", None), settings.get("template_kwargs")
     key = (
-        settings.get("chat_template") or repr(getattr(tokenizer, "chat_template", None)),
+        settings.get("chat_template") or (own if isinstance(own, str) else repr(own)),
         settings.get("train_on"),
         settings.get("control_tokens"),
-        json.dumps(settings.get("template_kwargs") or {}, sort_keys=True, default=repr),
+        json.dumps(kwargs, sort_keys=True, default=repr) if kwargs else "",
         len(tokenizer),
         tokenizer.eos_token,
     )
@@ -341,7 +265,7 @@ def encode_chat(
         >>> len(row["input_ids"]) == len(row["labels"])
         True
     """
-    _check_max_length(max_length)
+    check_max_length(max_length)
     encoder = chat_encoder(
         tokenizer,
         chat_template=chat_template,
@@ -383,7 +307,7 @@ def encode_chats(
     Raises:
         DataError: as `encode_chat`, naming the row too; a row that the cut leaves without trained tokens stays.
     """
-    _check_max_length(max_length)
+    check_max_length(max_length)
     encoder = chat_encoder(
         tokenizer,
         chat_template=chat_template,
@@ -395,32 +319,17 @@ def encode_chats(
     for row, messages in enumerate(conversations):
         try:
             rendered.append(encoder.render(messages, tools[row] if tools is not None else None))
-            text_encoder(tokenizer).check(rendered[-1].text)
         except DataError as error:
             raise error.at(source=source, row=row) from None
-    labelled = encoder.encode(rendered)
+    try:
+        labelled = encoder.encode(rendered)
+    except FormatError:
+        for row, one in enumerate(rendered):  # which of them is it
+            try:
+                text_encoder(tokenizer).check(one.text)
+            except FormatError as error:
+                raise error.at(source=source, row=row) from None
+        raise
     if max_length is not None:
         labelled = cut(labelled, max_length)
     return labelled.to_table()
-
-
-def _check_max_length(max_length: int | None) -> None:
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")
-
-
-def cut(rows: Labelled, max_length: int | NDArray[np.int64]) -> Labelled:
-    """Rows cut to `max_length` tokens, all or each; a trained run that the cut goes through is not trained at all."""
-    sizes = np.diff(rows.offsets)
-    if not (sizes > max_length).any():
-        return rows
-    limits = rows.offsets[:-1] + np.minimum(sizes, max_length)
-    labels = rows.labels.copy()
-    for (begin, end), row in zip(rows.spans, rows.span_rows, strict=True):
-        if end > limits[row]:
-            labels[begin:end] = IGNORE_INDEX
-    keep = np.arange(len(rows.ids)) < np.repeat(limits, sizes)
-    offsets = np.concatenate(([0], np.cumsum(np.minimum(sizes, max_length))))
-    # The runs are given up with the positions that they spoke of: a cut table is a result, not to be cut again.
-    none = np.empty((0, 2), np.int64)
-    return Labelled(rows.ids[keep], labels[keep], offsets, none, np.empty(0, np.int64))

@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 from hf_objectives.errors import ConversationError, FormatError, VisionContentError
+from hf_objectives.labels.message_forms import CALL_TEXT
 from hf_objectives.labels.pair_prompt import join_prompt, split_texts
-from hf_objectives.labels.styles import CALL_TEXT
 from hf_objectives.types import Row, check_one_of
 
 _VISION = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
@@ -267,7 +267,7 @@ def _sharegpt_messages(turns: Any) -> list[dict[str, Any]]:
             )
         message: dict[str, Any] = {"role": role, "content": value}
         if speaker in _CALLS:
-            # The author's own text stays beside the parsed call, for templates that know no tool calls (styles.py).
+            # The author's own text stays beside the parsed call, for templates that know no tool calls (message_forms.py).
             message = {"role": role, "content": "", "tool_calls": _calls(value, turn)}
             if isinstance(value, str):
                 message[CALL_TEXT] = value

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ class Turns:
     Attributes:
         messages: what the template gets: plain dicts without None values, `train` and `weight` removed.
         trained: indices of the assistant messages that are to be trained, in order.
-        plain: True when every message is a role and a string, the case that needs no search for its spans.
+        plain: whether every message is a role and a string that says something, and nothing else.
     """
 
     messages: list[dict[str, Any]]
@@ -82,7 +81,7 @@ def read_messages(messages: Any, *, train_on: str = "assistant") -> Turns:
             if clean.get(field):
                 clean = {"thinking": clean[field], **clean, "reasoning_content": clean[field]}
                 break
-        plain = plain and isinstance(clean.get("content"), str) and clean.keys() <= {"role", "content", "name"}
+        plain = plain and len(clean) == 2 and type(clean["content"]) is str and clean["content"].strip() != ""
         cleaned.append(clean)
     if not cleaned:
         raise ConversationError("no messages; expected at least one user and one assistant message")
@@ -171,7 +170,7 @@ class ControlTokens:
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:
-        longest_first = sorted(set(tokens), key=lambda token: (-len(token), token))
+        self.tokens = longest_first = sorted(set(tokens), key=lambda token: (-len(token), token))
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.first = {token[0] for token in longest_first}
         self.prefixes = {token[:n] for token in longest_first for n in range(1, len(token))}
@@ -206,6 +205,16 @@ class ControlTokens:
         return any(text[:n] in self.suffixes for n in range(1, min(self.longest, len(text) + 1)))
 
 
+class Quiet(ControlTokens):
+    """Passes texts that hold none of some tokens and can form none with what stands beside them."""
+
+    def passes(self, text: str) -> bool:
+        """Whether `text`, with anything before and after it, neither holds nor is part of one of the tokens."""
+        if not text.isascii() and RESERVED.search(text):
+            return False
+        return not self.touches(text) and (len(text) >= self.longest or not any(text in t for t in self.tokens))
+
+
 # What the template prints of a message. Roles and block types steer its logic and are validated instead.
 _PRINTED = (
     *("content", "reasoning_content", "thinking", "reasoning"),
@@ -213,25 +222,46 @@ _PRINTED = (
 )
 
 
-def defuse(messages: list[dict], untrusted: ControlTokens, structural: ControlTokens) -> list[dict] | None:
-    """Messages in which control tokens cannot be forged, or None when there is nothing to do.
+def defuse(
+    messages: list[dict], untrusted: ControlTokens | None, structural: ControlTokens | None
+) -> list[dict[str, Any]]:
+    """Messages in which control tokens cannot be forged.
 
     Everything that the assistant did not write is wrapped for every control token. The assistant's own text keeps its
     markup (`<think>`, say), but cannot forge the tokens that open and close turns.
+
+    Args:
+        messages: the conversation.
+        untrusted: the control tokens; None to leave the texts as they are.
+        structural: those that open and close turns.
+
+    Raises:
+        ConversationError: a text holds a code point that this library uses as a sentinel.
     """
-    defused, touched = [], False
-    for message in messages:
+    defused = []
+    for turn, message in enumerate(messages):
         guard = structural if message["role"] == "assistant" else untrusted
-        texts = [message["content"]] if type(message.get("content")) is str and len(message) == 2 else None
-        if texts is None:
-            texts = [json.dumps({k: message[k] for k in _PRINTED if k in message}, ensure_ascii=False, default=str)]
-            # Edges of inner strings cannot be seen in the JSON text: wrap_all looks at each one.
-            hit = any(first in texts[0] for first in guard.first)
-        else:
-            hit = guard.touches(texts[0])
-        if hit:
-            wrapped = {k: guard.wrap_all(v) if k in _PRINTED else v for k, v in message.items()}
-            touched = touched or wrapped != message
-            message = wrapped
+        touched = False
+        for text in _strings(message):
+            if not text.isascii() and (found := RESERVED.search(text)):
+                raise ConversationError(
+                    f"private-use character U+{ord(found.group()):X}, which this library uses as a sentinel", turn=turn
+                )
+            touched = touched or (guard is not None and guard.touches(text))
+        if touched and guard is not None:
+            message = {key: guard.wrap_all(value) if key in _PRINTED else value for key, value in message.items()}
         defused.append(message)
-    return defused if touched else None
+    return defused
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (key,) if isinstance(key, str) else ()
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)

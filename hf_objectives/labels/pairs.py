@@ -15,13 +15,13 @@ import numpy as np
 from hf_objectives.errors import DataError, FormatError, NothingSupervisedError
 from hf_objectives.labels.chat import ChatEncoder, Labelled, chat_encoder
 from hf_objectives.labels.config import EncodingConfig, LabelConfig
+from hf_objectives.labels.conversation import common_turns, num_leading, role_of, show
 from hf_objectives.labels.formats import Example, detect_format, to_example
 from hf_objectives.labels.messages import read_messages
 from hf_objectives.labels.pair_limits import Pair, shorten_chats, shorten_texts
 from hf_objectives.labels.pair_prompt import SIDES
 from hf_objectives.labels.rows import RowEncoder
 from hf_objectives.labels.spans import Rendered
-from hf_objectives.labels.turns import common_turns, num_leading, role_of, show
 from hf_objectives.types import IGNORE_INDEX, Row
 
 

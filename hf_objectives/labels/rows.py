@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hf_objectives.errors import DataError, FormatError
 from hf_objectives.labels.chat import ChatEncoder, Labelled, chat_encoder, cut, label_spans
 from hf_objectives.labels.config import EncodingConfig, LabelConfig
+from hf_objectives.labels.conversation import Message
 from hf_objectives.labels.formats import Example, Kind, detect_format, to_example
 from hf_objectives.labels.framing import Frame, document_frame, frame_documents
 from hf_objectives.labels.ledger import SKIPPED, Ledger, account_rows
@@ -25,7 +26,6 @@ from hf_objectives.labels.overlength import concatenate, expand, fitting_turns, 
 from hf_objectives.labels.spans import Rendered
 from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder, vocabulary_size
-from hf_objectives.labels.turns import Message
 from hf_objectives.types import IGNORE_INDEX, Row
 
 

@@ -1,23 +1,27 @@
 """Where in a rendered conversation the assistant's own output stands, for any chat template.
 
-For the assistant message k, let P be the render of the messages before it with the generation prompt and R the render
-of the whole conversation. The span starts where the part of P that R contains ends, and ends with the stop marker that
-closes the turn. Nothing here knows a template by name, and nothing assumes that P is a prefix of R: reasoning
-templates render earlier turns differently once later turns follow. Where P is no prefix, and for the ends of turns,
-messages are marked with private code points before rendering and found again in the output.
+The loss mask starts right after the generation prompt, and ends with the stop marker that closes the turn. `turn_starts.py`
+and `turn_ends.py` have the general rules, which render the conversation up to the turn. This file sees to it that they are
+asked once for turns of one kind, not once a turn. Nothing here knows a template by name.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, chain
 
 from hf_objectives.errors import TemplateError
-from hf_objectives.labels.agreement import agreement, common_prefix, whole
-from hf_objectives.labels.marks import Marks, mark, read_marks
-from hf_objectives.labels.messages import REASONING_FIELDS
-from hf_objectives.labels.templates import Renderer, text_steers
+from hf_objectives.labels.message_forms import Form
+from hf_objectives.labels.messages import Quiet
+from hf_objectives.labels.sentinels import Sentinels, mark, read_sentinels
+from hf_objectives.labels.templates import Renderer
+from hf_objectives.labels.text_use import searched_strings
 from hf_objectives.labels.turn_ends import TurnEnds
+from hf_objectives.labels.turn_starts import TurnStarts
+from hf_objectives.labels.turns import Turn, read_turns
 
 Span = tuple[int, int]
 
@@ -31,298 +35,241 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class Closing:
-    """How a template frames the text of a turn: `lead` between prompt and text, `tail` from the text to the stop's end."""
+class Layout:
+    """How a template prints plain conversations with certain roles: fixed text, with the messages' texts in between.
+
+    Attributes:
+        fixed: the text before, between and after the messages' texts, one piece more than messages.
+        turns: for each message, its span as (piece, place in it) of the begin and of the end; None where there is none.
+    """
+
+    fixed: list[str]
+    turns: list[tuple[int, int, int, int] | None]
+
+    def fill(self, texts: list[str], trained: Sequence[int]) -> Rendered:
+        """The render of a conversation, and the spans of its turns `trained`."""
+        pieces = [*chain.from_iterable(zip(self.fixed, texts, strict=False)), self.fixed[-1]]
+        places = [0, *accumulate(map(len, pieces))]
+        spans = []
+        for k in trained:
+            piece, begin, last, end = self.turns[k]  # type: ignore[misc]
+            spans.append((places[2 * piece] + begin, places[2 * last] + end))
+        return Rendered("".join(pieces), spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where turns of one kind start and end in their frames: `lead` stands between the start and the turn's text, `rest`
+    behind its stop marker; a turn whose text begins with a character of `pending` may start later."""
 
     lead: str
-    tail: str
+    rest: str
+    pending: str
+
+
+@dataclass
+class Memory:
+    """What was learnt of a template, with or without tools: kept from conversation to conversation."""
+
+    layouts: dict[tuple, Layout | None] = field(default_factory=dict)
+    frames: dict[Hashable, Frame] = field(default_factory=dict)
+
+
+# A text that is printed in another way by whatever quotes or changes texts: quotes, a backslash, both cases, an accent.
+_PROBE = "Aa \"\\\n'\u00e9{}."
+_MOST_LAYOUTS, _MOST_FRAMES = 1024, 65536
 
 
 class SpanFinder:
-    """Finds the trained spans of conversations under one template; remembers how it frames each shape of turn.
+    """Finds the trained spans of conversations under one template.
 
     Args:
         render: the template with its tools and arguments.
         markers: pattern of control tokens in rendered text.
         eos_token: the tokenizer's EOS, the first choice among stop markers.
+        memory: what was learnt before with this template and arguments; with tools if `render` has tools, else without.
     """
 
-    def __init__(self, render: Renderer, markers: re.Pattern[str], eos_token: str | None) -> None:
-        self.render, self.markers = render, markers
-        self.ends = TurnEnds(render, markers, eos_token)
-        self._closings: dict[tuple, Closing] = {}
-        self._opening: str | None = None
-        self._blind = not text_steers(render.source)
-        self._prompts: dict[tuple[str, ...], list[str] | None] = {}
+    def __init__(self, render: Renderer, markers: re.Pattern[str], eos_token: str | None, memory: Memory) -> None:
+        self.render, self.memory = render, memory
+        self.starts = TurnStarts(render, markers)
+        self.ends = TurnEnds(render, markers, eos_token, self.starts)
+        self.searched = searched_pattern(render.source)
 
-    def find(self, messages: list[dict], trained: list[int]) -> Rendered:
+    def find(self, messages: list[dict], trained: Sequence[int]) -> Rendered:
         """Render a conversation and find the span of each trained assistant turn.
 
         Raises:
             TemplateError: the template refuses the conversation, drops a turn or a tool call, or its output does not
                 determine a span; names the turn.
         """
-        text = self._render_whole(messages)
-        marks: Marks | None = None
-        spans: list[Span] = []
-        for k in trained:
-            prompt = self._prompt(messages, k)
-            start = self._after(text, prompt)
-            span = self._framed(text, start, messages, k) if start is not None else None
-            if span is None:
-                if marks is None:
-                    marks = self._marks(messages, text)
-                    self._check_rendered(messages, trained, marks, text)
-                span = self._located(messages, k, text, prompt, start, marks)
-            if spans and span[0] < spans[-1][1]:
-                raise TemplateError("the template renders two assistant turns over each other", turn=k)
-            spans.append(span)
-        return Rendered(text, spans)
+        return self._find(messages, trained)[0]
 
-    def framing(self) -> tuple[str, str]:
-        """What the template prints around a short exchange, the source of the tokens that open and close turns: around the
-        user's text and after a reply, and before a reply."""
-        hello = "Hello, hello"
-        for content in (hello, [{"type": "text", "text": hello}]):
-            user, reply = ({"role": role, "content": content} for role in ("user", "assistant"))
-            for exchange in ([user, reply, user], [user, reply], [user]):
+    def _find(self, messages: list[dict], trained: Sequence[int]) -> tuple[Rendered, Sentinels]:
+        text = self.render(messages)
+        found = self._sentinels(messages, text)
+        _check_printed(messages, trained, found)
+        spans: list[Span] = []
+        for turn in read_turns(messages, trained, found, self.searched):
+            span = self._known(turn) or self._learn(turn)
+            if spans and span[0] < spans[-1][1]:
+                raise TemplateError("the template renders two assistant turns over each other", turn=turn.k)
+            spans.append(span)
+        return Rendered(text, spans), found
+
+    def refused_turn(self, messages: list[dict]) -> int:
+        """The last message of the shortest beginning of a conversation that the template refuses."""
+        for n in range(1, len(messages)):
+            try:
+                self.render(messages[:n])
+            except TemplateError:
+                return n - 1
+        return len(messages) - 1
+
+    # -- plain conversations -----------------------------------------------------------------------------------------
+
+    def layout(self, roles: tuple[str, ...], form: Form, quiet: Quiet) -> Layout | None:
+        """How the template prints a plain conversation with these roles, None where that depends on more than the roles.
+
+        Args:
+            roles: the role of each message.
+            form: how messages are written, one of FORMS.
+            quiet: passes texts that the template prints as they are.
+        """
+        if (roles, form) not in self.memory.layouts:
+            if len(self.memory.layouts) >= _MOST_LAYOUTS:
+                self.memory.layouts.clear()
+            self.memory.layouts[roles, form] = self._read_layout(roles, form, quiet)
+        return self.memory.layouts[roles, form]
+
+    def _read_layout(self, roles: tuple[str, ...], form: Form, quiet: Quiet) -> Layout | None:
+        texts = [_PROBE.format(i) for i in range(len(roles))]
+        messages = form([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
+        if messages is None or not all(map(quiet.passes, texts)):
+            return None
+        trained = [i for i, role in enumerate(roles) if role == "assistant"]
+        try:
+            rendered, found = self._find(messages, trained)
+        except TemplateError:  # told of the conversation itself
+            return None
+        begins, place = [], 0
+        for i, text in enumerate(texts):
+            begin = found.begins.get(i, -1)
+            if begin < place or found.ends[i] != [begin + len(text)] or not found.text.startswith(text, begin):
+                return None
+            begins.append(begin)
+            place = begin + len(text)
+        bounds = [0, *(at for begin, text in zip(begins, texts, strict=True) for at in (begin, begin + len(text)))]
+        pieces = list(zip(bounds[::2], [*begins, len(found.text)], strict=True))
+        turns: list[tuple[int, int, int, int] | None] = [None] * len(roles)
+        for k, span in zip(trained, rendered.spans, strict=True):
+            places = [
+                next(((n, at - begin) for n, (begin, end) in enumerate(pieces) if begin <= at <= end), None)
+                for at in span
+            ]
+            if None in places:
+                return None
+            turns[k] = (*places[0], *places[1])  # type: ignore[misc]
+        return Layout([found.text[begin:end] for begin, end in pieces], turns)
+
+    # -- one turn ----------------------------------------------------------------------------------------------------
+
+    def _known(self, turn: Turn) -> Span | None:
+        """The span of a turn of a known kind, None where its render is not that of the kind."""
+        frame = self.memory.frames.get(turn.key)
+        if frame is None or turn.begin is None:
+            return None
+        if not turn.frame_before.endswith(frame.lead) or not turn.frame_after.endswith(frame.rest):
+            return None
+        if frame.pending and not frame.lead and turn.text[turn.begin : turn.begin + 1] in frame.pending:
+            return None
+        return turn.begin - len(frame.lead), turn.end + len(turn.frame_after) - len(frame.rest)
+
+    def _learn(self, turn: Turn) -> Span:
+        """The span of a turn by the general rules, kept for turns of its kind where it depends on nothing else."""
+        start = self.starts.find(turn)
+        if not start.place < turn.end:
+            raise TemplateError("the template's generation prompt overlaps the text of this turn", turn=turn.k)
+        tail = self.ends.find(turn, start.place)
+        if (
+            turn.key is not None
+            and start.lasting
+            and turn.before <= start.place <= turn.begin  # type: ignore[operator]
+            and (turn.following is None or tail.reach <= len(turn.frame_after))
+            and len(self.memory.frames) < _MOST_FRAMES
+        ):
+            lead, rest = turn.text[start.place : turn.begin], turn.frame_after[tail.length :]
+            self.memory.frames[turn.key] = Frame(lead, rest, start.pending)
+        return start.place, turn.end + tail.length
+
+    def _sentinels(self, messages: list[dict], text: str) -> Sentinels:
+        found = read_sentinels(self.render(mark(messages, begins=True)))
+        if found.text == text:
+            return found
+        # A template may look at the edges of a text (`content.endswith("/nothink")`): the sentinels of such messages are
+        # left out, by halves.
+        ends: dict[int, list[int]] = {}
+        begins: dict[int, int] = {}
+        calls: dict[int, set[int]] = {}
+        parts = [range(len(messages))]
+        while parts:
+            part = parts.pop()
+            for with_begins in (True, False):
                 try:
-                    around = self.render(exchange).split(hello)
-                    prompt = self.render(exchange[:1], generation_prompt=True).split(hello)
+                    found = read_sentinels(self.render(mark(messages, part, begins=with_begins)))
                 except TemplateError:
                     continue
-                if len(around) != len(exchange) + 1 or len(prompt) != 2 or len(exchange) == 1:
-                    return "".join(around + prompt), ""
-                return "".join([around[0], *around[2:], prompt[0]]), around[1] + prompt[1]
-        return "", ""
+                if found.text == text:
+                    ends |= found.ends
+                    begins |= found.begins
+                    calls |= found.calls
+                    break
+            else:
+                if len(part) > 1:
+                    middle = len(part) // 2
+                    parts += [part[:middle], part[middle:]]
+                elif messages[part[0]]["role"] == "assistant":
+                    raise TemplateError(
+                        "the template rewrites this turn depending on its text; its span is unknown", turn=part[0]
+                    )
+        return Sentinels(text, ends, begins, calls)
 
-    # -- renders -------------------------------------------------------------------------------------------------
 
-    def _render_whole(self, messages: list[dict]) -> str:
-        try:
-            return self.render(messages)
-        except TemplateError as error:
-            # The shortest prefix that the template refuses names the turn that it stumbles over.
-            for n in range(1, len(messages)):
-                try:
-                    self.render(messages[:n])
-                except TemplateError as earlier:
-                    earlier.turn = n - 1
-                    raise earlier from error
-            error.turn = len(messages) - 1
-            raise
+def _check_printed(messages: list[dict], trained: Sequence[int], found: Sentinels) -> None:
+    """Check that the template prints each turn `trained`, with its tool calls and in one place.
 
-    def _prompt(self, messages: list[dict], k: int) -> str | None:
-        """The prompt of turn k.
-
-        Where the template provably prints what messages say and does not look at it, the prompt's literal text depends
-        on roles alone: it is learnt once, and filled with this conversation's contents.
-        """
-        if self._blind and k and not self.render.tools:
-            contents = [m["content"] for m in messages[:k] if len(m) == 2 and isinstance(m["content"], str)]
-            key = tuple(message["role"] for message in messages[:k])
-            if len(contents) == k and not any(c[:1].isspace() or c[-1:].isspace() for c in contents):
-                if key not in self._prompts:
-                    self._prompts[key] = self._learn_prompt(messages[:k])
-                literals = self._prompts[key]
-                if literals is not None:
-                    parts = [part for pair in zip(literals, contents, strict=False) for part in pair]
-                    return "".join(parts) + literals[-1]
-        try:
-            return self.render(messages[:k], generation_prompt=True)
-        except TemplateError as error:
-            if k == 0:  # many templates refuse an empty conversation; the prompt is then looked for in another way
-                return None
-            error.turn = k
-            raise
-
-    def _learn_prompt(self, messages: list[dict]) -> list[str] | None:
-        """The literal text before, between and after the contents of a prompt, None where it cannot be taken apart."""
-        try:
-            prompt = self.render(messages, generation_prompt=True)
-            marks = read_marks(self.render(mark(messages), generation_prompt=True))
-        except TemplateError:
-            return None
-        if marks.text != prompt or any(len(marks.positions.get(i, ())) != 1 for i in range(len(messages))):
-            return None
-        literals, at = [], 0
-        for i, message in enumerate(messages):
-            end = marks.positions[i][0]
-            begin = end - len(message["content"])
-            if begin < at or prompt[begin:end] != message["content"]:
-                return None
-            literals.append(prompt[at:begin])
-            at = end
-        return [*literals, prompt[at:]]
-
-    def _marks(self, messages: list[dict], text: str) -> Marks:
-        marks = read_marks(self.render(mark(messages)))
-        if marks.text == text:
-            return marks
-        # A template may look at the very end of a text (`content.endswith("/nothink")`): mark message by message and
-        # keep the marks that change nothing.
-        positions: dict[int, list[int]] = {}
-        calls: dict[int, set[int]] = {}
-        for i in range(len(messages)):
-            try:
-                single = read_marks(self.render(mark(messages, only=i)))
-            except TemplateError:
-                continue
-            if single.text == text:
-                positions.update(single.positions)
-                calls.update(single.calls)
-            elif messages[i]["role"] == "assistant":
-                raise TemplateError(
-                    "the template rewrites this turn depending on its text; its span is unknown", turn=i
-                )
-        return Marks(text, positions, calls)
-
-    # -- one turn ------------------------------------------------------------------------------------------------
-
-    def _framed(self, text: str, start: int, messages: list[dict], k: int) -> Span | None:
-        """The span of a turn that is text alone and is framed as earlier turns of its shape were."""
-        closing = self._closings.get(_shape(messages, k))
-        if closing is None or "tool_calls" in messages[k] or "reasoning_content" in messages[k]:
-            return None
-        content = messages[k]["content"]
-        if type(content) is not str:
-            return None
-        for core in (content, content.strip()):
-            framed = closing.lead + core + closing.tail
-            if text.startswith(framed, start):
-                return start, start + len(framed)
-        return None
-
-    def _after(self, text: str, prompt: str | None) -> int | None:
-        """Where the text goes on after the prompt, None where it does not begin with it.
-
-        A header that the generation prompt leaves out here (DiffusionGemma after a tool result) but that every other
-        turn is given is the template's, not the model's.
-        """
-        if prompt is None or not text.startswith(prompt):
-            return None
-        header = self._header() if self.markers.search(self._header()) else ""
-        return len(prompt) + (len(header) if header and text.startswith(header, len(prompt)) else 0)
-
-    def _header(self) -> str:
-        """The generation prompt after a plain question."""
-        if self._opening is None:
-            try:
-                self._opening = self._generation_prompt([], 0, None)
-            except TemplateError:
-                self._opening = ""
-        return self._opening
-
-    def _located(
-        self, messages: list[dict], k: int, text: str, prompt: str | None, start: int | None, marks: Marks
-    ) -> Span:
-        """The span of any turn, from its marks."""
-        end = marks.end(k)
-        assert end is not None  # _check_rendered raised otherwise
-        if start is None:
-            start = self._start(messages, k, text, prompt, marks)
-        if not start < end:
-            raise TemplateError("the template's generation prompt overlaps the text of this turn", turn=k)
-        tail = self.ends.tail(messages, k, text, start, end, self._header())
-        content = messages[k].get("content")
+    Raises:
+        TemplateError: names the turn.
+    """
+    for i, message in enumerate(messages):
         if (
-            isinstance(content, str)
-            and content == content.strip()
-            and content
-            and _shape(messages, k)[1:] == (False, False)
+            i not in found.ends
+            and isinstance(message.get("content"), list)
+            and any(b["text"] for b in message["content"])
         ):
-            begin = end - len(content)
-            if begin >= start and text[begin:end] == content:
-                self._closings[_shape(messages, k)] = Closing(text[start:begin], tail)
-        return start, end + len(tail)
-
-    def _start(self, messages: list[dict], k: int, text: str, prompt: str | None, marks: Marks) -> int:
-        """Where turn k starts in a render that does not begin with its prompt.
-
-        The longest beginning of the generation prompt that stands between the previous message and the turn's own
-        text is what the render holds of the prompt. Where nothing of it does (Mistral has none, Gemma goes on in the
-        same turn after a tool result), what the prompt prints after the previous message is compared in its place.
-        """
-        generation = self._generation_prompt(messages, k, prompt).lstrip()
-        before = max((marks.positions[i][-1] for i in range(k) if i in marks.positions), default=0)
-        first = marks.positions[k][0]
-        window = text[before:first] if before <= first else ""
-        for length in range(len(generation), 0, -1):
-            at = window.find(generation[:length])
-            if at >= 0:
-                start = whole(self.markers, text, before + at + length)
-                # Also whole in the prompt's own text: `<th` of a `<think>` that the turn does not have is no part of it.
-                start = min(start, before + at + whole(self.markers, generation, length))
-                if start > before + at:
-                    return start
-                break
-        own = max((t for t in _texts(messages[k]) if window.endswith(t)), key=len, default="")
-        frame = window.removesuffix(own)
-        held = self._held_of_prompt(messages[:k], prompt, frame, prompted=bool(generation))
-        if held is not None:
-            return before + held
-        raise TemplateError(
-            "cannot tell where this turn starts: the render of the conversation does not hold the generation prompt "
-            f"{generation[-60:]!r} before it",
-            turn=k,
-        )
-
-    def _held_of_prompt(self, messages: list[dict], prompt: str | None, frame: str, *, prompted: bool) -> int | None:
-        """How much of `frame`, the text from the last message before a turn to the turn's own, the prompt prints after
-        that message; None where that is nothing or leaves open whether more of the prompt stands further on."""
-        if prompt is None:
-            return None
-        marks = read_marks(self.render(mark(messages), generation_prompt=True))
-        if marks.text != prompt or not marks.positions:
-            return None
-        after = prompt[max(positions[-1] for positions in marks.positions.values()) :]
-        in_prompt, in_frame = agreement(after, frame)
-        in_prompt, in_frame = whole(self.markers, after, in_prompt), whole(self.markers, frame, in_frame)
-        more, between = after[in_prompt:].strip(), frame[in_frame:].strip()
-        expected = self.markers.search(more)
-        if (expected and expected.group() in between) or not frame[:in_frame].strip():
-            return None
-        return in_frame if not prompted or not more or between in more else None
-
-    def _generation_prompt(self, messages: list[dict], k: int, prompt: str | None) -> str:
-        if prompt is None:  # the conversation starts with the assistant: any other conversation has the same prompt
-            probe = [{"role": "user", "content": "Hi"}]
-            prompt, bare = self.render(probe, generation_prompt=True), self.render(probe)
-        else:
-            bare = self.render(messages[:k])
-        return prompt[whole(self.markers, prompt, common_prefix(prompt, bare)) :]
-
-    def _check_rendered(self, messages: list[dict], trained: list[int], marks: Marks, text: str) -> None:
-        """Raise TemplateError for a trained turn that the template drops, wholly or in its tool calls, or scatters."""
-        for k in trained:
-            if k not in marks.positions:
-                raise TemplateError("the chat template drops this assistant turn", turn=k)
-            calls = messages[k].get("tool_calls") or ()
-            shown = len(marks.calls.get(k, ()))
-            if shown < len(calls):
-                raise TemplateError(
-                    f"the chat template renders {shown} of the {len(calls)} tool calls of this turn", turn=k
-                )
-            for call in calls:
-                arguments = call.get("function", call).get("arguments")
-                if isinstance(arguments, str) and arguments.strip() not in text:
-                    raise TemplateError("the chat template quotes the arguments of a tool call as a string", turn=k)
-            first, last = marks.positions[k][0], marks.positions[k][-1]
-            for other, positions in marks.positions.items():
-                if other != k and any(first < position < last for position in positions):
-                    raise TemplateError(f"the chat template prints message {other} inside this turn", turn=k)
+            raise TemplateError("the chat template does not print the text blocks of this message", turn=i)
+    places = sorted((place, i) for i, ends in found.ends.items() for place in ends)
+    index = {place: n for n, place in enumerate(places)}
+    for k in trained:
+        if k not in found.ends:
+            raise TemplateError("the chat template drops this assistant turn", turn=k)
+        calls, shown = messages[k].get("tool_calls") or (), len(found.calls.get(k, ()))
+        if shown < len(calls):
+            raise TemplateError(
+                f"the chat template renders {shown} of the {len(calls)} tool calls of this turn", turn=k
+            )
+        for call in calls:
+            arguments = call.get("function", call).get("arguments")
+            if isinstance(arguments, str) and arguments.strip() not in found.text:
+                raise TemplateError("the chat template quotes the arguments of a tool call as a string", turn=k)
+        first, last = found.ends[k][0], found.ends[k][-1]
+        for place, other in places[index[first, k] : index[last, k]]:
+            if other != k and first < place < last:
+                raise TemplateError(f"the chat template prints message {other} inside this turn", turn=k)
 
 
-def _texts(message: dict) -> list[str]:
-    """What a message says, piece by piece: content, reasoning, names of tools."""
-    content = message.get("content") or []
-    pieces = [content] if isinstance(content, str) else [block["text"] for block in content]
-    pieces += [message[field] for field in REASONING_FIELDS if message.get(field)]
-    pieces += [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
-    return [piece.strip() for piece in pieces]
-
-
-def _shape(messages: list[dict], k: int) -> tuple:
-    """What a template may frame a turn by: what follows, and whether it has reasoning or calls."""
-    following = messages[k + 1]["role"] if k + 1 < len(messages) else None
-    return following, bool(messages[k].get("reasoning_content")), bool(messages[k].get("tool_calls"))
+@lru_cache(maxsize=64)
+def searched_pattern(template: str) -> re.Pattern[str] | None:
+    """A pattern of the strings that a template may look for in texts, upper case or lower; None for none."""
+    strings = sorted(searched_strings(template), key=lambda string: (-len(string), string))
+    return re.compile("|".join(map(re.escape, strings)), re.IGNORECASE) if strings else None

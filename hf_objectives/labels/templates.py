@@ -5,9 +5,9 @@ This is the only file that touches the private parts of transformers' template c
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -33,91 +33,17 @@ def compile_template(template: str) -> jinja2.Template:
         raise TemplateError(f"the chat template is not valid Jinja: {error}") from error
 
 
+def syntax_tree(template: str) -> nodes.Template:
+    """The parsed template; see `compile_template`."""
+    return compile_template(template).environment.parse(template)
+
+
 def literal_text(template: str) -> str:
     """The literal strings of a template, NUL-joined: what it can write without anything from a message."""
-    tree = compile_template(template).environment.parse(template)
-    literals = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
-    literals |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    tree = syntax_tree(template)
+    literals = {node.data for node in tree.find_all(nodes.TemplateData)}
+    literals |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return "\0".join(sorted(literals))
-
-
-# Tests that ask what kind of value content is, not what it says.
-_KIND_TESTS = frozenset({"string", "none", "defined", "undefined", "mapping", "iterable", "sequence"})
-_EDGE_METHODS = frozenset({"strip", "lstrip", "rstrip"})
-
-
-@lru_cache(maxsize=64)
-def text_steers(template: str) -> bool:
-    """Whether what a message says can change anything but its own place in the render.
-
-    True unless the template provably only prints content, trimmed at most: no comparison, search, condition or method
-    on it or on anything made of it. For such a template the literal text around contents depends on roles alone.
-    """
-    tree = compile_template(template).environment.parse(template)
-    made = {"content"}
-    while True:  # names assigned from content speak of content as well
-        grown = made | {
-            name
-            for node in tree.find_all((nodes.Assign, nodes.AssignBlock))
-            if _speaks(node.node if isinstance(node, nodes.Assign) else node, made)
-            for name in _targets(node.target)  # type: ignore[attr-defined]
-        }
-        if grown == made:
-            break
-        made = grown
-    if any(
-        _speaks(node, made) and not _is_generation(node)
-        for node in tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock))
-    ):
-        return True
-    conditions: list[nodes.Node] = [node.test for node in tree.find_all((nodes.If, nodes.CondExpr))]  # type: ignore[attr-defined]
-    conditions += [node.iter for node in tree.find_all(nodes.For)] + list(
-        tree.find_all((nodes.Compare, nodes.And, nodes.Or))
-    )
-    if any(_speaks(condition, made, _KIND_TESTS) for condition in conditions):
-        return True
-    for node in tree.find_all((nodes.Filter, nodes.Call, nodes.Test, nodes.Mul, nodes.Mod, nodes.Not)):
-        harmless = (
-            (isinstance(node, nodes.Filter) and node.name == "trim" and not node.args)
-            or (isinstance(node, nodes.Test) and node.name in _KIND_TESTS)
-            or (
-                isinstance(node, nodes.Call)
-                and isinstance(node.node, nodes.Getattr)
-                and node.node.attr in _EDGE_METHODS
-                and not node.args
-            )
-        )
-        if not harmless and _speaks(node, made):
-            return True
-    return False
-
-
-def _is_generation(node: nodes.Node) -> bool:
-    """Whether a block is `{% generation %}`, which transformers parses into a call that prints its body as it is."""
-    return (
-        isinstance(node, nodes.CallBlock)
-        and isinstance(node.call.node, nodes.ExtensionAttribute)
-        and node.call.node.name == "_generation_support"
-    )
-
-
-def _speaks(node: nodes.Node, made: set[str], harmless: frozenset[str] = frozenset()) -> bool:
-    """Whether an expression reads content, outside of tests of its kind."""
-    if isinstance(node, nodes.Test) and node.name in harmless:
-        return False
-    if isinstance(node, nodes.Getattr) and node.attr in made:
-        return True
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value in made:
-        return True
-    if isinstance(node, nodes.Name) and node.name in made:
-        return True
-    return any(_speaks(child, made, harmless) for child in node.iter_child_nodes())
-
-
-def _targets(target: nodes.Node) -> list[str]:
-    names = [node.name for node in target.find_all(nodes.Name)]
-    names += [target.name] if isinstance(target, nodes.Name) else []
-    return names + ([target.attr] if isinstance(target, nodes.NSRef) else [])
 
 
 def template_of(tokenizer: Any, chat_template: str | None, tools: Sequence | None) -> str:
@@ -126,7 +52,10 @@ def template_of(tokenizer: Any, chat_template: str | None, tools: Sequence | Non
     Raises:
         TemplateError: the tokenizer has no chat template and none was given.
     """
-    if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
+    own = getattr(tokenizer, "chat_template", None)
+    if not isinstance(own, dict) and (chat_template or own):
+        return chat_template or own
+    if chat_template is None and own is None:
         raise TemplateError(
             "the tokenizer has no chat template; set tokenizer.chat_template, pass chat_template=..., or start from an "
             "instruction-tuned tokenizer"
@@ -166,14 +95,38 @@ def marker_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join([*map(re.escape, longest_first), _MARKER]))
 
 
+def surroundings(render: Renderer) -> tuple[str, str]:
+    """What a template prints around a short exchange, the source of the tokens that open and close turns.
+
+    Returns:
+        What it prints around the user's text and after a reply, and what it prints before a reply.
+    """
+    hello = "Hello, hello"
+    for content in (hello, [{"type": "text", "text": hello}]):
+        user, reply = ({"role": role, "content": content} for role in ("user", "assistant"))
+        for exchange in ([user, reply, user], [user, reply], [user]):
+            try:
+                around = render(exchange).split(hello)
+                prompt = render(exchange[:1], generation_prompt=True).split(hello)
+            except TemplateError:
+                continue
+            if len(around) != len(exchange) + 1 or len(prompt) != 2 or len(exchange) == 1:
+                return "".join(around + prompt), ""
+            return "".join([around[0], *around[2:], prompt[0]]), around[1] + prompt[1]
+    return "", ""
+
+
 class Renderer:
     """Renders conversations under one template, one set of tools and one set of template arguments.
 
     Args:
         tokenizer: gives the special tokens that the template may print.
         template: the template text.
-        tools: JSON schemas or functions, as `apply_chat_template` takes them.
-        template_kwargs: passed to the template (`enable_thinking=False`, say).
+        tools: JSON schemas, or Python functions, which are converted to schemas as `apply_chat_template` does.
+        template_kwargs: variables that are passed to the template, e.g. `{"enable_thinking": False}`.
+
+    Raises:
+        TemplateError: the template is not valid Jinja, or a tool is neither a schema nor a function that has one.
     """
 
     def __init__(
@@ -181,7 +134,6 @@ class Renderer:
     ) -> None:
         self.source = template
         self._template = compile_template(template)
-        self.tools = None if tools is None else [tool if isinstance(tool, Mapping) else _schema(tool) for tool in tools]
         # `Template.render` copies globals and arguments for each call; a shared context built from one dict is the same
         # at a third of the cost.
         self._context = {
@@ -189,7 +141,19 @@ class Renderer:
             **tokenizer.special_tokens_map,
             "documents": None,
             **template_kwargs,
+            "tools": None if tools is None else [tool_schema(tool) for tool in tools],
         }
+
+    def with_tools(self, tools: Sequence | None) -> Renderer:
+        """This renderer with other tools."""
+        other = copy.copy(self)
+        other._context = {**self._context, "tools": None if tools is None else [tool_schema(tool) for tool in tools]}
+        return other
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the template is given tools."""
+        return bool(self._context["tools"])
 
     def __call__(self, messages: list[dict], *, generation_prompt: bool = False) -> str:
         """The render of `messages`.
@@ -197,17 +161,9 @@ class Renderer:
         Raises:
             TemplateError: the template refuses the conversation or fails on it; the message quotes its own words.
         """
+        context = {**self._context, "messages": messages, "add_generation_prompt": generation_prompt}
         try:
-            context = self._template.new_context(
-                {
-                    **self._context,
-                    "messages": messages,
-                    "tools": self.tools,
-                    "add_generation_prompt": generation_prompt,
-                },
-                shared=True,
-            )
-            return "".join(self._template.root_render_func(context))
+            return "".join(self._template.root_render_func(self._template.new_context(context, shared=True)))
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
@@ -216,7 +172,17 @@ class Renderer:
             ) from error
 
 
-def _schema(tool: Any) -> dict:
+def tool_schema(tool: Any) -> Mapping[str, Any]:
+    """The JSON schema of a tool: itself, or what `transformers` reads from a function's signature and docstring.
+
+    Raises:
+        TemplateError: the tool is neither, or the function lacks type hints or a docstring.
+    """
+    if isinstance(tool, Mapping):
+        return tool
     if not callable(tool):
         raise TemplateError(f"tool {tool!r:.80} is neither a JSON schema nor a function")
-    return chat_template_utils.get_json_schema(tool)
+    try:
+        return chat_template_utils.get_json_schema(tool)
+    except (chat_template_utils.DocstringParsingException, chat_template_utils.TypeHintParsingException) as error:
+        raise TemplateError(f"no schema can be read from the function {tool.__name__!r}: {error}") from error

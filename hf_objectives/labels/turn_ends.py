@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import dataclass
+from functools import cached_property
 
 from hf_objectives.errors import TemplateError
-from hf_objectives.labels.agreement import agreement, whole
-from hf_objectives.labels.marks import mark, read_marks
+from hf_objectives.labels.sentinels import agreement, mark, read_sentinels, whole
 from hf_objectives.labels.templates import Renderer
+from hf_objectives.labels.turn_starts import TurnStarts
+from hf_objectives.labels.turns import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What closes a turn: its length, and how far behind the turn's text it was looked for."""
+
+    length: int
+    reach: int
 
 
 class TurnEnds:
@@ -18,72 +29,85 @@ class TurnEnds:
         render: the template with its tools and arguments.
         markers: pattern of control tokens in rendered text.
         eos_token: the tokenizer's EOS, the first choice among stop markers.
+        starts: knows the template's generation prompt.
     """
 
-    def __init__(self, render: Renderer, markers: re.Pattern[str], eos_token: str | None) -> None:
-        self.render, self.markers, self.eos_token = render, markers, eos_token
-        self._closes_itself: bool | None = None
+    def __init__(self, render: Renderer, markers: re.Pattern[str], eos_token: str | None, starts: TurnStarts) -> None:
+        self.render, self.markers, self.eos_token, self.starts = render, markers, eos_token, starts
 
-    def tail(self, messages: list[dict], k: int, text: str, start: int, end: int, header: str) -> str:
-        """What follows turn k's own text in the render, up to and with the stop marker.
+    def find(self, turn: Turn, start: int) -> Tail:
+        """What follows a turn's own text in the render, up to and with the stop marker; the turn starts at `start`.
 
-        Args:
-            messages: the conversation, whose render is `text`.
-            k: the turn, of which `text[start:end]` is known: from where the prompt ends to the end of the last thing said.
-            header: the template's generation prompt.
+        The stop is the last control token, before one that opens a turn, of what the template prints after the turn
+        whether or not something follows. Where turns have no stop of their own (GLM), the next role's marker is the stop.
+
+            render               <u>Hi</s><a>Hello</s><u>Bye</s>
+            without what follows <u>Hi</s><a>Hello</s>
+                                                  ^^^^ the tail
         """
-        rest, following = text[end:], messages[k + 1 : k + 2]
-        own = self._own_tail(messages[: k + 1], rest, last=not following)
-        closed = self._template_closes_turns()
-        next_marker = self._next_marker(rest, own)
-        if (not following and self._speaks(own)) or (following and following[0]["role"] != "user" and not next_marker):
+        rest, following = turn.text[turn.end :], turn.following
+        messages = turn.messages[: turn.k + 1]
+        own = self._own_tail(messages, rest, last=following is None)
+        closed = self._template_closes_turns
+        next_marker, reach = self._next_marker(rest, own)
+        if (following is None and self._speaks(own)) or (following not in (None, "user") and not next_marker):
             # Some templates print the end of a conversation in another way: Apriel leaves a call open there, Command R+
             # repeats its instructions. What they print where the user goes on decides.
-            asked = self._own_tail([*messages[: k + 1], {"role": "user", "content": "Hi"}], rest, last=False, turn=k)
+            asked = self._own_tail([*messages, {"role": "user", "content": "Hi"}], rest, last=False, turn=turn.k)
+            reach = max(reach, len(asked))
             if len(asked) > len(own):
                 own, closed = asked, True
             elif self._speaks(own[len(asked) :]):
-                own, next_marker = asked, self._next_marker(rest, asked)
+                own, (next_marker, reached) = asked, self._next_marker(rest, asked)
+                reach = max(reach, reached)
+        return Tail(self._stop(turn, start, own, next_marker, closed), reach)
+
+    def _stop(self, turn: Turn, start: int, own: str, next_marker: re.Match[str] | None, closed: bool) -> int:
         stops = list(self.markers.finditer(own)) if closed else []
-        openers = self._openers(text, start, header) if closed else set()
+        openers = self._openers(turn.text, start) if closed else set()
         closing = list(itertools.takewhile(lambda stop: stop.group() not in openers, stops))
-        if not header:
+        if not self.starts.header:
             closing = closing or stops[:1]  # one token may separate all turns
         eos = next((stop for stop in stops if stop.group() == self.eos_token), None)
         if eos or closing:
-            return own[: (eos or closing[-1]).end()]
+            return (eos or closing[-1]).end()
         # What comes next closes the turn: GLM stops at the next role's marker, gpt-oss prints another stop once the
         # conversation goes on. Where turns have stops of their own, the start of another turn is none.
         if not stops and next_marker and next_marker.group() not in openers:
-            return rest[: next_marker.end()]
-        return own[: stops[0].start() if stops else None].rstrip()
+            return next_marker.end()
+        return len(own[: stops[0].start() if stops else None].rstrip())
 
-    def _next_marker(self, rest: str, own: str) -> re.Match[str] | None:
-        """The control token that follows `own`, a beginning of `rest`, with nothing but white space between."""
+    def _next_marker(self, rest: str, own: str) -> tuple[re.Match[str] | None, int]:
+        """The control token that follows `own`, a beginning of `rest`, with nothing but white space between; and how much
+        of `rest` says so."""
         body = len(own.rstrip())
-        return self.markers.match(rest, body + len(rest[body:]) - len(rest[body:].lstrip()))
+        place = body + len(rest[body:]) - len(rest[body:].lstrip())
+        found = self.markers.match(rest, place)
+        return found, max(len(own), found.end() if found else place + 1)
 
     def _speaks(self, tail: str) -> bool:
         """Whether a tail holds words after its first control token."""
         return re.search(r"\w", "".join(self.markers.split(tail)[1:])) is not None
 
-    def _openers(self, text: str, start: int, header: str) -> set[str]:
+    def _openers(self, text: str, start: int) -> set[str]:
         """Control tokens that open turns, and so close none: those that the conversation begins with, and the one that
         opens the generation prompt, which some templates print unasked after an answer."""
-        openers, at = set(), 0
+        openers, place = set(), 0
         for found in self.markers.finditer(text):
-            if text[at : found.start()].strip():
+            if text[place : found.start()].strip():
                 break
             openers.add(found.group())
-            at = found.end()
-        opening = [self.markers.match(header.lstrip())] if header else list(self.markers.finditer(text[:start]))[-1:]
+            place = found.end()
+        opening = [self.markers.match(self.starts.header.lstrip())]
+        if not self.starts.header:
+            opening = list(self.markers.finditer(text[:start]))[-1:]  # type: ignore[arg-type]
         return openers | {found.group() for found in opening if found}
 
     def _own_tail(self, messages: list[dict], rest: str, *, last: bool, turn: int = -1) -> str:
         """What the template prints after a turn, the last of `messages` or the one named, whatever follows it."""
         turn %= len(messages)
         try:
-            other = read_marks(self.render(mark(messages), generation_prompt=last))
+            other = read_sentinels(self.render(mark(messages), generation_prompt=last))
         except TemplateError:
             return rest if last else ""
         end = other.end(turn)
@@ -91,18 +115,15 @@ class TurnEnds:
             return rest if last else ""
         return rest[: whole(self.markers, rest, agreement(rest, other.text[end:])[0])]
 
+    @cached_property
     def _template_closes_turns(self) -> bool:
         """Whether a turn ends with a marker of its own (ChatML) or only when the next role is named (GLM)."""
-        if self._closes_itself is None:
-            self._closes_itself = True
-            for content in ("Hello", [{"type": "text", "text": "Hello"}]):
-                user = {"role": "user", "content": content}
-                try:
-                    probe = read_marks(self.render(mark([user, {"role": "assistant", "content": content}])))
-                except TemplateError:
-                    continue
-                end = probe.end(1)
-                if end is not None:
-                    self._closes_itself = probe.text[end:].strip() != ""
-                    break
-        return self._closes_itself
+        for content in ("Hello", [{"type": "text", "text": "Hello"}]):
+            exchange = [{"role": role, "content": content} for role in ("user", "assistant")]
+            try:
+                probe = read_sentinels(self.render(mark(exchange)))
+            except TemplateError:
+                continue
+            if (end := probe.end(1)) is not None:
+                return probe.text[end:].strip() != ""
+        return True

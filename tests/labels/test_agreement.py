@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
+from hf_objectives.labels.agreement import agreement, common_prefix, whole
 from hypothesis import given
 from hypothesis import strategies as st
-
-from hf_objectives.labels.agreement import agreement, common_prefix, whole
 
 
 @given(st.text("ab", max_size=8), st.text("ab", max_size=8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_objectives.labels.marks import mark, read_marks
+from hf_objectives.labels.sentinels import mark
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "x", "n": 1}}}
 

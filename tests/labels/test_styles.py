@@ -8,7 +8,7 @@ import pytest
 
 from hf_objectives.errors import TemplateError
 from hf_objectives.labels.chat import encode_chat
-from hf_objectives.labels.styles import STYLES, blocks, filled, parsed, quoted
+from hf_objectives.labels.message_forms import STYLES, blocks, filled, parsed, quoted
 from tests.support.chat_corpus import PLAIN, TOOL, TOOLS, byte_tokenizer, template, trained_runs
 
 CALL = {"function": {"name": "f", "arguments": {"a": 1}}}

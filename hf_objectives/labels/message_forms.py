@@ -8,7 +8,7 @@ from collections.abc import Callable
 #: Key of a message under which a ShareGPT `function_call` keeps the text that its author wrote.
 CALL_TEXT = "call_text"
 
-Style = Callable[[list[dict]], list[dict] | None]
+Form = Callable[[list[dict]], list[dict] | None]
 
 
 def as_given(messages: list[dict]) -> list[dict] | None:
@@ -18,9 +18,8 @@ def as_given(messages: list[dict]) -> list[dict] | None:
 
 def filled(messages: list[dict]) -> list[dict] | None:
     """Empty content beside tool calls, for templates that add to it (DeepSeek)."""
-    if all("content" in message for message in messages):
-        return None
-    return [message if "content" in message else {**message, "content": ""} for message in messages]
+    changed = [message if "content" in message else {**message, "content": ""} for message in messages]
+    return changed if changed != messages else None
 
 
 def parsed(messages: list[dict]) -> list[dict] | None:
@@ -37,47 +36,54 @@ def quoted(messages: list[dict]) -> list[dict] | None:
 
 def quoted_filled(messages: list[dict]) -> list[dict] | None:
     """`quoted` and `filled`."""
-    styled = quoted(messages)
-    return styled and filled(styled)
+    changed = quoted(messages)
+    return changed and filled(changed)
 
 
 def parsed_filled(messages: list[dict]) -> list[dict] | None:
     """`parsed` and `filled`."""
-    styled = parsed(messages)
-    return styled and filled(styled)
+    changed = parsed(messages)
+    return changed and filled(changed)
 
 
 def blocks(messages: list[dict]) -> list[dict] | None:
     """Content as a list of text blocks, for the templates of multimodal models (Idefics, LLaVA)."""
-    if not any(isinstance(message.get("content"), str) for message in messages):
-        return None
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message.get("content"), str)
-        else message
-        for message in messages
-    ]
+    return _with_content(messages, str, lambda content: [{"type": "text", "text": content}])
+
+
+def joined(messages: list[dict]) -> list[dict] | None:
+    """Text blocks as one string, for templates that know no blocks.
+
+    The texts follow each other without a separator, as templates that do know blocks print them (Qwen2.5-VL, SmolVLM).
+    """
+    return _with_content(messages, list, lambda content: "".join(block["text"] for block in content))
 
 
 def written(messages: list[dict]) -> list[dict] | None:
     """ShareGPT function calls as the text that their author wrote, for templates that know no tool calls (SmolLM2)."""
-    if not any(CALL_TEXT in message for message in messages):
+    changed = [
+        {"role": message["role"], "content": message[CALL_TEXT]} if CALL_TEXT in message else message
+        for message in messages
+    ]
+    return changed if changed != messages else None
+
+
+#: Tried in this order; the first is the conversation as it is.
+FORMS: tuple[Form, ...] = (as_given, filled, parsed, parsed_filled, quoted, quoted_filled, blocks, joined, written)
+
+
+def _with_content(messages: list[dict], kind: type, change: Callable) -> list[dict] | None:
+    if not any(isinstance(message.get("content"), kind) for message in messages):
         return None
     return [
-        {"role": message["role"], "content": message[CALL_TEXT]} if CALL_TEXT in message else message
+        {**message, "content": change(message["content"])} if isinstance(message.get("content"), kind) else message
         for message in messages
     ]
 
 
-#: Tried in this order; the first is the conversation as it is.
-STYLES: tuple[Style, ...] = (as_given, filled, parsed, parsed_filled, quoted, quoted_filled, blocks, written)
-
-
 def _with_arguments(messages: list[dict], change: Callable) -> list[dict] | None:
-    if not any(message.get("tool_calls") for message in messages):
-        return None
     try:
-        styled = [
+        changed = [
             {**message, "tool_calls": [_call(call, change) for call in message["tool_calls"]]}
             if message.get("tool_calls")
             else message
@@ -85,7 +91,7 @@ def _with_arguments(messages: list[dict], change: Callable) -> list[dict] | None
         ]
     except json.JSONDecodeError:
         return None  # arguments that are not JSON have no parsed form
-    return styled if styled != messages else None
+    return changed if changed != messages else None
 
 
 def _call(call: dict, change: Callable) -> dict:
