@@ -49,7 +49,6 @@ from hf_objectives.labels.pairs import (
     fit_ids,  # An encoded pair (arrays) cut to `max_length`: the prompt's first tokens after BOS go first, see the mo
 )
 from hf_objectives.labels.prompts import (
-    PromptOrder,  # TRL's order of prompts, with a shuffle that depends on the epoch and not on how many this process
     with_prompts,  # Rows with their prompt in a column `prompt`, in one form, all text or all conversations, and thei
 )
 from hf_objectives.labels.rows import (

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from trl.trainer.utils import RepeatSampler
 
 from hf_objectives.errors import ConfigError, DataError, FormatError
 from hf_objectives.labels.formats import to_example
@@ -117,19 +116,3 @@ def with_prompts(dataset: Any, name: str) -> Any:
         return {"prompt": prompt, "row": row.get("row", i)}
 
     return dataset.map(read, with_indices=True)
-
-
-class PromptOrder(RepeatSampler):
-    """TRL's order of prompts, with a shuffle that depends on the epoch and not on how many this process has seen."""
-
-    @classmethod
-    def like(cls, other: RepeatSampler) -> PromptOrder:
-        """One with the settings of another."""
-        return cls(
-            other.data_source, other.mini_repeat_count, other.batch_size, other.repeat_count, other.shuffle, other.seed
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Told by the loader before each epoch; the first has TRL's own shuffle."""
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)

@@ -6,11 +6,10 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
-from trl.trainer.utils import RepeatSampler
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError, ConversationError, DataError, FormatError
-from hf_objectives.labels.prompts import PromptOrder, to_prompt, with_prompts
+from hf_objectives.labels.prompts import to_prompt, with_prompts
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "What is 2+2?"}
@@ -149,20 +148,3 @@ def test_what_is_no_dataset(dataset):
 def test_a_bad_row_is_named():
     with pytest.raises(FormatError, match="source 'eval_dataset b', row 1: the prompt is empty"):
         with_prompts({"a": [{"prompt": "x"}], "b": [{"prompt": "x"}, {"prompt": ""}]}, "eval_dataset")
-
-
-def test_the_order_depends_on_the_epoch_and_begins_with_trls():
-    settings = {"mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 5}
-    ours = PromptOrder.like(RepeatSampler(range(10), **settings))
-    ours.set_epoch(0)
-    first = list(ours)
-    assert first == list(RepeatSampler(range(10), **settings)) and len(first) == len(ours)
-    ours.set_epoch(1)
-    second = list(ours)
-    assert second != first
-    resumed = PromptOrder.like(RepeatSampler(range(10), **settings))
-    resumed.set_epoch(1)
-    assert list(resumed) == second
-    unshuffled = PromptOrder.like(RepeatSampler(range(10), **settings, shuffle=False))
-    unshuffled.set_epoch(4)
-    assert list(unshuffled)[:6] == [0, 0, 1, 1, 2, 2]
