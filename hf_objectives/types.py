@@ -51,3 +51,20 @@ def check_max_length(max_length: int | None) -> None:
     """
     if max_length is not None and max_length < 2:
         raise ConfigError(f"max_length is {max_length}; expected at least 2, a token and the one that it predicts")
+
+
+def ends_of_runs(labels: Any) -> Any:
+    """Find where each run of trained tokens ends.
+
+    Example: [-100, 5, 6, -100, 7] gives [False, False, True, False, True].
+
+    Args:
+        labels: int [..., length], a tensor or an array, -100 where a token is not trained.
+
+    Returns:
+        bool [..., length], True at the last token of each run.
+    """
+    trained = labels != IGNORE_INDEX
+    ends = trained & True  # a copy
+    ends[..., :-1] &= ~trained[..., 1:]
+    return ends

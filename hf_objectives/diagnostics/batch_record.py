@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
 import json
 import math
 import pickle
@@ -18,18 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_objectives.errors import FileFormatError
-from hf_objectives.evaluation import selected_logits, split_extra_columns
+from hf_objectives.evaluation import document_losses
 from hf_objectives.inspection import MASKS, marked_runs
-from hf_objectives.losses import next_token_targets, token_nll
 from hf_objectives.types import IGNORE_INDEX
 
 EVENT, BATCHES, RANDOM = "event.json", "batches.pt", "random_state.pt"
 _KEYS = {"step", "kind", "loss", "level", "grad_norm", "weights", "examples"}
 _FIGURES = {"loss", "level", "limit", "deviations", "grad_norm"}
 _UNKNOWN = object()
-_TOKENS = 1024  # whose logits are brought to float32 at a time
 _KEPT = 4_000  # characters of a document that are written
-_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed rows, for flash attention
 
 
 def with_labels(batch: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -64,7 +59,7 @@ def excerpt(marked: str, characters: int) -> str:
 
 def describes(model: nn.Module) -> bool:
     """Whether the losses of single documents can be told: a causal language model whose tokens are those of the batch."""
-    inner = _inner(model)
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
     config = getattr(model, "active_peft_config", None)
     return bool(
         hasattr(inner, "can_generate")
@@ -95,97 +90,17 @@ def describe_examples(
     whole = with_labels(batch)
     if whole is None or getattr(whole["labels"], "shape", None) != whole["input_ids"].shape:
         return []
-    inputs, riders = split_extra_columns(whole)
-    ids, labels = inputs["input_ids"], riders["labels"]
-    positions = next_token_targets(labels) != IGNORE_INDEX
-    nll = _losses(model, inputs, labels, together)
-    described = []
-    for i in range(ids.shape[0]):
-        for begin, end in itertools.pairwise([*_starts(inputs, i), ids.shape[1]]):
-            kept = torch.ones(end - begin, dtype=torch.bool, device=ids.device)
-            if "attention_mask" in inputs and inputs["attention_mask"].shape == ids.shape:
-                kept = inputs["attention_mask"][i, begin:end].bool()
-            if not bool(kept.any()):
-                continue
-            count = int(positions[i, begin:end].sum())
-            text = marked_text(tokenizer, ids[i, begin:end][kept].tolist(), labels[i, begin:end][kept].tolist())
-            described.append(
-                {
-                    "batch_row": i,
-                    "source": _source(riders, i, begin),
-                    "row": _row(riders, i, begin),
-                    "tokens": count,
-                    "loss": float(nll[i, begin:end].sum()) / count if count else None,
-                    "text": excerpt(text, _KEPT),
-                }
-            )
-    return described
-
-
-def _losses(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, together: bool) -> Tensor:
-    """Nats of each target, float64 [batch, length], 0 where none is trained. A few rows at a time, as evaluation does it: all
-    logits of a training batch in float32 may need more memory than its step."""
-    ids = inputs["input_ids"]
-    targets = next_token_targets(labels)
-    nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
-    accepted = _accepted(model, inputs)
-    # Packed rows for flash attention name their documents by places in the whole batch.
-    # So do pictures, and places of three dimensions: only what has a row's shape can be cut into rows.
-    tensors = [value for value in accepted.values() if isinstance(value, Tensor) and value.dim()]
-    together |= any(value.shape != ids.shape and value.shape != (1, ids.shape[1]) for value in tensors)
-    at_once = ids.shape[0] if together else max(1, _TOKENS // ids.shape[1])
-    for rows in torch.arange(ids.shape[0], device=ids.device).split(at_once):
-        positions = targets[rows] != IGNORE_INDEX
-        if not bool(positions.any()):
-            continue
-        part = {
-            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
-            for key, value in accepted.items()
+    return [
+        {
+            "batch_row": document.batch_row,
+            "source": document.source,
+            "row": document.row,
+            "tokens": document.tokens,
+            "loss": document.nats / document.tokens if document.tokens else None,
+            "text": excerpt(marked_text(tokenizer, document.ids.tolist(), document.labels.tolist()), _KEPT),
         }
-        logits, chosen = selected_logits(model, part, positions), targets[rows][positions]
-        losses = [token_nll(a, b) for a, b in zip(logits.split(_TOKENS), chosen.split(_TOKENS), strict=True)]
-        of_rows = nll[rows]
-        of_rows[positions] = torch.cat(losses).double()
-        nll[rows] = of_rows
-    return nll
-
-
-def _starts(inputs: Mapping[str, Any], i: int) -> list[int]:
-    """Where the documents of a row begin: at its first token, and at every position 0 after it."""
-    places, bounds = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
-    if places is None and isinstance(bounds, Tensor):  # of all rows, end to end
-        length = inputs["input_ids"].shape[1]
-        return sorted({0, *(at - i * length for at in bounds.tolist() if 0 < at - i * length < length)})
-    if not isinstance(places, Tensor) or places.dim() != 2:
-        return [0]  # three dimensions are places in pictures, which pack no documents
-    row = places[i if places.shape[0] > 1 else 0]
-    return sorted({0, *row.eq(0).nonzero().flatten().tolist()})
-
-
-def _inner(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch the model takes; collators add what only their trainer knows, such as a reference's figures."""
-    names = {*inspect.signature(_inner(model).forward).parameters, *_ATTENTION, "seq_idx"}
-    return {key: value for key, value in inputs.items() if key in names}
-
-
-def _rider(values: Tensor, i: int, begin: int) -> int:
-    """A number of a document: of its first token, or of its row; of a pair's, which the rows of its two answers share."""
-    return int(values[i, begin] if values.dim() == 2 else values[i % len(values)])
-
-
-def _row(riders: Mapping[str, Any], i: int, begin: int) -> int | None:
-    number = _rider(riders["row_ids"], i, begin) if "row_ids" in riders else -1
-    return number if number >= 0 else None  # -1: collators give it to rows without a number
-
-
-def _source(riders: Mapping[str, Any], i: int, begin: int) -> str | None:
-    if "source_ids" not in riders or (number := _rider(riders["source_ids"], i, begin)) < 0:
-        return None
-    return riders["source_names"][number]
+        for document in document_losses(model, whole, together=together)
+    ]
 
 
 def random_state() -> dict[str, Any]:

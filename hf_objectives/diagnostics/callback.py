@@ -1,4 +1,4 @@
-"""The live monitor: catches the batch of a spike or of a loss that is not finite, and says what the log shows so far."""
+"""The live monitor: it records the batch of a spike or of a loss that is not finite, and runs the detectors on the log."""
 
 from __future__ import annotations
 
@@ -28,56 +28,51 @@ from hf_objectives.diagnostics.replay import WEIGHTS
 from hf_objectives.diagnostics.suspects import BLOCKLIST, SUSPECTS, Blocked, Suspects, write_blocklist
 from hf_objectives.distributed import any_rank, gather_objects, rank
 from hf_objectives.errors import ConfigError, NonFiniteError
+from hf_objectives.trainers import StepWatch, attention_of, origin_of, prepared_batch, watch_steps
+from hf_objectives.types import check_one_of
 
 logger = logging.getLogger(__name__)
 ON_SPIKE = ("log", "skip", "stop")
 FINDINGS = "findings.jsonl"
 _FIRST_LOOK, _NEXT_LOOK = 20, 1.25  # logged lines before the detectors run, and the factor to the next time
-# Looks at the examples of a loss that is high, in deviations: their share of the time, and looks that are free beside it.
+# A high loss that is no spike has its examples looked at: (deviations, share of the run's time, looks that are free).
 _LOOKS = ((2.5, 0.003, 3), (1.5, 0.001, 1))
-_IN_A_ROW = 20  # steps left out, after which nothing is trained any more
-_WRAPPED = ("training_step", "_get_grad_norm")
+_IN_A_ROW = 20  # skipped steps after which the run has ended in all but name
+_Window = list[tuple[Mapping[str, Any], Tensor]]
 
 
-def _kind(spike: Spike) -> str:
-    """ "spike", "example" (one stands out, the step's loss does not) or "non_finite"."""
-    if math.isnan(spike.deviations) and math.isfinite(spike.value):
-        return "example"
-    return "spike" if math.isfinite(spike.value) and math.isfinite(spike.deviations) else "non_finite"
-
-
-class DiagnosticsCallback(TrainerCallback):
+class DiagnosticsCallback(TrainerCallback, StepWatch):
     """Watches every step of a Trainer (ours, transformers', TRL's).
 
         trainer.add_callback(DiagnosticsCallback(trainer))
 
-    On a spike or a loss or gradient that is not finite, before the optimizer's step, it writes
-    `<output_dir>/diagnostics/step_<n>_rank_<r>/`: the loss of each example, its text with trained tokens marked, source and
-    row, gradient norm, the tensors and the random states; `hf-objectives replay` computes that batch again. Examples whose
-    loss is far outside those of their source are named in `suspects.jsonl` beside it, and, where source and row are known and
-    the event stands alone, in `blocklist.json`, which a mixture takes as its blocklist. As lines are logged it runs
-    `diagnose`, logs each new finding once and adds it to `findings.jsonl`.
+    On a spike, or on a loss or gradient that is not finite, it writes `<output_dir>/diagnostics/step_<n>_rank_<r>/` before
+    the optimizer's step: the loss of each example, its text with the trained tokens marked, source and row, the gradient
+    norm, the tensors and the random states. `hf-objectives replay` computes that batch again. Examples whose loss is far from
+    that of their source are named in `suspects.jsonl`. Where source and row are known and the event stands alone, they are
+    also in `blocklist.json`, which a mixture takes as its blocklist. As lines are logged it runs `diagnose`, logs each new
+    finding once and adds it to `findings.jsonl`.
 
-    Single examples are told of causal language models. Of trainers with reward functions (GRPO, RLOO, PPO), whose loss says
-    nothing about a batch, only values that are not finite are events. What fails in the monitor itself (a full disk, a batch
-    of another kind) is logged and ends the looks at examples, not the run.
+    Single examples are described for causal language models. Of trainers with reward functions (GRPO, RLOO, PPO), whose loss
+    says nothing about a batch, only values that are not finite are events. An error of the monitor itself (a full disk, a
+    batch of another kind) is logged; it ends what failed, and not the run.
 
     Args:
         trainer: the trainer that it is added to.
-        on_spike: "log" writes and goes on; "skip" leaves the optimizer step out as well, on all ranks; "stop" does, too, and
-            ends training there (under DeepSpeed after the step). A trainer with `stop_on_non_finite` raises its own error
-            at a loss that is not finite.
-        save_weights: write the weights of the moment too, so that a replay gives the very losses.
-        sample_every: steps between two looks at the losses of all examples of a batch, which cost a forward pass each; they
-            are what an example of a spike is compared with. 0 never looks without cause. A loss that is high, but no spike,
-            has its examples looked at, too: three looks, and then 0.3 % of the time.
-        max_events: events that are written; further ones are counted.
-        output_dir: instead of the trainer's.
+        on_spike: "log" writes and continues; "skip" also skips the optimizer's step on all ranks; "stop" skips it and ends
+            training there (under DeepSpeed after the step). A trainer with `stop_on_non_finite` raises its own error at a
+            loss that is not finite.
+        save_weights: write the weights of the moment too, so that a replay gives exactly these losses.
+        sample_every: steps between two looks at the losses of all examples of a batch, each of which costs a forward pass. A
+            spike's examples are compared with them. With 0 only high losses are looked at: three times, and then for 0.3 % of
+            the time.
+        max_events: number of events that are written; further ones are counted.
+        output_dir: folder in place of the trainer's.
 
     Raises:
         ConfigError: an unknown `on_spike`, a number below 0, a second monitor; "skip" under DeepSpeed, whose engine steps by
-            itself, or with a trainer that stops at non-finite losses before; weights under FSDP.
-        NonFiniteError: in training, after "skip" left out 20 steps in a row.
+            itself, or with a trainer that stops at non-finite losses first; weights under FSDP.
+        NonFiniteError: in training, after "skip" has skipped more than 20 steps in a row.
     """
 
     def __init__(
@@ -90,9 +85,7 @@ class DiagnosticsCallback(TrainerCallback):
         max_events: int = 20,
         output_dir: str | Path | None = None,
     ) -> None:
-        self._policy = hasattr(trainer, "reward_funcs")
-        if on_spike not in ON_SPIKE:
-            raise ConfigError(f"on_spike is {on_spike!r}; expected one of {', '.join(ON_SPIKE)}")
+        check_one_of("on_spike", on_spike, ON_SPIKE)
         for name, number in (("sample_every", sample_every), ("max_events", max_events)):
             if number < 0:
                 raise ConfigError(f"{name} is {number}; expected 0 or more")
@@ -104,63 +97,56 @@ class DiagnosticsCallback(TrainerCallback):
             )
         if save_weights and trainer.is_fsdp_enabled:
             raise ConfigError("save_weights under FSDP: one rank alone cannot gather the weights; use checkpoints")
-        if any(isinstance(one, DiagnosticsCallback) for one in trainer.callback_handler.callbacks):
+        if any(isinstance(callback, DiagnosticsCallback) for callback in trainer.callback_handler.callbacks):
             raise ConfigError(
                 "the trainer has a DiagnosticsCallback already; trainer.remove_callback(DiagnosticsCallback)"
             )
         self.trainer, self.on_spike, self.save_weights = trainer, on_spike, save_weights
         self.sample_every, self.max_events = sample_every, max_events
         self.folder = Path(output_dir or trainer.args.output_dir or ".") / "diagnostics"
-        self._usual: dict[str, Any] = {}  # the trainer's own methods, by name
-        self._own: dict[str, bool] = {}  # whether they were set on the trainer itself
+        self._has_rewards = hasattr(trainer, "reward_funcs")
+        self._leave: Callable[[], None] = lambda: None
         self._begin()
 
     def _begin(self) -> None:
-        """The state of a training that has not begun."""
+        """Set the state of a training that has not begun."""
         self.events = 0
         self._monitor, self._suspects = SpikeMonitor(), Suspects()
-        self._window: list[tuple[Mapping[str, Any], Tensor]] = []
+        self._window: _Window = []
         self._random: dict[str, Any] = {}
         self._grad_norm: float | None = None
         self._looks_failed = False
         self._said: set[tuple[str, int]] = set()
         self._next_look = _FIRST_LOOK
-        self._failed: list[Callable[..., Any]] = []  # what is not tried again
-        self._left_out = 0
-        # Seconds: of the clock, in looks, in the last look.
+        self._failed: list[Callable[..., Any]] = []  # not tried again
+        self._skipped = 0  # steps in a row
+        # In seconds: when the run began, and what all looks and the last one took.
         self._began, self._spent, self._last = time.perf_counter(), 0.0, 0.0
 
-    # -- the trainer's step, seen from outside ----------------------------------------------------------------------
+    # -- the steps of the trainer -------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to watch: callbacks are told neither the batch nor its loss, so the trainer's two methods are wrapped."""
+        """Begin to watch, and read what a run before a resume has written."""
         self._leave()  # a training before this one may have ended in an error
         self._begin()
-        self._own = {name: name in vars(self.trainer) for name in _WRAPPED}
-        self._usual = {name: getattr(self.trainer, name) for name in _WRAPPED}
-        self.trainer.training_step = self._training_step
-        self.trainer._get_grad_norm = self._get_grad_norm
+        self._leave = watch_steps(self.trainer, self)
         for path in {self.folder / BLOCKLIST, self._path(BLOCKLIST)}:
             self._suspects.read(path)
-        if state.global_step:
-            self._go_on(args, state)
-
-    def _go_on(self, args: Any, state: Any) -> None:
-        """What was said and seen before a resume."""
+        if not state.global_step:
+            return
         if args.logging_strategy == "steps" and args.logging_steps == 1:
             self._monitor.seed([line["loss"] for line in state.log_history[-64:] if "loss" in line])
-        found = self._path(FINDINGS)
-        if found.is_file():
-            for line in found.read_text(encoding="utf-8").splitlines():
-                try:
-                    said = json.loads(line)
-                except ValueError:  # the run was killed while it wrote the line; it is said again
-                    continue
-                if said["step"] <= state.global_step:
-                    self._said.add((said["kind"], said["step"]))
+        findings = self._path(FINDINGS)
+        for line in findings.read_text(encoding="utf-8").splitlines() if findings.is_file() else ():
+            try:
+                said = json.loads(line)
+            except ValueError:  # the run was killed while it wrote the line; the finding is written again
+                continue
+            if said["step"] <= state.global_step:
+                self._said.add((said["kind"], said["step"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the trainer as it was; look at the whole log once more, and gather what all ranks would leave out."""
+        """Stop watching, look at the whole log once more, and join the blocked rows of all ranks."""
         self._leave()
         self._suspects.finish()
         gathered = gather_objects({source: set(rows) for source, rows in self._suspects.blocked.items()})
@@ -170,78 +156,61 @@ class DiagnosticsCallback(TrainerCallback):
                 "%d spikes in all; the first %d were written to %s", self.events, self.max_events, self.folder
             )
 
-    def _keep(self, state: Any) -> None:
-        if self._suspects.finish():
-            write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
-
     def _close(self, state: Any, gathered: list[Blocked]) -> None:
         if state.is_world_process_zero:
             write_blocklist(self.folder / BLOCKLIST, gathered)
         self._diagnose(state)
 
-    def _leave(self) -> None:
-        for name, method in self._usual.items():
-            if self._own[name]:
-                setattr(self.trainer, name, method)
-            else:
-                vars(self.trainer).pop(name, None)
-        self._usual, self._window = {}, []
+    def step_begins(self) -> None:
+        """Keep the random state, for a replay."""
+        self._random = random_state()
 
-    def _training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._window:
-            self._random = random_state()
-        try:
-            loss = self._usual["training_step"](model, inputs, *args, **kwargs)
-        except BaseException:
-            self._leave()
-            raise
-        self._window.append((inputs if isinstance(inputs, Mapping) else {}, loss))
-        return loss
+    def step_ends(self, batches: _Window, grad_norm: Any) -> None:
+        """Keep the batches until the step is judged."""
+        self._window, self._grad_norm = batches, None if grad_norm is None else float(grad_norm)
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        try:
-            norm = self._usual["_get_grad_norm"](model, grad_norm)
-        except NonFiniteError:
-            # The trainer stops here, on all ranks; the record is written all the same.
-            self._grad_norm = None if grad_norm is None else float(grad_norm)
+    def step_fails(self) -> None:
+        """Where the trainer stops at this step, record it all the same."""
+        if self._window:
             self._look(self.trainer.state)
-            self._safely(self._keep, self.trainer.state)
-            self._leave()
-            raise
-        self._grad_norm = None if norm is None else float(norm)
-        return norm
+            self._safely(self._keep_suspects, self.trainer.state)
+        self._leave()
+
+    def _keep_suspects(self, state: Any) -> None:
+        if self._suspects.finish():
+            write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge the step before the weights change."""
         bad = self._look(state)
         if self.on_spike == "log":
             return
-        self._left_out = self._left_out + 1 if any_rank(bad) else 0
-        if not self._left_out:
+        self._skipped = self._skipped + 1 if any_rank(bad) else 0
+        if not self._skipped:
             return
-        # The optimizer's step follows all the same; without gradients it leaves weights, moments and weight decay as they
-        # are. DeepSpeed's engine has its own.
+        # The optimizer steps all the same. Without gradients it leaves weights, moments and weight decay as they are.
+        # DeepSpeed's engine has gradients of its own.
         if not self.trainer.is_deepspeed_enabled:
             self.trainer.optimizer.zero_grad(set_to_none=True)
             logger.warning("step %d: left out", state.global_step + 1)
         control.should_training_stop |= self.on_spike == "stop"
-        if self._left_out > _IN_A_ROW:
+        if self._skipped > _IN_A_ROW:
             self._leave()
             raise NonFiniteError(
-                f"step {state.global_step + 1}: the last {self._left_out} steps were left out, nothing is trained any more; "
+                f"step {state.global_step + 1}: the last {self._skipped} steps were left out, nothing is trained any more; "
                 f"their batches are in {self.folder}"
             )
 
     def _look(self, state: Any) -> bool:
-        """Whether the step stands out; if so, or if one of its examples may, it is looked at and written."""
+        """Judge the step; record it if it is an event, or if one of its examples may be one. Returns the former."""
         window, self._window = self._window, []
         if not window:
             return False
-        loss = float(sum(float(one) for _, one in window))
+        loss = float(sum(float(loss) for _, loss in window))
         spike = self._monitor.add(loss)
-        if self._policy and math.isfinite(loss):
+        if self._has_rewards and math.isfinite(loss):
             spike = None
-        # Under an fp16 scaler an overflow is no fault: it lowers its scale and leaves the step out itself.
+        # An fp16 scaler handles overflow: it lowers its scale and skips the step itself.
         scaled = getattr(self.trainer.accelerator, "scaler", None) is not None
         if spike is None and not scaled and self._grad_norm is not None and not math.isfinite(self._grad_norm):
             spike = Spike(loss, loss, math.inf, math.inf)
@@ -249,7 +218,7 @@ class DiagnosticsCallback(TrainerCallback):
         return spike is not None
 
     def _safely(self, look: Callable[..., None], state: Any, *args: Any) -> None:
-        """A monitor must not end what it watches, and a rank that fails alone would leave the others waiting."""
+        """A monitor must not end the run, and a rank that fails alone would leave the others waiting."""
         if look in self._failed:
             return
         try:
@@ -261,16 +230,16 @@ class DiagnosticsCallback(TrainerCallback):
                 state.global_step + 1,
             )
 
-    def _examine(
-        self, state: Any, loss: float, spike: Spike | None, window: list[tuple[Mapping[str, Any], Tensor]]
-    ) -> None:
+    def _examine(self, state: Any, loss: float, spike: Spike | None, window: _Window) -> None:
         step = state.global_step + 1
         if self._suspects.settle(spike is not None):
             write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
         if spike is not None:
             self.events += 1
             if self.events <= self.max_events:
-                self._record(step, state, spike, window)
+                examples = self._examples(window)
+                self._name_suspects(step, examples, _limit(spike, examples))
+                self._write(step, state, spike, window, examples)
         elif self._is_due(step):
             examples = self._examples(window)
             if self._name_suspects(step, examples) and step > 1:
@@ -286,8 +255,8 @@ class DiagnosticsCallback(TrainerCallback):
 
     # -- examples -----------------------------------------------------------------------------------------------------
 
-    def _examples(self, window: list[tuple[Mapping[str, Any], Tensor]]) -> list[dict[str, Any]]:
-        """The losses of the step's examples, by a forward pass without gradient that leaves no trace."""
+    def _examples(self, window: _Window) -> list[dict[str, Any]]:
+        """Describe the step's examples, by a forward pass that leaves no trace in the run."""
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         # A sharded model runs on all ranks or on none.
@@ -300,11 +269,10 @@ class DiagnosticsCallback(TrainerCallback):
         try:
             for number, (batch, _) in enumerate(window):
                 with trainer.compute_loss_context_manager():
-                    prepared = trainer._prepare_input(dict(batch))
-                    found = describe_examples(model, prepared, tokenizer)
-                described += [{"micro_batch": number, **one} for one in found]
+                    found = describe_examples(model, prepared_batch(trainer, batch), tokenizer)
+                described += [{"micro_batch": number, **example} for example in found]
         except Exception:
-            # Memory that a further forward pass has not, a model of another kind: the step itself is recorded all the same.
+            # No memory for a further forward pass, or a model of another kind: the step itself is recorded all the same.
             self._looks_failed = True
             logger.exception(
                 "step %d: its examples cannot be looked at, and no others will", trainer.state.global_step + 1
@@ -320,28 +288,12 @@ class DiagnosticsCallback(TrainerCallback):
         self, step: int, examples: list[dict[str, Any]], limit: float = math.inf
     ) -> list[dict[str, Any]]:
         suspects = self._suspects.judge(examples, limit)
-        for one in suspects:
-            self._append(SUSPECTS, {"step": step, **one})
+        for suspect in suspects:
+            self._append(SUSPECTS, {"step": step, **suspect})
         self._suspects.take(suspects, len(examples))
         return suspects
 
-    def _record(self, step: int, state: Any, spike: Spike, window: list[tuple[Mapping[str, Any], Tensor]]) -> None:
-        examples = self._examples(window)
-        # Where the step's loss is in nats per token, what is out of its noise by itself is suspect, too.
-        trained = [one for one in examples if one["tokens"]]
-        mean = sum(one["loss"] * one["tokens"] for one in trained) / max(1, sum(one["tokens"] for one in trained))
-        same_unit = math.isfinite(spike.value) and abs(mean - spike.value) < 0.25 * abs(spike.value)
-        self._name_suspects(step, examples, spike.limit if same_unit else math.inf)
-        self._write(step, state, spike, window, examples)
-
-    def _write(
-        self,
-        step: int,
-        state: Any,
-        spike: Spike,
-        window: list[tuple[Mapping[str, Any], Tensor]],
-        examples: list[dict[str, Any]],
-    ) -> None:
+    def _write(self, step: int, state: Any, spike: Spike, window: _Window, examples: list[dict[str, Any]]) -> None:
         folder = self.folder / f"step_{step}_rank_{rank()}"
         event = {
             "step": step,
@@ -359,17 +311,15 @@ class DiagnosticsCallback(TrainerCallback):
         if self.save_weights:
             self.trainer.accelerator.unwrap_model(self.trainer.model).save_pretrained(folder / WEIGHTS)
         write_event(folder, event, [batch for batch, _ in window], self._random)
+        usual = "" if math.isnan(spike.level) else f", usually {spike.level:.4g}"
         logger.warning(
             "step %d: loss %.4g%s, gradient norm %s. %s Written to %s",
-            *(step, spike.value, f", usually {spike.level:.4g}" if spike.level == spike.level else "", self._grad_norm),
-            _words(examples),
-            folder,
+            *(step, spike.value, usual, self._grad_norm, _advice(examples), folder),
         )
 
     def _surroundings(self, state: Any) -> dict[str, Any]:
-        """What of the run a replay has to know."""
+        """What a replay must know of the run."""
         trainer, args = self.trainer, self.trainer.args
-        config = getattr(trainer.model, "config", None)
         seed = args.seed if args.data_seed is None else args.data_seed
         precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
         rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
@@ -378,17 +328,17 @@ class DiagnosticsCallback(TrainerCallback):
             "epoch": state.epoch,
             "run": str(Path(args.output_dir or ".").resolve()),
             "weights": WEIGHTS if self.save_weights else None,
-            "model": getattr(config, "_name_or_path", None),
+            "model": origin_of(trainer.model),
             "dtype": next((str(p.dtype)[6:] for p in trainer.model.parameters() if p.is_floating_point()), None),
             "autocast": precision,
-            "attn_implementation": getattr(config, "_attn_implementation", None),
+            "attn_implementation": attention_of(trainer.model),
             "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": seed},
         }
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Run the detectors, ever more rarely, so that all looks together cost as much as a few."""
+        """Run the detectors at growing intervals, so that all looks together cost as much as a few."""
         lines = len(state.log_history)
         if lines >= self._next_look:
             self._next_look = max(lines + 10, int(lines * _NEXT_LOOK))
@@ -397,14 +347,15 @@ class DiagnosticsCallback(TrainerCallback):
     def _diagnose(self, state: Any) -> None:
         if not state.is_world_process_zero or len(state.log_history) < 2:
             return
-        for one in diagnose(state.log_history):
-            # What lasts begins at the same step in every look; what only begins to show may move a little.
-            if any(kind == one.kind and abs(step - one.step) <= max(5, one.step // 10) for kind, step in self._said):
+        for found in diagnose(state.log_history):
+            # A finding that lasts has the same first step at every look. That of a new one may still move a little.
+            near = max(5, found.step // 10)
+            if any(kind == found.kind and abs(step - found.step) <= near for kind, step in self._said):
                 continue
-            self._said.add((one.kind, one.step))
-            self._append(FINDINGS, one.to_dict())
-            say = logger.info if one.severity == "info" else logger.warning
-            say("%s, %s: %s. %s", one.kind, one.steps, one.evidence, one.advice)
+            self._said.add((found.kind, found.step))
+            self._append(FINDINGS, found.to_dict())
+            say = logger.info if found.severity == "info" else logger.warning
+            say("%s, %s: %s. %s", found.kind, found.steps, found.evidence, found.advice)
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         path = self._path(name)
@@ -413,7 +364,7 @@ class DiagnosticsCallback(TrainerCallback):
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
-                    file.write(b"\n")  # a line that was cut off when the run was killed
+                    file.write(b"\n")  # the line before was cut off when the run was killed
             file.write(to_json(entry).encode() + b"\n")
 
     def _path(self, name: str) -> Path:
@@ -421,15 +372,31 @@ class DiagnosticsCallback(TrainerCallback):
         return self.folder / (name if rank() == 0 else f"{stem}_rank_{rank()}.{ending}")
 
 
-def _words(examples: list[dict[str, Any]]) -> str:
+def _kind(spike: Spike) -> str:
+    """ "spike", "non_finite", or "example": an example stands out, the loss of the step does not."""
+    if math.isnan(spike.deviations) and math.isfinite(spike.value):
+        return "example"
+    return "spike" if math.isfinite(spike.value) and math.isfinite(spike.deviations) else "non_finite"
+
+
+def _limit(spike: Spike, examples: list[dict[str, Any]]) -> float:
+    """The loss above which an example is suspect: that of the step, where it too is in nats per token."""
+    trained = [example for example in examples if example["tokens"]]
+    tokens = sum(example["tokens"] for example in trained)
+    mean = sum(example["loss"] * example["tokens"] for example in trained) / max(1, tokens)
+    same_unit = math.isfinite(spike.value) and abs(mean - spike.value) < 0.25 * abs(spike.value)
+    return spike.limit if same_unit else math.inf
+
+
+def _advice(examples: list[dict[str, Any]]) -> str:
     """What to look at in a batch."""
     if not examples:
         return "The monitor can tell no documents in this batch."
-    if not any(one["tokens"] for one in examples):
+    trained = [example for example in examples if example["tokens"]]
+    if not trained:
         return f"No token of this batch is trained: every label is masked, as in {excerpt(examples[0]['text'], 120)!r}."
-    suspects = [one for one in examples if one["suspect"]]
-    # Where none stands out, the batch as a whole is what the spike came with.
-    suspects = suspects or sorted((one for one in examples if one["tokens"]), key=lambda one: -one["loss"])[:1]
+    # Where no example stands out, the whole batch came with the spike.
+    suspects = [example for example in examples if example["suspect"]] or [max(trained, key=lambda one: one["loss"])]
     named = "; ".join(
         f"source {one['source']!r}, row {one['row']}, loss {one['loss']:.3g}: {one['text'][:120]!r}"
         for one in suspects[:3]

@@ -1,31 +1,39 @@
-"""What the numbers mean: exact counts, perplexity, calibration, pairs."""
+"""What the numbers mean: exact counts, perplexity, figures of preference pairs, calibration."""
 
 from __future__ import annotations
 
 from hf_objectives.evaluation.calibration import (
-    Reliability,  # Pairs by the confidence of their choice, in bins of equal width over [0.5, 1]
+    Reliability,  # confidence against accuracy, in bins
 )
 from hf_objectives.evaluation.counts import (
-    TokenCount,  # Predicted tokens and what they cost
+    EvaluationCounts,  # the sums of an evaluation, in all and per source
+    TokenCount,  # nats, tokens and bytes; gives loss, perplexity and bits per byte
+)
+from hf_objectives.evaluation.documents import (
+    DocumentLoss,  # the loss, source and row of one document
+    document_losses,  # the loss of each document of a batch, packed or not
 )
 from hf_objectives.evaluation.language_model import (
-    EvaluatesLanguageModels,  # For a Trainer: `evaluate` also measures `eval_lm_datasets`, and training may stop wher
-    LanguageModelEvaluation,  # Rows of named datasets, encoded once, and their perplexity under a model whenever it i
-)
-from hf_objectives.evaluation.pair_counts import (
-    COLUMNS,  # reference (NaN: unknown); their tokens; their rewards
-    PairScores,  # Log-probabilities of a batch of `n` pairs, chosen and rejected
-    nats_per_token,  # Mean negative log-likelihood of a token of the chosen and of the rejected answers; NaN where it
-    pair_figures,  # Metrics of an evaluation over pairs, float64 [n, columns], each counted once
-    unique_rows,  # The pairs of all ranks, each numbered row once: the last batches of ranks repeat rows to be of one
+    EvaluatesLanguageModels,  # a mixin for Trainers: `evaluate` measures `eval_lm_datasets` too
+    LanguageModelEvaluation,  # named datasets, encoded once, and their perplexity under a model
 )
 from hf_objectives.evaluation.pair_rewards import (
-    PairRewards,  # Rewards of `n` preference pairs, each an array [n]
+    PairRewards,  # rewards of preference pairs, and a reward model's metrics over them
+)
+from hf_objectives.evaluation.pair_scores import (
+    COLUMNS,  # columns of the figures of a pair
+    PairScores,  # log-probabilities of a batch of pairs under policy and reference
+    nats_per_token,  # mean loss of the tokens of both sides
+    pair_figures,  # metrics of an evaluation over pairs
+    unique_rows,  # the pairs of all ranks, each once
 )
 from hf_objectives.evaluation.perplexity import (
-    EvaluationCounts,  # What evaluation adds up
-    compute_perplexity,  # Exact perplexity: total nats over total tokens, whatever the batching
-    count_batch,  # Counts of one batch
-    split_extra_columns,  # A batch as what the model takes, and what rides along for loss and evaluation
+    compute_perplexity,  # exact perplexity of texts
+    count_batch,  # nats, tokens and bytes of one batch
 )
-from hf_objectives.evaluation.selected_logits import selected_logits
+from hf_objectives.evaluation.selected_logits import (
+    selected_logits,  # logits of chosen positions only
+    split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
+    target_nll,  # negative log-likelihood of each target
+    unwrapped,  # the model inside wrappers for data parallelism
+)

@@ -1,4 +1,4 @@
-"""How far preferences can be believed: intervals of a share, calibration of stated confidence, correlation of ranks."""
+"""How far preferences can be trusted: the interval of a share, and the calibration of stated confidence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribu
 
 
 def wilson_interval(successes: float, trials: int, *, z: float = NORMAL_95) -> tuple[float, float]:
-    """Interval of the success probability behind `successes` of `trials`, Wilson's (1927, J. Am. Stat. Assoc. 22:209).
+    """Compute Wilson's interval of a success probability (1927, J. Am. Stat. Assoc. 22:209).
+
+    `scipy.stats.binomtest` gives the same, and takes whole successes only; a tie is half of one.
 
     Args:
-        successes: how many, from 0 to `trials`; halves are fine.
-        trials: how many were tried, at least 1.
+        successes: number of successes, from 0 to `trials`.
+        trials: number of trials, at least 1.
         z: quantile of the normal distribution; the default gives 95 %.
 
     Returns:
@@ -38,11 +40,11 @@ def wilson_interval(successes: float, trials: int, *, z: float = NORMAL_95) -> t
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Pairs by the confidence of their choice, in bins of equal width over [0.5, 1].
+    """Pairs by the confidence of the model's choice, in bins of equal width over [0.5, 1].
 
     Attributes:
-        edges: float64 [bins + 1], the ends of the bins; a bin holds its upper end, the first its lower end too.
-        counts: int64 [bins], pairs in each.
+        edges: float64 [bins + 1], the ends of the bins. A bin holds its upper end, and the first also its lower end.
+        counts: int64 [bins], pairs in each bin.
         confidence, accuracy: float64 [bins], means in each bin; NaN in an empty one.
     """
 
@@ -53,19 +55,18 @@ class Reliability:
 
     @property
     def expected_calibration_error(self) -> float:
-        """Mean over pairs of their bin's |accuracy - confidence|: Guo et al. 2017 (arXiv 1706.04599), equation 3."""
+        """Mean over pairs of their bin's |accuracy - confidence| (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
         full = self.counts > 0
         gaps = np.abs(self.accuracy[full] - self.confidence[full])
         return float((self.counts[full] * gaps).sum() / self.counts.sum())
 
 
 def reliability(margins: ArrayLike, *, bins: int = 10) -> Reliability:
-    """Compare the confidence of a model of preferences with how often it is right.
+    """Compare the confidence of a preference model with its accuracy.
 
-    Under Bradley and Terry's model a margin m, the reward of the chosen answer less that of the rejected one, says that
-    the chosen answer is preferred with probability sigmoid(m). The model's own choice is the answer of the higher reward;
-    its confidence in it is sigmoid(|m|), at least one half, and it is right where m > 0. A tie has confidence one half and
-    counts as half right.
+    A margin m is the reward of the chosen answer minus that of the rejected one. Under Bradley and Terry's model the
+    chosen answer is preferred with probability sigmoid(m). So the model chooses the answer of higher reward with
+    confidence sigmoid(|m|), and it is right where m > 0. A tie has confidence one half and counts as half right.
 
     Args:
         margins: float [pairs], finite.
@@ -85,22 +86,3 @@ def reliability(margins: ArrayLike, *, bins: int = 10) -> Reliability:
     with np.errstate(invalid="ignore"):
         means = [np.bincount(which, weights=values, minlength=bins) / counts for values in (confidence, right)]
     return Reliability(edges, counts, *means)
-
-
-def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation of two float arrays [n], equal values sharing their mean rank; NaN where one is constant.
-
-    Raises:
-        ConfigError: arrays of different lengths.
-    """
-    ranks = [_ranks(np.asarray(values, np.float64).reshape(-1)) for values in (first, second)]
-    if len(ranks[0]) != len(ranks[1]):
-        raise ConfigError(f"{len(ranks[0])} values beside {len(ranks[1])}; expected as many")
-    a, b = (rank - rank.mean() if len(rank) else rank for rank in ranks)
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale > 0 else math.nan
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]

@@ -1,14 +1,16 @@
-"""Perplexity from sums: nats, tokens and bytes add up over batches, sources and processes, and are divided once."""
+"""Sums of nats, tokens and bytes. They add up over batches, sources and processes, and are divided once."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
+from hf_objectives.distributed import gather_objects
+
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """Predicted tokens and what they cost.
+    """The negative log-likelihood of predicted tokens.
 
     Attributes:
         nll: total negative log-likelihood in nats, float64.
@@ -38,13 +40,59 @@ class TokenCount:
 
     @property
     def bits_per_byte(self) -> float:
-        """nats / ln 2 / bytes, which compares tokenizers (Gao et al., arXiv 2101.00027, section 3.1); NaN without bytes."""
+        """nats / ln 2 / bytes, comparable between tokenizers (Gao et al., arXiv 2101.00027, 3.1); NaN without bytes."""
         return self.nll / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """`<prefix>_loss`, `_perplexity`, `_bits_per_byte` and `_num_tokens`."""
+        names = ("loss", "perplexity", "bits_per_byte", "num_tokens")
+        return {f"{prefix}_{name}": getattr(self, name) for name in names}
+
+
+@dataclass
+class EvaluationCounts:
+    """The sums of an evaluation.
+
+    Attributes:
+        total: all predicted tokens.
+        sources: the predicted tokens of each source, where batches name sources.
+        stop_probability: sum of the probability of the stop token, over the ends of trained turns.
+        num_stops: number of these ends.
+    """
+
+    total: TokenCount = field(default_factory=TokenCount)
+    sources: dict[str, TokenCount] = field(default_factory=dict)
+    stop_probability: float = 0.0
+    num_stops: int = 0
+
+    def add(self, other: EvaluationCounts) -> None:
+        """Add other counts to these."""
+        self.total = self.total + other.total
+        for name, count in other.sources.items():
+            self.sources[name] = self.sources.get(name, TokenCount()) + count
+        self.stop_probability += other.stop_probability
+        self.num_stops += other.num_stops
+
+    def over_ranks(self) -> EvaluationCounts:
+        """The sum over all processes."""
+        merged = EvaluationCounts()
+        for counts in gather_objects(self):
+            merged.add(counts)
+        return merged
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The metrics of all tokens, of stop tokens, and of each source."""
+        metrics = self.total.metrics(prefix)
+        if self.num_stops:
+            metrics[f"{prefix}_stop_probability"] = self.stop_probability / self.num_stops
+        for name, count in sorted(self.sources.items()):
+            metrics |= count.metrics(f"{prefix}_{name}")
+        return metrics
 
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
-    """What `compute_perplexity` returns.
+    """The result of `compute_perplexity`.
 
     Attributes:
         nll: total nats.
@@ -52,7 +100,7 @@ class PerplexityResult:
         num_bytes: bytes that these tokens stand for.
         perplexity: exp(nll / num_tokens).
         bits_per_byte: nll / ln 2 / num_bytes.
-        groups: the same per group, where texts were grouped.
+        groups: the result of each group, where texts were grouped.
     """
 
     nll: float

@@ -1,4 +1,4 @@
-"""What alignment costs the language model: exact perplexity of texts and chats, along the way and against the start."""
+"""What alignment costs the language model: exact perplexity of texts and chats during a run, against its start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM
 from hf_objectives.distributed import rank, world_size
 from hf_objectives.errors import ConfigError
-from hf_objectives.evaluation.perplexity import EvaluationCounts, count_batch
+from hf_objectives.evaluation.counts import EvaluationCounts
+from hf_objectives.evaluation.perplexity import count_batch
 from hf_objectives.labels import Ledger, token_byte_lengths
 from hf_objectives.preparation import prepare_dataset
 
@@ -24,17 +25,17 @@ Rows: TypeAlias = Dataset | Iterable[Mapping[str, Any]]
 
 
 class LanguageModelEvaluation:
-    """Rows of named datasets, encoded once, and their perplexity under a model whenever it is asked for.
+    """Named datasets, encoded once, and their perplexity under a model.
 
     Args:
-        datasets: rows of any format of `formats.py` (texts, chats, prompts with completions), or several by name; one
-            without a name is "lm".
+        datasets: rows in any accepted format (texts, chats, prompts with completions), or a mapping of names to rows.
+            Rows without a name get the name "lm".
         tokenizer: a fast transformers tokenizer.
-        max_length: longer rows are cut there, and a turn that the cut goes through is not counted.
+        max_length: longer rows are cut there. A turn that the cut goes through is not counted.
         batch_size: rows of a batch, on each process.
 
     Raises:
-        ConfigError: a dataset that ends never, or a mapping without a dataset.
+        ConfigError: a stream, or a mapping without a dataset.
         DataError: a row that cannot be used; names the dataset and the row.
         NothingSupervisedError: a dataset without a token to predict.
     """
@@ -49,17 +50,17 @@ class LanguageModelEvaluation:
         self._collate = DataCollatorForAssistantOnlyLM(tokenizer, allow_empty=True)
         self._byte_lengths = token_byte_lengths(tokenizer)
         self._batch_size = batch_size
-        #: Perplexity of the model that training started from, by dataset; set by the first measurement.
+        #: Perplexity of each dataset under the model that training started from; set by the first measurement.
         self.start: dict[str, float] = {}
 
     @torch.no_grad()
     def measure(self, model: Any, *, prefix: str = "eval", sharded: bool = False) -> dict[str, float]:
-        """Figures of every dataset over all ranks, each row counted once.
+        """Measure every dataset over all ranks, each row once.
 
         Args:
-            model: the model; under FSDP or DeepSpeed the wrapped one, and `sharded` then.
-            prefix: what the keys begin with.
-            sharded: whether a forward runs on all ranks or on none.
+            model: the model; under FSDP or DeepSpeed the wrapped one.
+            prefix: beginning of the keys.
+            sharded: whether a forward pass needs all ranks (FSDP, DeepSpeed).
 
         Returns:
             `<prefix>_<name>_perplexity`, `_bits_per_byte`, `_num_tokens`, `_perplexity_at_start` and
@@ -84,23 +85,22 @@ class LanguageModelEvaluation:
         return figures
 
     def recall(self, log_history: Iterable[Mapping[str, Any]]) -> None:
-        """Take the start of a resumed run from its log."""
+        """Read the start of a resumed run from its log."""
         for entry in log_history:
             for key, value in entry.items():
                 # One name may end with another: the longest is meant.
-                told = [name for name in self._rows if key.endswith(f"_{name}{_START}")]
-                if told:
-                    self.start[max(told, key=len)] = value
+                names = [name for name in self._rows if key.endswith(f"_{name}{_START}")]
+                if names:
+                    self.start[max(names, key=len)] = value
 
     def worst(self, figures: Mapping[str, float], *, prefix: str = "eval") -> tuple[str, float]:
-        """The dataset whose perplexity rose most, and its increase.
+        """Find the dataset whose perplexity rose most, and its increase. NaN counts as the largest increase.
 
         Args:
-            figures: from `measure`.
-            prefix: what it was called with.
+            figures: the result of `measure`.
+            prefix: the prefix given to `measure`.
         """
         increases = {name: figures[f"{prefix}_{name}_perplexity_increase"] for name in self._rows}
-        # Of a model that says NaN nothing is known but that it is lost.
         name = max(increases, key=lambda name: math.inf if math.isnan(increases[name]) else increases[name])
         return name, increases[name]
 
@@ -109,17 +109,14 @@ class LanguageModelEvaluation:
         device = next(model.parameters()).device
         size, world = self._batch_size, world_size()
         own = range(rank(), len(rows), world)
-        rounds = math.ceil(math.ceil(len(rows) / world) / size)  # of the rank with most rows
-        for i in range(rounds):
-            mine = own[i * size : (i + 1) * size]
-            if not mine and not sharded:
+        for i in range(math.ceil(math.ceil(len(rows) / world) / size)):  # batches of the rank with most rows
+            picked = own[i * size : (i + 1) * size]
+            if not picked and not sharded:
                 break
-            picked = mine or range(1)
-            batch = self._collate([rows[j] for j in picked])
-            counted = count_batch(
-                model, {key: value.to(device) for key, value in batch.items()}, byte_lengths=self._byte_lengths
-            )
-            if mine:
+            batch = self._collate([rows[j] for j in picked or range(1)])
+            batch = {key: value.to(device) for key, value in batch.items()}
+            counted = count_batch(model, batch, byte_lengths=self._byte_lengths)
+            if picked:
                 counts.add(counted)
         return counts
 
@@ -137,9 +134,9 @@ def _encoded(rows: Rows, name: str, tokenizer: Any, max_length: int | None) -> D
 
 
 class EvaluatesLanguageModels:
-    """For a Trainer: `evaluate` also measures `eval_lm_datasets`, and training may stop where they have become worse.
+    """A mixin for Trainers: `evaluate` also measures `eval_lm_datasets`, and too large an increase stops training.
 
-    Stands before the Trainer among the bases; `watch_language_models` is called at the end of `__init__`.
+    It stands before the Trainer among the bases. `__init__` calls `watch_language_models` at its end.
     """
 
     lm_evaluation: LanguageModelEvaluation | None = None
@@ -154,10 +151,10 @@ class EvaluatesLanguageModels:
         max_length: int | None,
         max_increase: float | None,
     ) -> None:
-        """Encode the datasets (rows longer than `max_length` tokens are cut), and measure them from now on.
+        """Encode the datasets and measure them from now on; rows longer than `max_length` tokens are cut.
 
         Raises:
-            ConfigError: a bound without datasets, or one that is not positive.
+            ConfigError: a bound without datasets, or a bound that is not positive.
         """
         if max_increase is not None and datasets is None:
             raise ConfigError("max_perplexity_increase needs eval_lm_datasets, whose perplexity it bounds")
@@ -173,8 +170,8 @@ class EvaluatesLanguageModels:
         trainer.add_callback(_Start(self))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The parent's, and the figures of `LanguageModelEvaluation.measure` once."""
-        # With several evaluation sets the parent calls this again for each.
+        """Evaluate as the parent does, and measure the language-model datasets once."""
+        # With several evaluation sets the parent calls this method again for each.
         outer, self._evaluating = not self._evaluating, True
         dataset = kwargs.get("eval_dataset", args[0] if args else None)
         has_rows = dataset is not None or self.eval_dataset is not None  # type: ignore[attr-defined]
@@ -190,33 +187,28 @@ class EvaluatesLanguageModels:
         return metrics
 
     def measure_language_models(self, prefix: str = "eval") -> dict[str, float]:
-        """Measure, log, and ask the run to stop if the bound is passed."""
+        """Measure and log the datasets. Stop training if the increase is over its bound."""
         trainer: Any = self
         assert self.lm_evaluation is not None
         sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        model = trainer.model_wrapped if sharded else trainer.model
         with trainer.compute_loss_context_manager():
-            figures = self.lm_evaluation.measure(
-                trainer.model_wrapped if sharded else trainer.model, prefix=prefix, sharded=sharded
-            )
-        Trainer.log(trainer, dict(figures))  # TRL's own log would empty what it has gathered of the step
+            figures = self.lm_evaluation.measure(model, prefix=prefix, sharded=sharded)
+        Trainer.log(trainer, dict(figures))  # TRL's own `log` would also write and clear the step's metrics
         name, increase = self.lm_evaluation.worst(figures, prefix=prefix)
         if self._max_increase is not None and not increase <= self._max_increase and trainer.is_in_train:
             trainer.control.should_training_stop = True
             logger.warning(
                 "stopping at step %d: perplexity of %s is %.4g, %.1f %% over its start (%.4g), more than "
                 "max_perplexity_increase=%.4g allows",
-                trainer.state.global_step,
-                name,
-                figures[f"{prefix}_{name}_perplexity"],
-                100 * increase,
-                self.lm_evaluation.start[name],
-                self._max_increase,
+                *(trainer.state.global_step, name, figures[f"{prefix}_{name}_perplexity"]),
+                *(100 * increase, self.lm_evaluation.start[name], self._max_increase),
             )
         return figures
 
 
 class _Start(TrainerCallback):
-    """Measures the model that training starts from, unless a resumed run's log tells."""
+    """Measures the model that training starts from, unless the log of a resumed run has the figures."""
 
     def __init__(self, trainer: EvaluatesLanguageModels) -> None:
         self._trainer = trainer
@@ -227,6 +219,6 @@ class _Start(TrainerCallback):
         evaluation.recall(state.log_history)
         if not evaluation.start:
             self._trainer.measure_language_models()
-        elif not state.global_step:  # measured before: the new history has to hold it, for a run that resumes this one
+        elif not state.global_step:  # measured before training: a run that resumes this one reads it from the log
             figures = {f"eval_{name}{_START}": value for name, value in evaluation.start.items()}
             Trainer.log(self._trainer, figures)  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""The rewards of preference pairs, row by row, and what they say together."""
+"""The rewards of preference pairs, and the metrics of a reward model over them."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_objectives.errors import DataError, NonFiniteError
-from hf_objectives.evaluation.calibration import Reliability, rank_correlation, reliability, wilson_interval
+from hf_objectives.evaluation.calibration import Reliability, reliability, wilson_interval
 
 _Floats = NDArray[np.float64]
 
@@ -22,8 +23,8 @@ class PairRewards:
     Attributes:
         row: int64, number of the row in its dataset.
         chosen, rejected: float64, the reward of each answer.
-        chosen_length, rejected_length: int64, tokens of each answer, the prompt's left out.
-        target: float64, the margin that the loss asks of the pair; 0 where the rows have none.
+        chosen_length, rejected_length: int64, tokens of each answer without the prompt.
+        target: float64, the margin that the loss asks for; 0 where the rows have none.
     """
 
     row: NDArray[np.int64]
@@ -35,9 +36,9 @@ class PairRewards:
 
     @classmethod
     def of_ranks(cls, parts: Iterable[PairRewards]) -> PairRewards:
-        """The pairs of several ranks in the order of their rows, each row once.
+        """Join the pairs of all ranks in the order of their rows, each row once.
 
-        Ranks that run out of rows are given some twice, so that all have as many batches; of such rows the first counts.
+        Ranks repeat rows so that all have as many batches. The first copy of a row counts.
         """
         parts = list(parts)
         joined = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)}
@@ -46,22 +47,22 @@ class PairRewards:
 
     @property
     def margin(self) -> _Floats:
-        """float64 [n], the chosen answer's reward less the rejected one's."""
+        """float64 [n], the chosen answer's reward minus the rejected one's."""
         return self.chosen - self.rejected
 
     def reliability(self, *, bins: int = 10) -> Reliability:
-        """Confidence against accuracy; see `calibration.reliability`."""
+        """Compare confidence with accuracy; see `calibration.reliability`."""
         return reliability(self.margin, bins=bins)
 
     def metrics(self, *, center: float | None = None) -> dict[str, float]:
-        """What an evaluation reports, each pair counted once; see `RewardModelTrainer` for the keys.
+        """Compute the metrics of an evaluation; `RewardModelTrainer` describes the keys.
 
         Args:
-            center: weight of the squared sum of a pair's rewards in the loss, `center_rewards_coefficient`.
+            center: weight in the loss of the squared sum of a pair's rewards, `center_rewards_coefficient`.
 
         Raises:
-            NonFiniteError: a reward that is not finite; names its row.
-            DataError: no pair.
+            NonFiniteError: a reward is not finite; names its row.
+            DataError: there is no pair.
         """
         n = len(self.row)
         if not n:
@@ -71,7 +72,7 @@ class PairRewards:
             i = int(np.flatnonzero(~finite)[0])
             raise NonFiniteError(
                 f"row {self.row[i]}: rewards {self.chosen[i]} of the chosen and {self.rejected[i]} of the rejected answer; "
-                f"expected finite ones ({n - int(finite.sum())} such rows of {n})"
+                f"expected finite rewards ({n - int(finite.sum())} such rows of {n})"
             )
         margin = self.margin
         ties = int((margin == 0).sum())
@@ -97,11 +98,14 @@ class PairRewards:
         }
 
     def _length_metrics(self, rewards: _Floats) -> dict[str, float]:
-        """Those that are defined: a correlation needs different lengths and rewards, "longer" a pair of two lengths."""
+        """Metrics of length where they are defined: a correlation needs several lengths and rewards."""
+        from scipy.stats import ConstantInputWarning, spearmanr  # takes half a second to import
+
         lengths = np.concatenate([self.chosen_length, self.rejected_length])
+        with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
+            found = {"length_bias": float(spearmanr(rewards, lengths).statistic)}
         longer = self.chosen_length - self.rejected_length
         different = longer != 0
-        found = {"length_bias": rank_correlation(rewards, lengths)}
         if different.any():
             found["longer_accuracy"] = float((longer[different] > 0).mean())
             found["longer_preferred"] = float((np.sign(self.margin * longer)[different] / 2 + 0.5).mean())

@@ -1,4 +1,4 @@
-"""Logits of chosen positions only: the head of a language model is run where a token is supervised, nowhere else."""
+"""Logits and losses of chosen positions: the model's head runs only where a token is predicted."""
 
 from __future__ import annotations
 
@@ -6,32 +6,53 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from hf_objectives.losses import token_nll
+from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()
+_CHUNK = 1024  # tokens whose logits are in float32 at a time
+EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids")
+
+
+def split_extra_columns(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a batch into the model's inputs and the extra columns for loss and evaluation."""
+    return (
+        {key: value for key, value in batch.items() if key not in EXTRA_COLUMNS},
+        {key: value for key, value in batch.items() if key in EXTRA_COLUMNS},
+    )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside wrappers for data parallelism (DDP, FSDP1, DeepSpeed)."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
 
 def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, *, full: bool = False) -> Tensor:
-    """Run a causal language model, and its head at `positions` alone.
+    """Run a causal language model, and its head at `positions` only.
 
-    A hook hands the head the hidden states of these positions only. What a model does to its logits after the head
-    (Gemma's soft-capping, Cohere's and Granite's scaling) it still does, since that acts on each logit by itself.
+    A hook gives the head the hidden states of these positions. What the model does to logits after the head (Gemma's
+    soft-capping, the scaling of Cohere and Granite) still happens, because it acts on each logit by itself.
 
     Args:
-        model: the model, wrapped for data parallelism or not.
-        inputs: what the model takes, without labels.
-        positions: bool [batch, length], the positions whose logits are wanted.
-        full: let the head see every position (`torch.compile`, to which a hook is a break) and select afterwards.
+        model: the model, with or without a wrapper for data parallelism.
+        inputs: the model's inputs, without labels.
+        positions: bool [batch, length], the positions of the wanted logits.
+        full: run the head at every position and select afterwards. `torch.compile` needs this: a hook breaks its graph.
 
     Returns:
-        Logits [positions, vocabulary] in the model's dtype, row by row. Full logits, which is said once, where the head
-        cannot be reached.
+        Logits [positions, vocabulary] in the model's dtype, row by row. Where the head cannot be found, all logits are
+        computed and a warning says so once.
     """
-    inputs = {**inputs, "use_cache": False}  # with a cache, transformers takes packed rows for one document
+    inputs = {**inputs, "use_cache": False}  # with a cache, transformers treats packed rows as one document
     head = None if full else _head(model)
     if full:
-        _tell("torch.compile is on; computing full logits")
+        _warn_once("torch.compile is on; computing full logits")
     if head is None:
         return model(**inputs).logits[positions]
     selected = False
@@ -52,22 +73,36 @@ def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
         handle.remove()
     if selected:
         return logits[0]
-    _tell("the model does not pass all hidden states through its output embeddings; computing full logits")
+    _warn_once("the model does not pass all hidden states through its output embeddings; computing full logits")
     return logits[positions]
 
 
+def target_nll(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, *, full: bool = False) -> Tensor:
+    """Run a model and compute the negative log-likelihood of each target.
+
+    Args:
+        model, inputs, full: see `selected_logits`.
+        targets: int64 [batch, length] from `next_token_targets`; -100 where nothing is predicted.
+
+    Returns:
+        float64 [targets], in nats, row by row.
+    """
+    positions = targets != IGNORE_INDEX
+    logits = selected_logits(model, inputs, positions, full=full)
+    parts = zip(logits.split(_CHUNK), targets[positions].split(_CHUNK), strict=True)
+    return torch.cat([token_nll(part, chosen) for part, chosen in parts]).double()
+
+
 def _head(model: nn.Module) -> nn.Module | None:
-    inner = model
-    while hasattr(inner, "module") and isinstance(inner.module, nn.Module):  # DDP, DeepSpeed
-        inner = inner.module
+    inner = unwrapped(model)
     find = getattr(inner, "get_output_embeddings", None)
     head = find() if callable(find) else None
     if head is None:
-        _tell(f"{type(inner).__name__} has no output embeddings to narrow; computing full logits")
+        _warn_once(f"{type(inner).__name__} has no output embeddings; computing full logits")
     return head
 
 
-def _tell(line: str) -> None:
+def _warn_once(line: str) -> None:
     if line not in _told:
         _told.add(line)
         logger.warning(line)

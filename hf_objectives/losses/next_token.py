@@ -1,4 +1,4 @@
-"""Losses as functions of tensors that return sums and counts; who divides by what is the caller's to say."""
+"""The next-token loss. It returns sums, and the caller divides them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hf_objectives.types import IGNORE_INDEX
 
 
 class LossSum(NamedTuple):
-    """A loss that is not divided yet.
+    """A loss before it is divided.
 
     Attributes:
-        loss: float32 scalar, the sum over targets of what is minimised, differentiable.
-        nll: float32 scalar, the sum of plain negative log-likelihoods in nats, detached.
-        weight: float32 scalar, the sum of the targets' weights (their number, without weights).
+        loss: float32 scalar, the sum over targets of what is minimised; with gradient.
+        nll: float32 scalar, the sum of negative log-likelihoods in nats; detached.
+        weight: float32 scalar, the sum of the targets' weights; without weights, the number of targets.
     """
 
     loss: Tensor
@@ -25,26 +25,26 @@ class LossSum(NamedTuple):
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
-    """What each position predicts: the label after it.
+    """Shift labels by one, so that each position holds the label that it predicts.
 
     Args:
         labels: int64 [batch, length], unshifted, -100 where a token is not trained.
 
     Returns:
-        int64 [batch, length]; -100 at the last position. The first label is nobody's target.
+        int64 [batch, length], -100 at the last position. No position predicts the first label.
     """
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, -log softmax(logits)[target], in nats.
+    """Compute the negative log-likelihood of each target, -log softmax(logits)[target], in nats.
 
-    The log-partition minus the target's logit, in float32: 2e-8 of the total off float64 on the same logits, where
-    `cross_entropy` is 2e-6 off.
+    It is the log-partition minus the target's logit in float32. The sum differs from float64 by 2e-8 of itself on the
+    same logits; that of `cross_entropy` differs by 2e-6.
 
     Args:
         logits: [tokens, vocabulary], any float dtype.
-        targets: int64 [tokens], no -100 among them.
+        targets: int64 [tokens], without -100.
 
     Returns:
         float32 [tokens].
@@ -61,19 +61,19 @@ def next_token_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> LossSum:
-    """Summed cross-entropy, with label smoothing and z-loss when asked.
+    """Sum the cross-entropy over tokens, with label smoothing and z-loss.
 
     Per token, with p = softmax(logits) and Z the partition function:
 
         (1 - e) * -log p[target] + e * mean_v(-log p[v]) + z * (log Z)^2
 
-    Label smoothing is Szegedy et al. (arXiv 1512.00567, section 7) with the uniform prior; z-loss is PaLM's
+    Label smoothing is Szegedy et al. (arXiv 1512.00567, section 7) with the uniform prior. The z-loss is PaLM's
     (Chowdhery et al., arXiv 2204.02311, section 5; they use 1e-4).
 
     Args:
         logits: [tokens, vocabulary], any float dtype; computed in float32.
-        targets: int64 [tokens], no -100 among them.
-        weights: float [tokens], weight of each token's loss; None for 1.
+        targets: int64 [tokens], without -100.
+        weights: float [tokens], the weight of each token's loss; None for 1.
         label_smoothing: e, from 0 to 1.
         z_loss: z, 0 or more.
     """

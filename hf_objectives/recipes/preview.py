@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +14,7 @@ from rich.text import Text
 from hf_objectives.inspection import marked_runs
 from hf_objectives.labels import Ledger
 from hf_objectives.mixture import MixtureReport
-from hf_objectives.trainers import ends_of_runs
+from hf_objectives.types import ends_of_runs
 
 _CHARACTERS = 700
 
@@ -66,7 +66,8 @@ def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Con
     control = set(tokenizer.added_tokens_decoder)
     ends: Counter[int] = Counter()
     for row in rows:
-        ends.update(ends_of_runs(torch.tensor([row["labels"]])).tolist())
+        labels = np.asarray(row["labels"])
+        ends.update(labels[ends_of_runs(labels)].tolist())
     stops = {token: count for token, count in ends.most_common() if token in control}
     stopped, names = sum(stops.values()), ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(stops))))
     line = f"{stopped} of {ends.total()} trained turns in a sample end with a control token {names}".rstrip()

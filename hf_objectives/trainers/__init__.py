@@ -1,38 +1,67 @@
-"""Trainers of transformers and TRL with exact numbers."""
+"""Trainers of transformers and TRL with exact numbers.
+
+The names that need TRL are imported when they are first used: TRL's trainers take most of a second to import.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from hf_objectives.trainers.causal_lm import (
-    PerplexityTrainer,  # `transformers.Trainer` for next-token objectives, with exact numbers
+    PerplexityTrainer,  # `transformers.Trainer` for next-token objectives
 )
 from hf_objectives.trainers.causal_lm_config import (
-    PerplexityTrainingArguments,  # `transformers.TrainingArguments` with the few that exact objectives need
+    PerplexityTrainingArguments,  # its arguments
 )
-from hf_objectives.trainers.dpo import (
-    PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures of both answers and of the language model, and two cu
-)
-from hf_objectives.trainers.dpo_config import (
-    PerplexityDPOConfig,  # `trl.DPOConfig` with what is measured, and two cures for chosen answers that become less l
-)
-from hf_objectives.trainers.guards import (
-    ends_of_runs,  # Ids of the last token of each run of trained tokens; int64 [batch, length] labels to int64 [runs]
+from hf_objectives.trainers.hf_compat import (
+    StepWatch,  # what `watch_steps` calls
+    attention_of,  # the name of a model's attention implementation
+    origin_of,  # the folder or Hub id that a model was loaded from
+    prepared_batch,  # a batch on the device of the run
+    watch_steps,  # watch batches, losses and gradient norms of any Trainer
 )
 from hf_objectives.trainers.isolation import (
-    probe_isolation,  # Pack two documents as the collator does, change the first, and require the second's logits to
-)
-from hf_objectives.trainers.ppo import (
-    PPOTrainer,  # Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a language model, as in RL
-)
-from hf_objectives.trainers.ppo_config import (
-    PPOConfig,  # `trl.RLOOConfig` with what PPO adds: generation, rewards, batches and logs are the parent's
-)
-from hf_objectives.trainers.reward import (
-    RewardModelTrainer,  # `trl.RewardTrainer`, a drop-in with its signature, its loss (Bradley and Terry's) and its o
-    encode_reward_row,  # One preference row as `RewardModelTrainer` takes it
-)
-from hf_objectives.trainers.reward_config import (
-    RewardModelConfig,  # `trl.RewardConfig` and what encoding needs
+    probe_isolation,  # prove that packed documents do not see each other
 )
 from hf_objectives.trainers.stream_callback import (
-    OrderedStreamCallback,  # Keeps a stream's place with the checkpoints of a Trainer, and goes on there when one is
+    OrderedStreamCallback,  # keeps a stream's place in the checkpoints of any Trainer
 )
+
+if TYPE_CHECKING:
+    from hf_objectives.trainers.dpo import (
+        PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures and two cures for falling answers
+    )
+    from hf_objectives.trainers.dpo_config import (
+        PerplexityDPOConfig,  # its arguments
+    )
+    from hf_objectives.trainers.ppo import (
+        PPOTrainer,  # proximal policy optimisation on TRL's generation and rewards
+    )
+    from hf_objectives.trainers.ppo_config import (
+        PPOConfig,  # its arguments
+    )
+    from hf_objectives.trainers.reward import (
+        RewardModelTrainer,  # `trl.RewardTrainer` with exact figures
+        encode_reward_row,  # one preference row as `RewardModelTrainer` takes it
+    )
+    from hf_objectives.trainers.reward_config import (
+        RewardModelConfig,  # its arguments
+    )
+
+#: The module of each name that is imported when it is first used.
+_LAZY = {
+    "PerplexityDPOTrainer": "dpo",
+    "PerplexityDPOConfig": "dpo_config",
+    "PPOTrainer": "ppo",
+    "PPOConfig": "ppo_config",
+    "RewardModelTrainer": "reward",
+    "encode_reward_row": "reward",
+    "RewardModelConfig": "reward_config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"hf_objectives.trainers.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'hf_objectives.trainers' has no attribute {name!r}")

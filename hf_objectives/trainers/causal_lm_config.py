@@ -11,10 +11,10 @@ from hf_objectives.errors import ConfigError
 
 @dataclass
 class PerplexityTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the few that exact objectives need.
+    """`transformers.TrainingArguments` with the settings that exact objectives need.
 
-    Two defaults differ from the parent's: `remove_unused_columns=False`, since collators take rows as they come, and
-    `logging_nan_inf_filter=False`, since that filter would log a usual-looking number for a loss that is NaN.
+    Two defaults differ from the parent's: `remove_unused_columns=False`, because collators take whole rows, and
+    `logging_nan_inf_filter=False`, because that filter logs an ordinary number in place of a NaN loss.
 
     Args:
         z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5); 0 for none.
@@ -23,7 +23,7 @@ class PerplexityTrainingArguments(TrainingArguments):
         stop_on_non_finite: stop all ranks before an optimizer step whose loss or gradient norm is NaN or infinite.
 
     Raises:
-        ConfigError: `z_loss` is negative, or a setting of the parent that would make numbers wrong.
+        ConfigError: a negative `z_loss`, or a setting of the parent that would make numbers wrong.
     """
 
     z_loss: float = field(
@@ -35,9 +35,7 @@ class PerplexityTrainingArguments(TrainingArguments):
     stop_on_non_finite: bool = field(
         default=True, metadata={"help": "Stop all ranks before a step whose loss or gradient norm is not finite."}
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Collators take rows as they come; leave this off."}
-    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Collators take whole rows; leave this off."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Would hide a loss that is not finite; leave this off."}
     )
@@ -50,6 +48,6 @@ class PerplexityTrainingArguments(TrainingArguments):
             raise ConfigError(f"label_smoothing_factor is {self.label_smoothing_factor}; expected 0 or more, under 1")
         if not self.average_tokens_across_devices:
             raise ConfigError(
-                "average_tokens_across_devices=False weights each rank's mean alike, so that the loss depends on how rows "
-                "fall on ranks; leave it on"
+                "average_tokens_across_devices=False gives each rank's mean the same weight, so that the loss depends on "
+                "how rows fall on ranks; leave it on"
             )

@@ -14,18 +14,18 @@ from hf_objectives.types import check_one_of
 
 @dataclass
 class PerplexityDPOConfig(DPOConfig):
-    """`trl.DPOConfig` with what is measured, and two cures for chosen answers that become less likely.
+    """`trl.DPOConfig` with settings of what is measured, and two cures for chosen answers that become less likely.
 
     Args:
         nll_weight: adds this many times the negative log-likelihood per chosen token to the loss (RPO, Pang et al., arXiv
-            2404.19733, equations 1 and 2, with the mean over the tokens of the micro-batch where the paper divides each
-            answer by its own length).
+            2404.19733, equations 1 and 2). The mean is over the tokens of the micro-batch; the paper divides each answer
+            by its own length.
         dpop_lambda: penalty on a chosen answer that is less likely than under the reference (DPO-Positive, Pal et al., arXiv
-            2402.13228, equation 3): −log σ(β (Δw − Δl − λ max(0, −Δw))) with Δ the log ratio of an answer to the reference.
+            2402.13228, equation 3): −log σ(β (Δw − Δl − λ max(0, −Δw))), Δ the log ratio of an answer to the reference.
         warn_chosen_drop: warn once when the chosen answers have lost more than this many nats per token since the start
             while the margin grows; None for never.
-        max_perplexity_increase: stop training when the perplexity of one of `eval_lm_datasets` is this share over its
-            start (0.1: ten per cent); None for no bound.
+        max_perplexity_increase: stop training when the perplexity of one of `eval_lm_datasets` has risen by this share of
+            its start (0.1: ten per cent); None for no bound.
         train_on, control_tokens: how rows are encoded, see `encode_pair`.
 
     Raises:
@@ -48,11 +48,14 @@ class PerplexityDPOConfig(DPOConfig):
         super().__post_init__()
         check_one_of("train_on", self.train_on, TRAIN_ON)
         check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
-        for name in ("nll_weight", "dpop_lambda"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if self.warn_chosen_drop is not None and not self.warn_chosen_drop >= 0:
-            raise ConfigError(f"warn_chosen_drop is {self.warn_chosen_drop}; expected 0 or more, or None")
+        for name, at_least in (
+            ("nll_weight", "0 or more"),
+            ("dpop_lambda", "0 or more"),
+            ("warn_chosen_drop", "0 or more, or None"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} is {value}; expected {at_least}")
         if self.max_perplexity_increase is not None and not self.max_perplexity_increase > 0:
             raise ConfigError(
                 f"max_perplexity_increase is {self.max_perplexity_increase}; expected more than 0, or None"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_objectives.errors import PackingLeakError
+from hf_objectives.evaluation import unwrapped
+from hf_objectives.trainers.hf_compat import attention_of
 
 
 @dataclass(frozen=True, slots=True)
 class IsolationReport:
-    """What the probe saw.
+    """The result of the probe.
 
     Attributes:
         attention: the attention implementation of the model.
@@ -27,28 +28,29 @@ class IsolationReport:
 
 
 def probe_isolation(model: nn.Module, *, length: int = 16, tolerance: float | None = None) -> IsolationReport:
-    """Pack two documents as the collator does, change the first, and require the second's logits to stay.
+    """Pack two documents as the collator does, change the first, and require the logits of the second to stay.
 
-    Run in training and in evaluation mode, on the model's own device, dtype and attention backend. Dropout draws the same
-    numbers both times; random state, mode and gradients are left as they were.
+    The probe runs in training and in evaluation mode, on the model's device, dtype and attention. Dropout draws the same
+    numbers both times. Random state, mode and gradients stay as they were.
 
     Args:
         model: a causal language model, wrapped or not.
         length: tokens of each document.
-        tolerance: largest change of a logit that passes; by default 1e-4 of the largest logit in float32, 2e-2 in half
+        tolerance: largest change of a logit that passes. Default: 1e-4 of the largest logit in float32, 2e-2 in half
             precision.
 
     Raises:
-        PackingLeakError: the second document's logits moved; names the attention implementation.
+        PackingLeakError: the logits of the second document changed; names the attention implementation.
     """
     parameter = next(model.parameters())
-    vocabulary = _vocabulary(model)
+    config = unwrapped(model).config
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or config.vocab_size)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, 2 * length), generator=generator)
     changed = ids.clone()
     moved = torch.randint(1, max(2, vocabulary), (1, length), generator=generator)
     changed[:, :length] = (ids[:, :length] + moved) % vocabulary
-    was_training, worst = model.training, IsolationReport(_attention(model), 0.0, 0.0)
+    was_training, worst = model.training, IsolationReport(attention_of(unwrapped(model)) or "unknown", 0.0, 0.0)
     try:
         for training in (True, False):
             model.train(training)
@@ -87,18 +89,3 @@ def _second_document(model: nn.Module, ids: Tensor, length: int) -> Tensor:
             use_cache=False,
         ).logits
     return logits[0, length:].float()
-
-
-def _unwrapped(model: Any) -> Any:
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = _unwrapped(model).config
-    return int(getattr(config.get_text_config(), "vocab_size", 0) or config.vocab_size)
-
-
-def _attention(model: nn.Module) -> str:
-    return str(getattr(_unwrapped(model).config, "_attn_implementation", "unknown"))

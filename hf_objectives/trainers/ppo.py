@@ -1,19 +1,18 @@
-"""Reinforcement learning from rewards with proximal policy optimisation, on TRL's generation and reward machinery."""
+"""Proximal policy optimisation from rewards, with TRL's generation and reward machinery."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl import RLOOTrainer, SyncRefModelCallback
-from trl.trainer.utils import disable_dropout_in_model
+from trl import SyncRefModelCallback
 
 from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
 from hf_objectives.errors import ConfigError
@@ -30,65 +29,53 @@ from hf_objectives.losses import (
     whiten,
 )
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
+from hf_objectives.trainers.metrics import PolicyMetrics
 from hf_objectives.trainers.ppo_config import PPOConfig
-from hf_objectives.trainers.ppo_figures import StepFigures
-from hf_objectives.trainers.prompt_order import PromptOrder
-from hf_objectives.trainers.reference import frozen_copy, place_reference
 from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
+from hf_objectives.trainers.trl_compat import RLOOHooks, disable_dropout_in_model, place_reference
 
 _STATE = "ppo_state_rank_{rank}.pt"
 
 
-class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
+class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a language model, as in RLHF (Ziegler et al.
     2019, arXiv 1909.08593; Ouyang et al. 2022, arXiv 2203.02155).
 
-    A batch of prompts is answered, each answer is scored and its score put on its last token, less a penalty for each
-    token's distance from the reference; advantages come from a critic by generalised advantage estimation; then policy and
+    The policy answers a batch of prompts. The score of each answer is put on its last token, minus a penalty for each
+    token's distance from the reference. Advantages come from a critic by generalised advantage estimation. Then policy and
     critic take several epochs of clipped steps. Prompts, generation (vLLM too), reward models and functions, several
-    processes and logs are `trl.RLOOTrainer`'s, and so is the signature.
+    processes and logs are those of `trl.RLOOTrainer`, and so is the signature.
 
-    A step's loss is a sum over the tokens of all its micro-batches and ranks over their number, so that it does not depend
-    on how answers fall on them. The reference is the policy as it was given; with a `peft_config` the model without
-    adapters, which is the same; of a PeftModel TRL keeps a copy of its adapter as it was given.
+    The loss of a step is a sum over the tokens of all its micro-batches and ranks, divided by their number, so that it does
+    not depend on how answers fall on them. The reference is the policy as it was given. With a `peft_config` it is the
+    model without adapters, which is the same; of a PeftModel TRL keeps a copy of the adapter as it was given.
 
     Args (beyond the parent's):
         args: a `PPOConfig`.
-        train_dataset, eval_dataset: rows with a `prompt` (text or messages), or of any other format that `to_prompt` reads;
+        train_dataset, eval_dataset: rows with a `prompt` (text or messages), or in any other format that `to_prompt` reads;
             all columns go to the reward functions.
         critic_model: for `critic="separate"`, a model (or its path) to begin with in place of the policy's backbone, such as
             the reward model.
-        eval_lm_datasets: rows of texts or chats, or several by name; their perplexity joins every evaluation, see
+        eval_lm_datasets: rows of texts or chats, or several by name, whose perplexity every evaluation measures; see
             `LanguageModelEvaluation`.
 
     Logs (beyond the parent's): `reward` (mean score, weighted over the functions), `rewards/missing` (answers left out),
-    `rewards/failed` (of these, those whose reward failed), `kl` (nats per token to the reference, k1), `kl_per_answer`,
+    `rewards/failed` (those of them whose reward failed), `kl` (nats per token to the reference, k1), `kl_per_answer`,
     `kl_coef`, `entropy` (nats per token), `clip_fraction`, `approx_kl` (to the policy that generated), `policy_loss`,
-    `value_loss`, `explained_variance`, and `completions/finished`, the share of answers that stopped by themselves.
+    `value_loss`, `explained_variance`, and `completions/finished`, the share of answers that ended with a stop token.
 
     Raises:
-        ConfigError: settings that do not fit, a reward model with another's tokenizer, a prompt too long for the model.
+        ConfigError: settings that contradict each other, a reward model with another model's tokenizer, a prompt that is too
+            long for the model.
         FormatError: a row without a prompt.
-        RewardError: a reward function that fails, or returns what is no reward.
+        RewardError: a reward function that fails, or returns something else than rewards.
     """
 
-    loss_is_scaled_for_ga = True  # divided by the tokens of the whole step, see _count_tokens
-    _tag_names = ["trl", "ppo"]  # noqa: RUF012, as the parent has it
-    _name = "PPO"
-    _paper = {  # noqa: RUF012
-        "title": "Proximal Policy Optimization Algorithms",
-        "id": "1707.06347",
-        "citation": textwrap.dedent("""\
-            @article{schulman2017proximal,
-                title  = {{Proximal Policy Optimization Algorithms}},
-                author = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
-                year   = 2017,
-                eprint = {arXiv:1707.06347}
-            }"""),
-    }
+    loss_is_scaled_for_ga: Any = True  # divided by the tokens of the whole step, see answers_made
     args: PPOConfig
     model: Any
-    _logs: Any
+    _metrics: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -111,9 +98,9 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             args = PPOConfig("trainer_output")
         if not isinstance(args, PPOConfig):
             raise ConfigError(f"args is {type(args).__name__}; expected PPOConfig")
-        self._figures = {"train": StepFigures(), "eval": StepFigures()}
+        self.policy_metrics = {"train": PolicyMetrics(), "eval": PolicyMetrics()}
+        self.forwards = {}
         self._failed: set[int] = set()
-        self._forwards: list[tuple[Tensor, Tensor | None]] | None = None
         self._rewards: Tensor | None = None
         self._rows: list[Any] = []
         self._prefix = "eval"
@@ -121,42 +108,26 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         functions, tokenizers = checked_rewards(
             reward_funcs, reward_processing_classes, on_error=args.reward_errors, tell_failed=self._tell_failed
         )
-        # The parent would load its reference from where the policy's config says it is from, whatever the policy is now.
-        adapted = isinstance(model, PeftModel)
-        if not isinstance(model, str) and not adapted and getattr(model, "peft_config", None):
-            raise ConfigError(
-                "the model carries an adapter that transformers loaded; merge it, or load it with PeftModel"
+        reference = _own_reference(model, args, peft_config)
+        with _without_reference(args, reference is not None):
+            parent: Any = super().__init__
+            parent(
+                *(model, functions, args),
+                *(with_prompts(train_dataset, "train_dataset"), with_prompts(eval_dataset, "eval_dataset")),
+                *(processing_class, tokenizers, callbacks, optimizers, quantization_config, peft_config),
             )
-        copied = not isinstance(model, str) and peft_config is None and not adapted
-        reference = frozen_copy(model) if copied and args.beta else None
-        beta, sync = args.beta, args.sync_ref_model
-        if reference is not None:
-            args.beta, args.sync_ref_model = 0.0, False
-        super().__init__(
-            model,
-            functions,
-            args,
-            with_prompts(train_dataset, "train_dataset"),
-            with_prompts(eval_dataset, "eval_dataset"),
-            processing_class,
-            tokenizers,
-            callbacks,
-            optimizers,
-            quantization_config,
-            peft_config,
-        )
-        args.beta, args.sync_ref_model, self.beta = beta, sync, beta
+        self.beta = args.beta
         self._check_policy_and_rows()
         if reference is not None:
             self.ref_model = place_reference(reference, self.accelerator, temperature=self.temperature)
-            if sync:
+            if args.sync_ref_model:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         self.critic = self._make_critic(critic_model)
         self.critic_optimizer: CriticOptimizer | None = None
         self.add_callback(_CriticSteps(self))
         self.watch_language_models(
             eval_lm_datasets,
-            self._tokenizer,
+            self.text_tokenizer,
             max_length=args.eval_lm_max_length,
             max_increase=args.max_perplexity_increase,
         )
@@ -164,7 +135,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
     def _check_policy_and_rows(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError("no parameter of the policy requires a gradient; nothing would be trained")
-        if self._is_vlm:
+        if self.is_multimodal:
             raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
         needed = self.args.generation_batch_size // self.args.num_generations  # type: ignore[operator]
         rows: Any = self.train_dataset
@@ -193,8 +164,13 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
 
     # -- answers -------------------------------------------------------------------------------------------------
 
-    def _tokenize_prompts(self, prompts: list) -> Any:
-        result = super()._tokenize_prompts(prompts)
+    def tokenize_prompts(self, prompts: list) -> Any:
+        """Tokenize prompts.
+
+        Raises:
+            ConfigError: a prompt that leaves no room for an answer; names its row.
+        """
+        result = super().tokenize_prompts(prompts)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for i, ids in enumerate(result[0]):
             if limit is not None and len(ids) + int(self.max_completion_length or 0) > limit:
@@ -204,59 +180,49 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
                 )
         return result
 
-    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; a shared critic reads the backbone's states on the way."""
-        keep = kwargs["logits_to_keep"] if "logits_to_keep" in kwargs else args[2]
-        policy = self.accelerator.unwrap_model(self.model)
-        if self.critic is None or self.critic.backbone is not None or model is self.ref_model:
-            result, seen = super()._get_per_token_logps_and_entropies(model, *args, **kwargs), []
+    @contextmanager
+    def reading_values(self, role: str, keep: int) -> Iterator[list[Tensor]]:
+        """Let a shared critic read the states of the policy's backbone."""
+        if self.critic is None or self.critic.backbone is not None or role != "policy":
+            yield []
         else:
-            with self.critic.watching(policy, keep) as seen:
-                result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        self._values_seen = torch.cat(seen) if seen else None
-        if self._forwards is not None:
-            self._forwards.append((result[0], self._values_seen))
-        return result
+            with self.critic.watching(self.accelerator.unwrap_model(self.model), keep) as values:
+                yield values
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Tensor:
-        """The parent's; an answer that one function failed on has no reward at all, for a part of it would be another."""
+    def calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Tensor:
+        """Compute the rewards. An answer on which one function failed has none at all: a part would be another reward."""
         self._failed = set()
         for tokenizer in self.reward_processing_classes:
             if isinstance(tokenizer, FramedTexts):
-                tokenizer.ended = (
-                    [one[-1] in self.eos_token_ids for one in ids] if isinstance(prompts[0], str) else None
-                )
-        rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
+                plain = isinstance(prompts[0], str)
+                tokenizer.ended = [answer[-1] in self.eos_token_ids for answer in ids] if plain else None
+        rewards = super().calculate_rewards(inputs, prompts, completions, ids)
         n = len(completions)
-        own = rewards[rank() * n : (rank() + 1) * n]
+        own = rewards[rank() * n : (rank() + 1) * n]  # TRL has gathered those of all ranks
         for i, function in enumerate(self.reward_funcs):
             if isinstance(function, nn.Module):
                 if self.args.reward_errors == "error":
                     check_finite(own[:, i], self.reward_func_names[i], completions)
                 self._failed |= set((~torch.isfinite(own[:, i])).nonzero().flatten().tolist())
-        self._figures["train" if self.model.training else "eval"].failures += len(self._failed)
-        failed = [i + part * n for part, those in enumerate(gather_objects(self._failed)) for i in those]
+        self.policy_metrics[self.mode].failures += len(self._failed)
+        failed = [i + part * n for part, answers in enumerate(gather_objects(self._failed)) for i in answers]
         rewards[failed] = torch.nan
         self._rewards = rewards
         return rewards
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The parent's answers and scores, with values, advantages and returns of each token."""
-        mode = "train" if self.model.training else "eval"
-        self._forwards, self._rows = [], [one.get("row") for one in inputs]
-        output = super()._generate_and_score_completions(inputs)
-        (old_logps, values), *reference = self._forwards
-        self._forwards = None
+    def generate_and_score(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Answer and score prompts, with values, advantages and returns of each token."""
+        self._rows = [row.get("row") for row in inputs]
+        self.forwards.clear()
+        output = super().generate_and_score(inputs)
+        policy, reference = self.forwards.pop("policy"), self.forwards.pop("reference", None)
         mask = output["completion_mask"]
         with torch.no_grad():
-            if self.critic is not None and self.critic.backbone is not None:
-                size = (
-                    self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-                )
-                values = torch.cat([self._read_values(part) for part in _chunks(output, size)])
-            values = torch.zeros_like(old_logps, dtype=torch.float32) if values is None else values
-            kl = KL_ESTIMATORS[self.args.kl_estimator](old_logps - reference[0][0]) if reference else None
-            scores, scored = self._scores(output, mode)
+            kl = None
+            if reference is not None:
+                kl = KL_ESTIMATORS[self.args.kl_estimator](policy.logps - reference.logps)
+            values = self._old_values(output, policy.values)
+            scores, scored = self._scores(output)
             used = mask * scored[:, None]
             rewards = token_rewards(scores, kl, used, kl_coef=self.kl_control.coef)
             if self.args.whiten_rewards:
@@ -264,12 +230,34 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
             advantages, returns = generalized_advantages(
                 rewards, values, used, gamma=self.args.gamma, lam=self.args.lam
             )
-            self._show_advantages(advantages, used)
+            means = (advantages.sum(dim=1) / used.sum(dim=1).clamp(min=1)).tolist()
+            self.show_advantages([mean for part in gather_objects(means) for mean in part])
             if self.args.whiten_advantages:
                 advantages = whiten(advantages, _over_ranks(Moments.of(advantages, used))) * used
-        self._book_answers(kl, mask, mode)
-        output.update(old_token_logps=old_logps, values=values, advantages=advantages, returns=returns, loss_mask=used)
-        return output
+        if kl is not None:
+            self._book_kl(kl, mask)
+        return {
+            **output,
+            "old_token_logps": policy.logps,
+            "values": values,
+            "advantages": advantages,
+            "returns": returns,
+            "loss_mask": used,
+        }
+
+    def _old_values(self, output: Mapping[str, Any], shared: Tensor | None) -> Tensor:
+        """The critic's values of all answers, float32 [batch, length]; 0 without a critic."""
+        if self.critic is None or self.critic.backbone is None:
+            return (
+                torch.zeros(output["completion_ids"].shape, device=output["completion_ids"].device)
+                if shared is None
+                else shared
+            )
+        train = self.mode == "train"
+        size = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        starts = range(0, len(output["completion_ids"]), size)
+        return torch.cat([self._read_values({name: output[name][i : i + size] for name in names}) for i in starts])
 
     def _read_values(self, part: Mapping[str, Tensor]) -> Tensor:
         assert self.critic is not None
@@ -278,11 +266,11 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         with self.accelerator.autocast():
             return self.critic.read(ids, attention, part["completion_ids"].shape[1])
 
-    def _scores(self, output: Mapping[str, Tensor], mode: str) -> tuple[Tensor, Tensor]:
-        """What this rank's answers are worth, float32 [batch], and whether they have a score at all, bool [batch]."""
+    def _scores(self, output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The scores of this rank's answers, float32 [batch], and whether each has one, bool [batch]."""
         assert self._rewards is not None
         n = len(output["completion_ids"])
-        own = self._rewards[rank() * n : (rank() + 1) * n]  # the parent has gathered those of all ranks
+        own = self._rewards[rank() * n : (rank() + 1) * n]
         scored = ~torch.isnan(own).all(dim=1)
         scores = (own * self.reward_weights.to(own.device)).nansum(dim=1)
         if self.reward_clip_range:
@@ -291,35 +279,16 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         finished = (torch.isin(output["completion_ids"], stops) & output["completion_mask"].bool()).any(dim=1)
         scores = scores - self.args.missing_eos_penalty * ~finished
         done, total, missing = sum_over_ranks([float(finished.sum()), float(n), float((~scored).sum())])
-        self._metrics[mode]["completions/finished"].append(done / total)
-        self._metrics[mode]["rewards/missing"].append(missing)
+        self.book({"completions/finished": done / total, "rewards/missing": missing})
         return scores, scored
 
-    def _book_answers(self, kl: Tensor | None, mask: Tensor, mode: str) -> None:
-        if kl is None:
-            return
+    def _book_kl(self, kl: Tensor, mask: Tensor) -> None:
         nats, answers = sum_over_ranks([float((kl * mask).sum()), float(len(kl))])
-        self._metrics[mode]["kl_per_answer"].append(nats / answers)
-        self._metrics[mode]["kl_coef"].append(self.kl_control.coef)
-        if mode == "train":
+        self.book({"kl_per_answer": nats / answers, "kl_coef": self.kl_control.coef})
+        if self.mode == "train":
             self.kl_control.update(nats / answers, int(answers))
 
-    def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
-        """The mean advantage of each answer in the parent's table of completions, in place of RLOO's."""
-        means = (advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
-        shown = [mean for part in gather_objects(means) for mean in part]
-        for _ in range(min(len(shown), len(self._logs["advantages"]))):
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(shown)
-
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not before:
-            self._count_tokens(self._buffered_inputs)
-        return inputs
-
-    def _count_tokens(self, batches: list[dict[str, Any]]) -> None:
+    def answers_made(self, batches: list[dict[str, Any]]) -> None:
         """Write into each micro-batch how many tokens its whole step has, over its accumulation and all ranks."""
         size = self.args.gradient_accumulation_steps
         for begin in range(0, len(batches), size):
@@ -330,13 +299,15 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def answers_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Compute the clipped losses of policy and critic, and the entropy bonus, of a micro-batch."""
         mask, completion = inputs["loss_mask"], inputs["completion_ids"]
         ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        logps, entropies, aux = self._get_per_token_logps_and_entropies(
+        logps, entropies, aux = self.per_token(
             model, ids, attention, completion.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
+        values = self.forwards.pop("policy").values
         policy = clipped_policy_loss(
             logps,
             inputs["old_token_logps"],
@@ -347,91 +318,75 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOTrainer):
         )
         entropy = (entropies * mask).sum()
         loss = policy.loss - self.args.entropy_coef * entropy
-        value = None
-        figures = self._figures["train" if self.model.training else "eval"]
+        value = errors = returns = None
         if self.critic is not None:
-            values = self._values_seen if self.critic.backbone is None else self._read_values(inputs)
-            assert values is not None
-            value = clipped_value_loss(
-                values, inputs["values"], inputs["returns"], mask, clip=self.args.cliprange_value
-            )
+            values = self._read_values(inputs) if values is None else values
+            clip = self.args.cliprange_value
+            value = clipped_value_loss(values, inputs["values"], inputs["returns"], mask, clip=clip)
             loss = loss + self.args.vf_coef * value.loss
-            figures.add_returns(inputs["returns"], values, mask)
-        figures.add(mask, entropy, policy, value)
+            errors, returns = Moments.of(inputs["returns"] - values, mask), Moments.of(inputs["returns"], mask)
+        self.policy_metrics[self.mode].add(mask, entropy, policy, value, errors, returns)
         if "step_tokens" not in inputs:  # evaluation
             return loss / mask.sum().clamp(min=1)
-        # Gradients are averaged over ranks; the count is of all ranks, so the average is undone here.
+        # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
         loss = loss / inputs["step_tokens"] * self.accelerator.num_processes
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux / self.current_gradient_accumulation_steps
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's logs, with the figures of the steps since the last one, over all their tokens and ranks."""
-        mode = "train" if self.model.training else "eval"
-        for name, value in self._figures[mode].take().items():
-            self._metrics[mode][name] = [value]
-        own = self._prefix.removeprefix("eval").removeprefix("_")
-        if mode == "eval" and own:  # of several evaluation sets the parent calls each `eval_`
-            for name in [*self._metrics[mode]]:
-                self._metrics[mode][f"{own}_{name}"] = self._metrics[mode].pop(name)
+        """Log as the parent does, with the metrics of the steps since the last log, over all their tokens and ranks."""
+        self.replace_booked(self.policy_metrics[self.mode].take())
+        dataset = self._prefix.removeprefix("eval").removeprefix("_")
+        if self.mode == "eval" and dataset:  # the parent calls the metrics of each evaluation set `eval_`
+            self.rename_booked(lambda name: f"{dataset}_{name}")
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; what it logs afterwards has the prefix of its dataset."""
+        """Evaluate as the parent does; the logs afterwards have the prefix of the dataset."""
         self._prefix = kwargs.get("metric_key_prefix", "eval")
         return super().evaluation_loop(*args, **kwargs)
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """The parent's, in an order that a resumed run finds again in later epochs too."""
-        return PromptOrder.like(cast(Any, super()._get_train_sampler(dataset)))
-
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The parent's; the critic's optimizer is made here, when the number of steps is known."""
+        """Make the parent's schedule, and the critic's optimizer, now that the number of steps is known."""
         if self.critic is not None:
             self.critic_optimizer = CriticOptimizer(self.critic, self.args, self.model, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.save_only_model:
-            return
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
+    def save_extra_state(self, folder: Path) -> None:
+        """Write the critic, and this rank's answers, KL coefficient and moving reference."""
         if self.args.should_save and self.critic_optimizer is not None:
             self.critic_optimizer.save(folder)
-        every = self.args.steps_per_generation * self.num_iterations  # type: ignore[operator]
+        moves = self.args.sync_ref_model
         state = {
-            "micro_steps": self._step,
+            **self.answers_state(),
             "kl_coef": self.kl_control.coef,
-            "answers": self._buffered_inputs if self._step % every else None,
-            "reference": self.accelerator.unwrap_model(self.ref_model).state_dict()
-            if self.args.sync_ref_model
-            else None,
+            "reference": self.accelerator.unwrap_model(self.ref_model).state_dict() if moves else None,
         }
         torch.save(state, folder / _STATE.format(rank=rank()))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
+    def load_extra_state(self, folder: Path) -> None:
+        """Read what `save_extra_state` wrote.
+
+        Raises:
+            ConfigError: the folder was written by another trainer or by fewer processes.
+        """
         if self.critic_optimizer is not None:
             self.critic_optimizer.load(folder)
         file = folder / _STATE.format(rank=rank())
         if not file.exists():
             raise ConfigError(f"{folder} has no {file.name}; it was saved by another trainer or by fewer processes")
         state = torch.load(file, map_location="cpu", weights_only=True)
-        self._step, self.kl_control.coef = state["micro_steps"], state["kl_coef"]
-        self._buffered_inputs = send_to_device(state["answers"], self.accelerator.device)
-        if state["reference"] is not None:  # it moves, see sync_ref_model
+        self.load_answers_state(state)
+        self.kl_control.coef = state["kl_coef"]
+        if state["reference"] is not None:
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(state["reference"])
 
 
 class _CriticSteps(TrainerCallback):
-    """The critic steps when the policy does."""
+    """Steps the critic when the policy steps."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self._trainer = trainer
@@ -441,11 +396,31 @@ class _CriticSteps(TrainerCallback):
             self._trainer.critic_optimizer.step()
 
 
+def _own_reference(model: Any, args: PPOConfig, peft_config: Any) -> Any:
+    """A frozen copy of the policy as it is; None where there is no penalty, or where TRL makes the reference.
+
+    TRL would load the reference again from where the policy's config says it is from, whatever the policy is now. It keeps
+    an adapter's reference right.
+    """
+    adapted = isinstance(model, PeftModel)
+    if not isinstance(model, str) and not adapted and getattr(model, "peft_config", None):
+        raise ConfigError("the model carries an adapter that transformers loaded; merge it, or load it with PeftModel")
+    if isinstance(model, str) or adapted or peft_config is not None or not args.beta:
+        return None
+    return deepcopy(model).eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_reference(args: PPOConfig, own: bool) -> Iterator[None]:
+    """Within it `args` ask TRL for no reference, where we have our own; afterwards they are the caller's, also on error."""
+    beta, sync = args.beta, args.sync_ref_model
+    if own:
+        args.beta, args.sync_ref_model = 0.0, False
+    try:
+        yield
+    finally:
+        args.beta, args.sync_ref_model = beta, sync
+
+
 def _over_ranks(moments: Moments) -> Moments:
     return Moments(*sum_over_ranks(list(moments)))
-
-
-def _chunks(output: Mapping[str, Any], size: int) -> list[dict[str, Tensor]]:
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    n = len(output["completion_ids"])
-    return [{name: output[name][i : i + size] for name in names} for i in range(0, n, size)]

@@ -1,4 +1,4 @@
-"""Intervals, calibration and rank correlation against scipy and by hand."""
+"""Intervals and calibration against scipy and by hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.evaluation.calibration import rank_correlation, reliability, wilson_interval
+from hf_objectives.evaluation.calibration import reliability, wilson_interval
 
 
 @given(trials=st.integers(1, 5000), share=st.floats(0, 1))
@@ -71,18 +71,3 @@ def test_calibration_is_a_plain_loop(margins, bins):
 def test_calibration_of_nothing(margins, bins):
     with pytest.raises(ConfigError, match="expected at least one of each, all margins finite"):
         reliability(margins, bins=bins)
-
-
-@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-5, 5).map(lambda x: round(x, 1))), min_size=3, max_size=40))
-def test_ranks_are_scipys(pairs):
-    first, second = zip(*pairs, strict=True)
-    found = rank_correlation(first, second)
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        assert math.isnan(found)
-    else:
-        assert found == pytest.approx(spearmanr(first, second).statistic, abs=1e-12)
-
-
-def test_ranks_of_unequal_lengths():
-    with pytest.raises(ConfigError, match="2 values beside 3; expected as many"):
-        rank_correlation([1, 2], [1, 2, 3])

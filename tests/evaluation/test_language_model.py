@@ -14,11 +14,9 @@ from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.evaluation.language_model import EvaluatesLanguageModels, LanguageModelEvaluation
 from hf_objectives.evaluation.perplexity import compute_perplexity
 from hf_objectives.trainers import PerplexityTrainer
-from tests.collators.test_assistant_only import llama
 from tests.support.chat_corpus import byte_tokenizer, with_bos
-from tests.trainers.test_causal_lm import arguments, chats
+from tests.support.language_models import TOKENIZER, arguments, chats, llama
 
-TOKENIZER = byte_tokenizer()
 TEXTS = [{"text": "The cat sat on mat number " + " ".join(map(str, range(i % 7)))} for i in range(11)]
 
 

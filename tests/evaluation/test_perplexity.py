@@ -11,19 +11,10 @@ import torch
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
 from hf_objectives.evaluation.perplexity import EvaluationCounts, compute_perplexity, count_batch
-from tests.collators.test_assistant_only import llama
-from tests.support.chat_corpus import PLAIN, byte_tokenizer
+from tests.support.chat_corpus import PLAIN
+from tests.support.language_models import TOKENIZER, llama, nats_of
 
-TOKENIZER = byte_tokenizer()
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "naïve 日本", "a", "", "To be, or not to be " * 4, "xy"]
-
-
-def nats_of(model, ids, scored=1):
-    """Float64 negative log-likelihoods of ids[scored:], one document at a time."""
-    with torch.no_grad():
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0].double()
-    log_p = logits.log_softmax(-1)
-    return [-log_p[i - 1, ids[i]].item() for i in range(scored, len(ids))]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])

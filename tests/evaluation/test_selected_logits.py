@@ -100,7 +100,7 @@ def test_fallback_says_so(caplog):
     with caplog.at_level(logging.WARNING):
         logits = selected_logits(Headless(), inputs(), positions)
     assert logits.shape == (int(positions.sum()), 99)
-    assert "Headless has no output embeddings to narrow; computing full logits" in caplog.text
+    assert "Headless has no output embeddings; computing full logits" in caplog.text
 
 
 def test_contact_the_model_with_logits_to_keep_agrees():

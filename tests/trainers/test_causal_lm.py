@@ -15,50 +15,9 @@ from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollator
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.labels.rows import encode_row
 from hf_objectives.preparation.ordered_stream import OrderedStream
-from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
-from tests.collators.test_assistant_only import llama
-from tests.evaluation.test_perplexity import nats_of
+from hf_objectives.trainers import PerplexityTrainer
 from tests.support.chat_corpus import PLAIN, byte_tokenizer
-
-TOKENIZER = byte_tokenizer()
-
-
-def chats(n: int = 23) -> list[dict]:
-    """Conversations with very uneven numbers of trained tokens."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"Count to {i}"},
-                {"role": "assistant", "content": " ".join(map(str, range(1 + (i * 7) % 19)))},
-            ],
-            "source": "even" if i % 2 == 0 else "odd",
-        }
-        for i in range(n)
-    ]
-
-
-def arguments(folder, **options) -> PerplexityTrainingArguments:
-    defaults = {
-        "use_cpu": True,
-        "report_to": "none",
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "logging_steps": 1,
-    }
-    return PerplexityTrainingArguments(
-        str(folder), **{**defaults, "save_strategy": "no", "disable_tqdm": True, **options}
-    )
-
-
-def trainer(folder, *, model=None, collator=None, rows=None, **options) -> PerplexityTrainer:
-    return PerplexityTrainer(
-        model or llama(),
-        arguments(folder, **options),
-        collator,
-        train_dataset=rows or chats(),
-        eval_dataset=chats(),
-        processing_class=TOKENIZER,
-    )
+from tests.support.language_models import TOKENIZER, arguments, by_autograd, chats, llama, nats_of, trainer
 
 
 def test_evaluation_is_the_sum_over_documents_for_every_batch_size(tmp_path):
@@ -124,20 +83,6 @@ def gradient(tmp_path, batch_size, accumulation, collator=None):
     with pytest.raises(Stop):
         run.train()
     return seen
-
-
-def by_autograd():
-    """The gradient of the mean over all trained tokens of eight chats, one document at a time in float64."""
-    model = llama().double()
-    total = count = 0
-    for row in chats(8):
-        encoded = encode_row(TOKENIZER, row)
-        labels = torch.tensor(encoded["labels"][1:])
-        logits = model(torch.tensor([encoded["input_ids"]]), use_cache=False).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += int((labels != -100).sum())
-    (total / count).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (1, 8)])

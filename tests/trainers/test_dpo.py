@@ -96,13 +96,13 @@ def test_training_logs_the_change_over_all_steps_since_the_last_log(folders, tmp
         folders[0], tmp_path, max_steps=4, logging_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=2
     )
     seen = []
-    inner = run._drift.add
+    inner = run.pair_metrics.add
 
     def record(sums):
         seen.append(sums.tolist())
         inner(sums)
 
-    run._drift.add = record
+    run.pair_metrics.add = record
     run.train()
     assert len(seen) == 8
     chosen, tokens = sum(sums[0] for sums in seen), sum(sums[2] for sums in seen)
@@ -150,10 +150,10 @@ def test_another_reference_is_told_from_the_start(folders, tmp_path):
 def test_the_same_reference_is_seen_to_be_the_same(folders, tmp_path):
     for reference, same in ((load(folders[0]), True), (load(folders[1]), False)):
         run = ours(load(folders[0]), tmp_path, trainer={"ref_model": reference})
-        assert run._reference_is_start is same
-    assert not ours(folders[0], tmp_path, sync_ref_model=True, ref_model_sync_steps=1)._reference_is_start
+        assert run.reference_is_start is same
+    assert not ours(folders[0], tmp_path, sync_ref_model=True, ref_model_sync_steps=1).reference_is_start
     other = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_lora_weights=False)
-    assert not ours(folders[0], tmp_path, trainer={"peft_config": other})._reference_is_start
+    assert not ours(folders[0], tmp_path, trainer={"peft_config": other}).reference_is_start
 
 
 def test_reference_sums_are_kept_apart_by_what_is_summed(folders, tmp_path):
@@ -181,7 +181,7 @@ def test_rows_are_encoded_by_encode_pair_and_numbered(folders, tmp_path):
         assert {name: row[name] for name in expected} == expected and row["row"] == i
     batch = next(iter(run.get_train_dataloader()))
     assert batch["row_ids"].shape == (4,)
-    assert list(run._prepare_dataset(run.train_dataset, TOKENIZER, run.args, "again")) == list(run.train_dataset)
+    assert list(run.prepare_dataset(run.train_dataset, TOKENIZER, run.args, "again")) == list(run.train_dataset)
 
 
 def test_rows_with_ids_keep_them(folders, tmp_path):
@@ -229,7 +229,9 @@ def test_a_bound_without_datasets_is_refused(folders, tmp_path):
 def test_a_model_that_says_nothing_of_its_log_probabilities_is_an_error(folders, tmp_path, monkeypatch):
     run = ours(folders[0], tmp_path)
     monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: torch.tensor(0.0))
-    with pytest.raises(ConfigError, match="0 forwards of DPOTrainer gave log-probabilities, expected 2"):
+    with pytest.raises(
+        ConfigError, match="DPOTrainer ran forward passes of no model for a loss; expected policy, reference"
+    ):
         run.compute_loss(run.model, dict(BATCH))
 
 

@@ -12,29 +12,8 @@ from transformers import GenerationConfig, LlamaConfig, MambaConfig, MambaForCau
 
 from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, NonFiniteError, PackingLeakError, StopTokenError
-from hf_objectives.trainers.guards import check_stream, ends_of_runs, ensure_stop_tokens
-from tests.collators.test_assistant_only import llama
-from tests.support.chat_corpus import byte_tokenizer
-from tests.trainers.test_causal_lm import chats, trainer
-
-TOKENIZER = byte_tokenizer()
-
-
-def poisoned():
-    """A model whose loss is NaN for rows that hold a letter that no other row holds."""
-    model = llama()
-    letter = TOKENIZER.encode("Z")[0]
-    hook = lambda module, args, output: output.masked_fill(  # noqa: E731
-        args[0].eq(letter).any(-1)[:, None, None], float("nan")
-    )
-    model.model.embed_tokens.register_forward_hook(hook)
-    return model
-
-
-def rows_with_a_bad_one():
-    rows = [{**row, "row": i} for i, row in enumerate(chats(8))]
-    rows[5] = {**rows[5], "messages": [{"role": "user", "content": "Zap"}, rows[5]["messages"][1]]}
-    return rows
+from hf_objectives.trainers.guards import check_stream, ensure_stop_tokens
+from tests.support.language_models import TOKENIZER, llama, poisoned, rows_with_a_bad_one, trainer
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -83,11 +62,6 @@ def test_a_model_that_leaks_is_not_trained_packed(tmp_path):
         with pytest.raises(PackingLeakError, match="see each other"):
             getattr(trainer(tmp_path, model=model, collator=packing), act)()
     assert trainer(tmp_path, model=model).train().global_step == 2  # unpacked is fine
-
-
-def test_ends_of_runs_by_hand():
-    labels = torch.tensor([[-100, 4, 5, -100, 6], [7, -100, 8, 9, -100]])
-    assert sorted(ends_of_runs(labels).tolist()) == [5, 6, 7, 9]
 
 
 def test_ensure_stop_tokens(caplog):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from hf_objectives.errors import PackingLeakError
 from hf_objectives.trainers.isolation import probe_isolation
-from tests.evaluation.test_selected_logits import build
+from tests.support.language_models import llama
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -34,7 +34,7 @@ def test_recurrent_model_is_refused():
 
 
 def test_a_model_that_ignores_positions_is_refused():
-    model = build("llama")
+    model = llama()
     forward = model.forward
     model.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
     with pytest.raises(PackingLeakError, match="under attention 'sdpa' in training mode"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trl.trainer.utils import RepeatSampler
 
-from hf_objectives.trainers.prompt_order import PromptOrder
+from hf_objectives.trainers.trl_compat import PromptOrder
 
 
 def test_the_order_depends_on_the_epoch_and_begins_with_trls():

@@ -12,9 +12,8 @@ from transformers import Trainer, TrainingArguments
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.report import SourceReport
 from hf_objectives.trainers import OrderedStreamCallback
-from tests.collators.test_assistant_only import llama
+from tests.support.language_models import llama, trainer
 from tests.support.mixtures import mixture, taken
-from tests.trainers.test_causal_lm import trainer
 
 
 class Collate:

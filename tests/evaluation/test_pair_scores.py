@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_objectives.evaluation.pair_counts import COLUMNS, PairScores, nats_per_token, pair_figures, unique_rows
+from hf_objectives.evaluation.pair_scores import COLUMNS, PairScores, nats_per_token, pair_figures, unique_rows
 
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1], [0, 1, 0]])  # chosen, chosen, rejected, rejected
 POLICY = torch.tensor([[-1.0, -2.0, 0.0], [0.0, -0.5, -0.25], [-3.0, -1.0, -1.0], [0.0, -4.0, 0.0]])

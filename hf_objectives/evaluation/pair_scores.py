@@ -1,4 +1,4 @@
-"""What the log-probabilities of preference pairs add up to: pair by pair for evaluation, in sums for training."""
+"""Log-probabilities of preference pairs: figures of each pair for evaluation, sums for training logs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,22 @@ from torch import Tensor
 from hf_objectives.evaluation.calibration import wilson_interval
 from hf_objectives.evaluation.counts import TokenCount
 
-#: Columns of the figures of one pair: its row number (-1: unknown); nats of both answers under the policy and under the
+_SIDES = ("chosen", "rejected")
+#: Columns of the figures of a pair: its row number (-1: unknown); nats of both answers under the policy and under the
 #: reference (NaN: unknown); their tokens; their rewards.
-COLUMNS = (
-    "row",
-    "chosen",
-    "rejected",
-    "ref_chosen",
-    "ref_rejected",
-    "chosen_n",
-    "rejected_n",
-    "chosen_r",
-    "rejected_r",
-)
+COLUMNS = ("row", *(name.format(side) for name in ("{}", "ref_{}", "{}_n", "{}_r") for side in _SIDES))
 
 
 @dataclass(frozen=True, slots=True)
 class PairScores:
-    """Log-probabilities of a batch of `n` pairs, chosen and rejected.
+    """Log-probabilities of `n` pairs, first the chosen answers and then the rejected ones.
 
     Attributes:
-        policy: float [2n, width - 1], log-probability of each token after the first, 0 outside of the answers; with graph.
+        policy: float [2n, width - 1], log-probability of each token after the first, 0 outside the answers; with gradient.
         reference: the same under the reference; None where only sums are known.
-        mask: int64 [2n, width - 1], the tokens of the answers.
-        reference_sums: float [2n], sums under the reference, where it was computed beforehand.
-        ld_alpha: weight of tokens beyond the length of the shorter answer (LD-DPO, arXiv 2409.06411); None for 1.
+        mask: int64 [2n, width - 1], 1 at the tokens of the answers.
+        reference_sums: float [2n], sums under the reference where they were computed before training.
+        ld_alpha: weight of the tokens beyond the length of the shorter answer (LD-DPO, arXiv 2409.06411); None for 1.
     """
 
     policy: Tensor
@@ -48,7 +39,7 @@ class PairScores:
     ld_alpha: float | None = None
 
     def weighted(self, logps: Tensor) -> Tensor:
-        """Sums over each answer, [2n], as the loss takes them."""
+        """Sum over each answer with the loss's weights, [2n]."""
         if self.ld_alpha is None:
             return logps.sum(dim=1)
         shared = torch.minimum(*self.mask.sum(dim=1).chunk(2)).repeat(2)
@@ -56,13 +47,13 @@ class PairScores:
         return (logps * ~tail).sum(dim=1) + self.ld_alpha * (logps * tail).sum(dim=1)
 
     def log_ratios(self) -> Tensor:
-        """log π(y|x) − log π_ref(y|x) of each answer, [2n], with graph."""
+        """log π(y|x) − log π_ref(y|x) of each answer, [2n], with gradient."""
         reference = self.reference_sums if self.reference is None else self.weighted(self.reference)
         assert reference is not None
         return self.weighted(self.policy) - reference
 
     def chosen_nll(self) -> Tensor:
-        """Nats per chosen token over the batch, with graph."""
+        """Nats per chosen token over the batch, with gradient."""
         return -self.policy.chunk(2)[0].sum() / self.mask.chunk(2)[0].sum().clamp(min=1)
 
     @torch.no_grad()
@@ -73,16 +64,16 @@ class PairScores:
             reference = -self.reference.double().sum(dim=1)
         elif self.reference_sums is not None and self.ld_alpha is None:
             reference = -self.reference_sums.double()
-        else:  # sums in which the tails have another weight are no nats
+        else:  # a sum with weighted tails is not in nats
             reference = torch.full_like(nats, math.nan)
         rewards = (beta * self.log_ratios()).double()
         ids = nats.new_full((len(nats) // 2,), -1.0) if row_ids is None else row_ids.to(nats)
-        columns = [part for of in (nats, reference, self.mask.sum(dim=1).double(), rewards) for part in of.chunk(2)]
-        return torch.stack([ids, *columns], dim=1)
+        figures = (nats, reference, self.mask.sum(dim=1).double(), rewards)
+        return torch.stack([ids, *(side for values in figures for side in values.chunk(2))], dim=1)
 
     @torch.no_grad()
     def drift(self) -> Tensor:
-        """Sums for training's log, float64 [5]: change of chosen and of rejected answers in nats, their tokens, pairs."""
+        """Sums of the change since the reference, float64 [5]: nats of chosen and rejected, their tokens, pairs."""
         if self.reference is not None:
             change = (self.policy - self.reference).double().sum(dim=1)
         else:
@@ -93,7 +84,7 @@ class PairScores:
 
 
 def unique_rows(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The pairs of all ranks, each numbered row once: the last batches of ranks repeat rows to be of one size."""
+    """Join the pairs of all ranks and keep each numbered row once: ranks repeat rows to fill their last batches."""
     rows = np.concatenate(parts)
     numbered = rows[:, 0] >= 0
     _, first = np.unique(rows[numbered, 0], return_index=True)
@@ -101,30 +92,35 @@ def unique_rows(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 
 def nats_per_token(rows: NDArray[np.float64], prefix: str = "") -> dict[str, float]:
-    """Mean negative log-likelihood of a token of the chosen and of the rejected answers; NaN where it is not known.
+    """Nats per token of the chosen and of the rejected answers; NaN where unknown.
 
     Args:
+        rows: float64 [n, columns].
         prefix: "" for the policy, "ref_" for the reference.
     """
-    of = dict(zip(COLUMNS, rows.T, strict=True))
-    return {side: float(of[prefix + side].sum() / of[f"{side}_n"].sum()) for side in ("chosen", "rejected")}
+    columns = dict(zip(COLUMNS, rows.T, strict=True))
+    return {side: float(columns[prefix + side].sum() / columns[f"{side}_n"].sum()) for side in _SIDES}
 
 
 def pair_figures(rows: NDArray[np.float64]) -> dict[str, float]:
-    """Metrics of an evaluation over pairs, float64 [n, columns], each counted once.
+    """Compute the metrics of an evaluation over pairs.
 
-    Perplexities are exp(nats / tokens) over all tokens of a side. Accuracy counts the pairs whose chosen answer has the
-    higher reward, with its 95 % interval (Wilson 1927).
+    A perplexity is exp(nats / tokens) over all answers of a side. Accuracy is the share of pairs whose chosen answer has
+    the higher reward, with its 95 % interval (Wilson 1927).
+
+    Args:
+        rows: float64 [n, columns], each pair once.
     """
-    of = dict(zip(COLUMNS, rows.T, strict=True))
-    tokens = {side: int(of[f"{side}_n"].sum()) for side in ("chosen", "rejected")}
+    columns = dict(zip(COLUMNS, rows.T, strict=True))
+    tokens = {side: int(columns[f"{side}_n"].sum()) for side in _SIDES}
     figures: dict[str, float] = {}
     for prefix, name in (("", ""), ("ref_", "reference_")):
-        for side in tokens:
-            nats = float(of[prefix + side].sum())
+        for side in _SIDES:
+            nats = float(columns[prefix + side].sum())
             if not math.isnan(nats):
                 figures[f"{name}{side}_perplexity"] = TokenCount(nats, tokens[side]).perplexity
-    wins = int((of["chosen_r"] > of["rejected_r"]).sum())
+    chosen, rejected = columns["chosen_r"], columns["rejected_r"]
+    wins = int((chosen > rejected).sum())
     low, high = wilson_interval(wins, len(rows))
     return {
         **figures,
@@ -134,7 +130,7 @@ def pair_figures(rows: NDArray[np.float64]) -> dict[str, float]:
         "rewards/accuracies": wins / len(rows),
         "rewards/accuracies_low": low,
         "rewards/accuracies_high": high,
-        "rewards/margins": float((of["chosen_r"] - of["rejected_r"]).mean()),
-        "rewards/chosen": float(of["chosen_r"].mean()),
-        "rewards/rejected": float(of["rejected_r"].mean()),
+        "rewards/margins": float((chosen - rejected).mean()),
+        "rewards/chosen": float(chosen.mean()),
+        "rewards/rejected": float(rejected.mean()),
     }

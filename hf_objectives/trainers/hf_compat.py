@@ -1,0 +1,187 @@
+"""Every contact with private parts of transformers' Trainer and of accelerate.
+
+`tests/trainers/test_hf_compat.py` holds these contacts against the installed releases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class StepWatch:
+    """What `watch_steps` calls during the steps of a Trainer; subclasses override what they need."""
+
+    def step_begins(self) -> None:
+        """Before the first micro-batch of a step."""
+
+    def step_ends(self, batches: list[tuple[Mapping[str, Any], Tensor]], grad_norm: Any) -> None:
+        """After the gradient is complete and clipped, before `on_pre_optimizer_step` and the optimizer's step.
+
+        Args:
+            batches: the inputs and the loss of each micro-batch.
+            grad_norm: the norm of the gradient before clipping.
+        """
+
+    def step_fails(self) -> None:
+        """After an error inside the step, one of another watch included."""
+
+
+class _Steps:
+    """The watched steps of one Trainer, in the place of two of its methods."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.watches: list[StepWatch] = []
+        self._batches: list[tuple[Mapping[str, Any], Tensor]] = []
+        self._trainer = trainer
+        self._usual = {name: getattr(trainer, name) for name in ("training_step", "_get_grad_norm")}
+        self._own = {name: vars(trainer)[name] for name in self._usual if name in vars(trainer)}
+        trainer.training_step, trainer._get_grad_norm = self._training_step, self._get_grad_norm
+
+    def restore(self) -> None:
+        """Give the Trainer its methods back."""
+        for name in self._usual:
+            vars(self._trainer).pop(name, None)
+        vars(self._trainer).update(self._own)
+
+    def _training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._batches:
+            self._tell(lambda watch: watch.step_begins())
+        loss = self._guarded(lambda: self._usual["training_step"](model, inputs, *args, **kwargs))
+        self._batches.append((inputs if isinstance(inputs, Mapping) else {}, loss))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = self._guarded(lambda: self._usual["_get_grad_norm"](model, grad_norm))
+        batches, self._batches = self._batches, []
+        self._tell(lambda watch: watch.step_ends(batches, norm))
+        return norm
+
+    def _tell(self, call: Callable[[StepWatch], None]) -> None:
+        for watch in [*self.watches]:
+            self._guarded(lambda watch=watch: call(watch))  # type: ignore[misc]
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BaseException:
+            self._batches = []
+            for watch in [*self.watches]:
+                watch.step_fails()
+            raise
+
+
+def watch_steps(trainer: Any, watch: StepWatch) -> Callable[[], None]:
+    """Watch the steps of any Trainer: callbacks are told neither batch nor loss.
+
+    The watch that was added last is told first. So a monitor sees a step before the trainer's own check stops the run.
+
+    Returns:
+        A function that ends the watch. After the last one the Trainer has its own methods again.
+    """
+    steps: _Steps | None = getattr(trainer, "_watched_steps", None)
+    if steps is None:
+        steps = trainer._watched_steps = _Steps(trainer)
+    steps.watches.insert(0, watch)
+
+    def end() -> None:
+        if watch in steps.watches:
+            steps.watches.remove(watch)
+            if not steps.watches:
+                steps.restore()
+                del trainer._watched_steps
+
+    return end
+
+
+class TrainerHooks:
+    """Public hooks in the place of a Trainer's private methods; a mixin that stands before the Trainer.
+
+    A subclass that defines one of `hooks` overrides the private method as well. For example, with
+    `hooks = {"answers_loss": "_compute_loss"}` the Trainer calls `answers_loss` where it would call `_compute_loss`.
+    """
+
+    _signature_columns: Any
+    #: Private methods, by the public names under which subclasses override them.
+    hooks: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for public, private in cls.hooks.items():
+            if public in vars(cls):
+                setattr(cls, private, vars(cls)[public])
+
+    #: Columns of the rows that reach the collator, beside those that the model takes.
+    extra_columns: tuple[str, ...] = ()
+
+    def save_extra_state(self, folder: Path) -> None:
+        """Write state of the subclass beside a checkpoint that was just saved with its optimizer."""
+
+    def load_extra_state(self, folder: Path) -> None:
+        """Read what `save_extra_state` wrote, when a run is resumed."""
+
+    def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> float | None:
+        """Count what the loss of a step is divided by, over its micro-batches and all ranks; None: the Trainer counts."""
+        return None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *self.extra_columns]))
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        count = self.count_targets(batch_samples)
+        if count is None:
+            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+        return torch.tensor(count, device=device)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        trainer: Any = self
+        if not trainer.args.save_only_model:
+            folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save_extra_state(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            self.load_extra_state(Path(checkpoint))
+
+
+def count_shifted_labels(trainer: Any) -> None:
+    """Let a Trainer count `num_items_in_batch` over shifted labels, whatever the signature of the model."""
+    trainer.model_accepts_loss_kwargs = True
+    trainer._loss_shifts_labels = True
+
+
+def train_batch_size(trainer: Any) -> int:
+    """Rows of a training batch on one process, after `auto_find_batch_size`."""
+    return trainer._train_batch_size
+
+
+def prepared_batch(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch on the device of the run."""
+    return trainer._prepare_input(dict(batch))
+
+
+def prepare_sharded(trainer: Any) -> nn.Module:
+    """The wrapped model of a sharded run (FSDP, DeepSpeed); before training it is wrapped here."""
+    if len(trainer.accelerator._models) == 0:
+        trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+        if trainer.is_fsdp_enabled:
+            trainer.model = trainer.model_wrapped
+    return trainer.model_wrapped
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of a model's attention implementation."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def origin_of(model: Any) -> str | None:
+    """The folder or Hub id that a model was loaded from; empty for a model that was built."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None)

@@ -1,0 +1,174 @@
+"""Metrics of training logs: sums over micro-batches and ranks, divided once when a log is written."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_objectives.distributed import sum_over_ranks
+from hf_objectives.evaluation import TokenCount
+from hf_objectives.losses import Moments, PolicyLoss, ValueLoss, explained_variance
+
+logger = logging.getLogger(__name__)
+
+
+class MetricSums:
+    """Sums of named values since the last log; float64, on the device of the values.
+
+    Args:
+        names: the names, in the order of the values given to `add`.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        self._sums: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Add the values of a micro-batch, float64 [names]."""
+        self._sums = values if self._sums is None else self._sums + values
+
+    def take(self) -> dict[str, float]:
+        """Return the sums over all ranks by name, and begin again at 0."""
+        own = [0.0] * len(self._names) if self._sums is None else self._sums.tolist()
+        self._sums = None
+        return dict(zip(self._names, sum_over_ranks(own), strict=True))
+
+
+class TokenMetrics:
+    """Perplexity, tokens and their rate in the logs of `PerplexityTrainer`."""
+
+    def __init__(self) -> None:
+        self.start(0, 0)
+
+    def start(self, total_trained: int, total_seen: int) -> None:
+        """Begin anew, with these totals of trained tokens and of all tokens."""
+        self._sums = MetricSums("nats", "trained", "seen", "places")
+        self.total_trained, self.total_seen = total_trained, total_seen
+        self._since = time.perf_counter()
+
+    def add(self, nll: Tensor, positions: Tensor, inputs: Mapping[str, Any], sources: Tensor | None) -> None:
+        """Add a micro-batch.
+
+        Packed rows have no mask. Where rows name sources, their padding has the source -1.
+
+        Args:
+            nll: summed nats of the trained tokens.
+            positions: bool [batch, length], places that predict a trained token.
+            inputs: the inputs of the model.
+            sources: int64 [batch, length], or None.
+        """
+        places = positions.numel()
+        seen = nll.new_tensor(places)
+        if (mask := inputs.get("attention_mask")) is not None:
+            seen = mask.sum()
+        elif sources is not None:
+            seen = (sources >= 0).sum()
+        values = (nll, positions.sum(), seen, nll.new_tensor(places))
+        self._sums.add(torch.stack([value.double() for value in values]))
+
+    def take(self) -> dict[str, float]:
+        """The metrics since the last log; empty where no token was trained."""
+        sums = self._sums.take()
+        seconds = time.perf_counter() - self._since
+        self.start(self.total_trained + int(sums["trained"]), self.total_seen + int(sums["seen"]))
+        if not sums["trained"]:
+            return {}
+        return {
+            "perplexity": TokenCount(sums["nats"], int(sums["trained"])).perplexity,
+            "num_supervised_tokens": self.total_trained,
+            "num_tokens_seen": self.total_seen,
+            "tokens_per_second": sums["seen"] / max(seconds, 1e-9),
+            "padding_share": 1 - sums["seen"] / sums["places"],
+        }
+
+
+class PairMetrics:
+    """Change of the log-probability of chosen and rejected answers since step 0, in the logs of DPO.
+
+    Args:
+        warn_drop: warn once when the chosen answers have lost more nats per token than this while the margin has grown
+            since the last log; None for never.
+    """
+
+    def __init__(self, warn_drop: float | None) -> None:
+        self._warn_drop, self._warned, self._margin = warn_drop, False, 0.0
+        self._sums = MetricSums("chosen", "rejected", "chosen_tokens", "rejected_tokens", "pairs")
+
+    def add(self, sums: Tensor) -> None:
+        """Add `PairScores.drift` of a micro-batch."""
+        self._sums.add(sums)
+
+    def take(self, step: int) -> dict[str, float]:
+        """`logps_change/chosen` and `logps_change/rejected` since the last log, in nats per token."""
+        sums = self._sums.take()
+        if not sums["chosen_tokens"] or not sums["rejected_tokens"]:
+            return {}
+        change = {side: sums[side] / sums[f"{side}_tokens"] for side in ("chosen", "rejected")}
+        margin, before = (sums["chosen"] - sums["rejected"]) / sums["pairs"], self._margin
+        self._margin = margin
+        fell = self._warn_drop is not None and change["chosen"] < -self._warn_drop
+        if fell and margin > before and not self._warned:
+            self._warned = True
+            logger.warning(
+                "step %d: the chosen answers have become less likely, by %.3f nats per token since the start (rejected: "
+                "%+.3f), while the margin grew from %.3f to %.3f nats. The loss sees only the margin, and a model that makes "
+                "both answers less likely may lose its language. nll_weight or dpop_lambda in PerplexityDPOConfig (1 and 50 "
+                "in their papers) keep the chosen answers likely. This is said once a run; warn_chosen_drop sets the bound",
+                *(step, -change["chosen"], change["rejected"], before, margin),
+            )
+        return {f"logps_change/{side}": value for side, value in change.items()}
+
+
+class PolicyMetrics:
+    """Losses per token, clip fractions, entropy and explained variance in the logs of PPO."""
+
+    _MEANS = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl")
+
+    def __init__(self) -> None:
+        moments = [f"{name}_{part}" for name in ("errors", "returns") for part in Moments._fields]
+        self._sums = MetricSums("tokens", *moments, *self._MEANS)
+        self.failures = 0  # answers on which a reward function failed
+
+    def add(
+        self,
+        mask: Tensor,
+        entropy: Tensor,
+        policy: PolicyLoss,
+        value: ValueLoss | None,
+        errors: Moments | None = None,
+        returns: Moments | None = None,
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            mask: [batch, length] of its tokens.
+            entropy: scalar, the sum over them in nats.
+            policy, value: their losses; `value` is None without a critic.
+            errors, returns: moments of returns minus values, and of returns.
+        """
+        zero = entropy.new_zeros(())
+        values, clipped = (zero, zero) if value is None else value
+        sums = [policy.loss, values, entropy, policy.clipped, clipped, policy.approx_kl]
+        moments = [part for moment in (errors, returns) for part in moment or Moments(0, 0, 0)]
+        counted = torch.tensor([float(mask.sum()), *moments], dtype=torch.float64)
+        self._sums.add(torch.cat([counted, torch.stack([part.detach().double() for part in sums]).cpu()]))
+
+    def take(self) -> dict[str, float]:
+        """Means per token over all ranks since the last log; empty without a step and without a failed reward."""
+        sums = self._sums.take()
+        failures, self.failures = sum_over_ranks([float(self.failures)])[0], 0
+        tokens = sums["tokens"]
+        if not tokens and not failures:
+            return {}
+        metrics = {name: sums[name] / tokens for name in self._MEANS} if tokens else {}
+        errors, returns = (
+            Moments(*(sums[f"{name}_{part}"] for part in Moments._fields)) for name in ("errors", "returns")
+        )
+        if returns.number:
+            metrics["explained_variance"] = explained_variance(errors, returns)
+        return {**metrics, "rewards/failed": failures}

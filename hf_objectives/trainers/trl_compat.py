@@ -1,0 +1,277 @@
+"""Every contact with private parts of TRL: hooks with public names, and the helpers of `trl.trainer.utils`.
+
+`hooks` of a class below names the private methods that subclasses override under public names.
+`tests/trainers/test_trl_compat.py` holds these contacts against the installed release.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from accelerate.utils import is_peft_model, send_to_device
+from torch import Tensor, nn
+from trl import DPOTrainer, RewardTrainer, RLOOTrainer
+from trl.data_utils import get_dataset_column_names as get_dataset_column_names
+from trl.models import prepare_deepspeed
+from trl.models.utils import prepare_fsdp
+from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
+from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+from trl.trainer.utils import disable_dropout_in_model as disable_dropout_in_model
+from trl.trainer.utils import get_callable_name as get_callable_name
+from trl.trainer.utils import is_async_callable as is_async_callable
+
+from hf_objectives.errors import ConfigError
+from hf_objectives.trainers.hf_compat import TrainerHooks
+
+__all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "place_reference"]
+
+
+def place_reference(model: Any, accelerator: Any, *, temperature: float = 1.0) -> Any:
+    """Put a frozen reference on the run's device, sharded as the policy is, with TRL's fused head for log-probabilities."""
+    add_fused_lm_head(model, temperature=temperature)
+    if accelerator.distributed_type == "DEEPSPEED":
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == "FSDP":
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+class _TRLHooks(TrainerHooks):
+    """What the trainers of TRL have in common."""
+
+    args: Any
+    model: Any
+    _metrics: Any
+    _tokenizer: Any
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval", by the mode of the model."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """The tokenizer, also that of a multimodal processor."""
+        return self._tokenizer
+
+    def book(self, figures: Mapping[str, float], mode: str | None = None) -> None:
+        """Add figures to the means that TRL writes with its next log."""
+        for name, value in figures.items():
+            self._metrics[mode or self.mode][name].append(value)
+
+    def rename_booked(self, rename: Callable[[str], str]) -> None:
+        """Rename the figures of TRL's next log."""
+        booked = self._metrics[self.mode]
+        for name in [*booked]:
+            booked[rename(name)] = booked.pop(name)
+
+    def replace_booked(self, figures: Mapping[str, float], mode: str | None = None) -> None:
+        """Let TRL's next log have these figures, and not the means of what it has gathered under their names."""
+        for name, value in figures.items():
+            self._metrics[mode or self.mode][name] = [value]
+
+
+class DPOHooks(_TRLHooks, DPOTrainer):
+    """`trl.DPOTrainer` with hooks."""
+
+    args: Any
+    model: Any
+    _metrics: Any
+    _signature_columns: Any
+    hooks: ClassVar = {"prepare_dataset": "_prepare_dataset"}
+    prepare_dataset: Any = DPOTrainer._prepare_dataset
+
+    def reference_settings(self) -> str:
+        """What the cache of reference log-probabilities depends on, beside rows and model."""
+        return ""
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        settings, model_hash = self.reference_settings(), self._precompute_model_hash
+        self._precompute_model_hash = f"{model_hash} {settings}"
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = model_hash
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._is_vision_dataset:
+            self.extra_columns = ()
+        super()._set_signature_columns_if_needed()
+
+    @contextmanager
+    def watching_forwards(self) -> Iterator[dict[str, Tensor]]:
+        """Within it: the log-probabilities of each token, [2n, length], of "policy" and "reference".
+
+        Raises:
+            ConfigError: another number of forward passes than that of trl 1.16.
+        """
+        seen: dict[str, Tensor] = {}
+        passes: list[str] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if (logps := getattr(output, "log_probs", None)) is not None:
+                passes.append("reference" if is_reference(module, self) else "policy")
+                seen[passes[-1]] = logps
+
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        handles = [model.register_forward_hook(keep) for model in models]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+        expected = ["policy"] if self.precompute_ref_logps else ["policy", "reference"]
+        if sorted(passes) != expected:
+            raise ConfigError(
+                f"DPOTrainer ran forward passes of {', '.join(passes) or 'no model'} for a loss; expected "
+                f"{', '.join(expected)}. This release of TRL computes the loss in another way than trl 1.16"
+            )
+
+
+class RewardHooks(_TRLHooks, RewardTrainer):
+    """`trl.RewardTrainer` with hooks."""
+
+    args: Any
+    model: Any
+    _metrics: Any
+    _signature_columns: Any
+    hooks: ClassVar = {"prepare_dataset": "_prepare_dataset", "save_weights": "_save"}
+    prepare_dataset: Any = RewardTrainer._prepare_dataset
+    save_weights: Any = RewardTrainer._save
+
+
+class Forward(NamedTuple):
+    """A forward pass over answers.
+
+    Attributes:
+        logps: float [batch, length], log-probability of each token.
+        values: float [batch, length], what a critic that shares the backbone read on the way; None without one.
+    """
+
+    logps: Tensor
+    values: Tensor | None
+
+
+class RLOOHooks(_TRLHooks, RLOOTrainer):
+    """`trl.RLOOTrainer` with hooks, and the model card of PPO."""
+
+    args: Any
+    model: Any
+    _metrics: Any
+    _signature_columns: Any
+    _tag_names: ClassVar = ["trl", "ppo"]  # type: ignore[misc]
+    _name = "PPO"
+    _paper: ClassVar = {  # type: ignore[misc]
+        "title": "Proximal Policy Optimization Algorithms",
+        "id": "1707.06347",
+        "citation": textwrap.dedent("""\
+            @article{schulman2017proximal,
+                title  = {{Proximal Policy Optimization Algorithms}},
+                author = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+                year   = 2017,
+                eprint = {arXiv:1707.06347}
+            }"""),
+    }
+    hooks: ClassVar = {
+        "tokenize_prompts": "_tokenize_prompts",
+        "calculate_rewards": "_calculate_rewards",
+        "generate_and_score": "_generate_and_score_completions",
+        "answers_loss": "_compute_loss",
+    }
+    tokenize_prompts: Any = RLOOTrainer._tokenize_prompts
+    calculate_rewards: Any = RLOOTrainer._calculate_rewards
+    generate_and_score: Any = RLOOTrainer._generate_and_score_completions
+    answers_loss: Any = RLOOTrainer._compute_loss
+    _logs: Any
+    #: The last forward pass of the "policy" and of the "reference".
+    forwards: dict[str, Forward]
+
+    def answers_made(self, batches: list[dict[str, Any]]) -> None:
+        """Told the micro-batches of answers that the next steps are trained on."""
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not before:
+            self.answers_made(self._buffered_inputs)
+        return inputs
+
+    @contextmanager
+    def reading_values(self, role: str, keep: int) -> Iterator[list[Tensor]]:
+        """Around a forward pass: the values [batch, keep] that a critic reads on the way."""
+        yield []
+
+    def per_token(self, model: nn.Module, ids: Tensor, attention: Tensor, keep: int, **options: Any) -> Any:
+        """Log-probabilities, entropies and auxiliary loss of the last `keep` tokens."""
+        return self._get_per_token_logps_and_entropies(model, ids, attention, keep, **options)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        role = "reference" if is_reference(model, self) else "policy"
+        with self.reading_values(role, logits_to_keep) as values:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        self.forwards[role] = Forward(result[0], torch.cat(values) if values else None)
+        return result
+
+    def show_advantages(self, advantages: list[float]) -> None:
+        """Put the advantages of the last answers of all ranks into the table of completions, in place of RLOO's."""
+        shown = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(shown))):
+            shown.pop()
+        shown.extend(advantages)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return PromptOrder.like(super()._get_train_sampler(dataset))  # type: ignore[arg-type]
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the processor is that of a vision-language model."""
+        return self._is_vlm
+
+    def answers_state(self) -> dict[str, Any]:
+        """For a checkpoint: the count of micro-batches, and the answers that are not used up."""
+        every = self.args.steps_per_generation * self.num_iterations
+        return {"micro_steps": self._step, "answers": self._buffered_inputs if self._step % every else None}
+
+    def load_answers_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `answers_state`."""
+        self._step = state["micro_steps"]
+        self._buffered_inputs = send_to_device(state["answers"], self.accelerator.device)
+
+
+def is_reference(model: nn.Module, trainer: Any) -> bool:
+    """Whether a model runs as the reference now: it is another model, or the policy under another adapter or none."""
+    if model is trainer.ref_model:
+        return True
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return is_peft_model(policy) and (policy.active_adapter == "ref" or not policy.has_active_enabled_adapter)
+
+
+class PromptOrder(RepeatSampler):
+    """TRL's order of prompts, with a shuffle that depends on the epoch and not on the epochs that this process has seen."""
+
+    @classmethod
+    def like(cls, other: RepeatSampler) -> PromptOrder:
+        """Make one with the settings of another."""
+        return cls(
+            other.data_source, other.mini_repeat_count, other.batch_size, other.repeat_count, other.shuffle, other.seed
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loader before each epoch; the first epoch has TRL's own shuffle."""
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
