@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from hf_objectives.diagnostics.curves import Curves
 from hf_objectives.inspection import ENVIRONMENT, LABELS
 
 _EVENT = "event.json"
