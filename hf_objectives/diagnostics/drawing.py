@@ -109,7 +109,7 @@ def draw_line(axes: Any, line: Line, *, geometric: bool = False) -> Any:
     if line.held_out:
         look |= {"marker": "o" if len(line.series.steps) <= 40 else "", "markersize": 3, "zorder": 3}
     elif line.smooth and points >= _SMOOTHED_FROM:
-        axes.plot(*envelope(*line.series), color=line.colour, alpha=0.28, linewidth=0.8)
+        axes.plot(*envelope(*line.series), color=line.colour, alpha=0.4, linewidth=0.8)
         return axes.plot(*trend(*line.series, geometric=geometric), **{**look, "linewidth": 1.5, "zorder": 2.5})[0]
     else:
         look |= {"marker": "o" if points < 3 else "", "markersize": 4}  # a line needs two points
@@ -165,7 +165,9 @@ def draw_panel(axes: Any, panel: Panel, *, legend: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if len(handles) > 1 and legend:
         lines, names = zip(*handles, strict=True)
-        axes.legend(lines, [plain(name) for name in names], frameon=False, fontsize=8, ncols=1 + (len(handles) > 5))
+        columns = 1 + (len(handles) > 5)
+        drawn = axes.legend(lines, [plain(name) for name in names], frameon=False, fontsize=8, ncols=columns)
+        drawn.set_in_layout(False)  # wide names may lie over the curves, and take no room from them
 
 
 def _spans_decades(values: NDArray[np.float64]) -> bool:
@@ -218,7 +220,7 @@ def mark_findings(axes: Mapping[str, Any], findings: Sequence[Finding], *, bands
             if bands and finding.last_step > finding.step and band not in shaded:
                 shaded.add(band)
                 panel.axvspan(x, min(finding.last_step, high), color=colour, alpha=0.1, linewidth=0, zorder=0)
-            panel.axvline(x, color=colour, linewidth=1.1, alpha=0.8, zorder=1)
+            panel.axvline(x, color=colour, linewidth=1.0, alpha=0.5, zorder=1)
             near = [row for other, row in placed[name] if abs(other - x) < 0.05 * (high - low)]
             row = next((row for row in range(8) if row not in near), len(near) % 8)
             placed[name].append((x, row))

@@ -109,10 +109,12 @@ def _parse_entries(piece: bytes) -> tuple[list[Any], str]:
         rest = part.lstrip()
         try:
             entry, end = _DECODER.raw_decode(rest)
-            rest = rest[end:].lstrip()
+            entries.append(entry)
+            rest = rest[end:].lstrip(" \t\r\n,")
         except (ValueError, RecursionError):
-            entry = _DAMAGE
-        entries.append(entry)
+            pass
         if rest.startswith("]"):
             break
+        if rest:
+            entries.append(_DAMAGE)
     return entries, rest

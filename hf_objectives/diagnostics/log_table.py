@@ -158,9 +158,10 @@ def tables_by_run(lines: Iterable[_Line]) -> dict[str, LogTable]:
         for line in batch:
             run = line[RUN_KEYS[0]] if RUN_KEYS[0] in line else line.get(RUN_KEYS[1], "")
             if run != current and isinstance(run, (str, int)) and run != "":
-                for group in (runs, tables):
-                    if "" in group:  # lines before the first name
-                        group[str(run)] = group.pop("")  # type: ignore[attr-defined]
+                if "" in runs:
+                    runs[str(run)] = runs.pop("")
+                if "" in tables:
+                    tables[str(run)] = tables.pop("")
                 current = str(run)
             runs[current].append(line)
         for name, group in runs.items():

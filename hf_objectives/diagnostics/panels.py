@@ -110,8 +110,9 @@ class Completed(Curves):
 
 
 def panels_of(runs: Sequence[Curves]) -> list[Panel]:
-    """The panels that have something to show, the loss first where there is one."""
-    completed = [with_perplexities(run) for run in runs]
+    """The panels that have something to show, the loss first where there is one. Their names are `shortened`."""
+    names = shortened([run.name for run in runs])
+    completed = [replace(with_perplexities(run), name=name) for run, name in zip(runs, names, strict=True)]
     panels = [_panel_of(completed, key, title, log) for key, (title, log) in _PANELS.items()]
     panels += _panels_by_source(completed)
     for panel in panels:
@@ -220,8 +221,8 @@ def _panels_by_source(runs: Sequence[Completed]) -> Iterator[Panel]:
         shown = sources[:_SOURCES_AT_MOST]
         if len(runs) == 1:
             panels = [panel]
-            for i, source in enumerate(shown):
-                panel.lines += _lines_of_source(runs[0], key.format(source), i, source)
+            for i, (source, name) in enumerate(zip(shown, shortened(shown), strict=True)):
+                panel.lines += _lines_of_source(runs[0], key.format(source), i, name)
         else:
             panels = [
                 replace(panel, name=f"{panel.name} {source}" if n else panel.name, title=title.format(source), lines=[])
@@ -273,7 +274,7 @@ def _is_of_set(key: str) -> bool:
 
 
 def _made_note(lines: Sequence[Line]) -> str:
-    made = shortened([line.label for line in lines if line.made])
+    made = [line.label for line in lines if line.made]
     if not made or len(made) == len(lines):
         return ", exp(loss)" if made else ""
     return f", exp(loss) for {' and '.join(made) if len(made) < 3 else f'{len(made)} of {len(lines)} lines'}"

@@ -135,21 +135,20 @@ def _listing(findings: Sequence[Finding], *, several: bool, characters: int) -> 
 
 
 def _runs(log: Any) -> list[Curves]:
-    paths = (str, Path)
+    """The runs in one log or several; several `log_history` lists are named run 1, run 2, ..."""
     if isinstance(log, Mapping):
         runs = [replace(_read(entry), name=str(name)) for name, entry in log.items()]
-    elif isinstance(log, (*paths, Curves)):
+    elif isinstance(log, (str, Path, Curves)):
         runs = read_runs(log)
-    elif not log:
-        runs = []
     elif not isinstance(log, Sequence) or any(isinstance(entry, Mapping) for entry in log):
         runs = [_read(log)]
-    elif all(isinstance(entry, paths) for entry in log):
-        runs = read_runs(log)
+    elif all(isinstance(entry, (str, Path)) for entry in log):
+        runs = read_runs(log) if log else []
     else:
         runs = [_read(entry) for entry in log]
-        named = [isinstance(entry, (*paths, Curves)) for entry in log]
-        runs = [run if has else replace(run, name=f"run {i}") for i, (run, has) in enumerate(zip(runs, named), 1)]
+        for i, entry in enumerate(log):
+            if not isinstance(entry, (str, Path, Curves)):
+                runs[i] = replace(runs[i], name=f"run {i + 1}")
     if not runs:
         raise FileFormatError("no log was given; nothing to draw")
     return runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
@@ -21,14 +22,13 @@ _COLOURS = {
     "#ffffff": "var(--back)",
     **{light: f"var(--{severity})" for severity, (light, _) in FINDING_COLOURS.items()},
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, for search and for screen readers
     "svg.hashsalt": "hf_objectives",  # the same ids in every report of a log
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT),
     "grid.color": _GRID,
-    "grid.alpha": 1.0,
 }
 
 
@@ -56,15 +56,15 @@ def draw_panels(runs: Sequence[Curves], findings: Sequence[Finding]) -> Iterator
             yield title, _inline_svg(figures[panel.name], title)
 
 
-def _inline_svg(figure, title: str) -> Markup:
+def _inline_svg(figure: Any, title: str) -> Markup:
     """A figure as an SVG element for a page: without size, style sheet and names of its own."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
-    view = re.search(r'viewBox="([\d. ]+)"', svg)
+    view = " ".join(f"{72 * inches:g}" for inches in (0, 0, *_SIZE))  # in points
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[a-z0-9]+_\d+"', "", body)  # of groups, the same in every figure
+    body = re.sub(r' id="[\w.]+_\d+"', "", body)  # of groups, the same in every figure
     body = re.sub("|".join(_COLOURS), lambda found: _COLOURS[found[0]], body)
-    head = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(view[1], title)
+    head = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(view, title)
     return head + Markup(body)

@@ -90,3 +90,14 @@ def test_a_log_that_ends_between_two_entries_is_cut_short(tmp_path):
         path.write_text('{"log_history": [{"step": 1, "loss": 2.5}' + end)
         values, notes = losses(path)
         assert values == [2.5] and len(notes) == 1 and "ends in the middle of its log" in notes[0]
+
+
+@pytest.mark.parametrize("junk", ["   ", "},os", ", 7 8"])
+def test_what_stands_behind_an_entry_is_not_left_out_in_silence(tmp_path, junk):
+    path = tmp_path / "trainer_state.json"
+    path.write_text(
+        '{"log_history": [{"step": 1, "loss": 2.5}' + junk + '{"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.5}]}'
+    )
+    values, notes = losses(path)
+    assert values[0] == 2.5 and values[-1] == 1.5
+    assert notes == ["it is damaged in 1 place, after step 1: what stood there was left out"]

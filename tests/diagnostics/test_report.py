@@ -237,12 +237,10 @@ def test_a_phone_in_either_scheme(tmp_path: Path, browser_context: Callable[...,
     back = colour(page.locator("body"), "backgroundColor")
     assert (luminance(back) > 0.5) is (scheme == "light")
     assert contrast(colour(tick, "fill"), back) >= 4.5
-    numbers = page.locator("svg text").get_by_text(re.compile("^[123]$")).all()
-    circles = [number.locator("xpath=../preceding-sibling::*[1]//*[name()='path']") for number in numbers[-3:]]
     for severity, number in zip(page.locator(".severity").all(), page.locator(".number").all(), strict=True):
         assert contrast(colour(severity, "color"), colour(page.locator(".finding").first, "backgroundColor")) >= 4.5
         assert contrast(colour(number, "color"), colour(number, "backgroundColor")) >= 4.5
-    assert circles and tab.errors == [] and tab.requests == []
+    assert tab.errors == [] and tab.requests == []
 
 
 def colour(element: Any, name: str) -> str:
