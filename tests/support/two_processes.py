@@ -185,7 +185,8 @@ def main() -> None:
     for act in ACTS:
         folder = Path(sys.argv[1]) / act.__name__
         folder.mkdir(exist_ok=True)
-        (folder / f"outcome_{rank()}.json").write_text(json.dumps(act(folder)))
+        outcome = act(folder)  # the first one makes the group
+        (folder / f"outcome_{rank()}.json").write_text(json.dumps(outcome))
     leave_group()
 
 
