@@ -245,7 +245,7 @@ def check_reward_model(model: nn.Module, tokenizer: Any) -> Any:
     name = origin or type(model).__name__
     if getattr(config, "num_labels", 1) != 1:
         raise ConfigError(f"reward model {name} has {config.num_labels} labels; expected 1, the reward")
-    own = None
+    own: Any = None
     if origin and (tokenizer is None or (Path(origin) / "tokenizer_config.json").exists()):
         own = AutoTokenizer.from_pretrained(origin)
     if tokenizer is None and own is None:
@@ -257,7 +257,7 @@ def check_reward_model(model: nn.Module, tokenizer: Any) -> Any:
             f"reward model {name} was given a tokenizer of {len(tokenizer):,} tokens that is not its own, of {len(own):,}; "
             "its reward would be of other words. Leave reward_processing_classes out, or give the tokenizer of its folder"
         )
-    found = own if tokenizer is None else tokenizer
+    found: Any = own if tokenizer is None else tokenizer
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if len(found) > size:
         raise ConfigError(
