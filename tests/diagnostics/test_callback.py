@@ -19,8 +19,7 @@ from hf_objectives.errors import ConfigError, NonFiniteError
 from tests.support.monitored_runs import BAD, SETTINGS, STEPS, events, trainer_of
 
 
-@pytest.mark.parametrize("kind", ["ours", "transformers", "trl"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("kind", "accumulation"), [("ours", 2), ("transformers", 1), ("trl", 2)])
 def test_the_bad_batch_is_written_with_its_examples(kind, accumulation, tmp_path, caplog):
     trainer = trainer_of(kind, tmp_path, accumulation=accumulation)
     trainer.add_callback(DiagnosticsCallback(trainer))
