@@ -67,7 +67,7 @@ class Critic(nn.Module):
             else:
                 backbone = copy.deepcopy(decoder_of(policy))
             return cls(policy, backbone.requires_grad_(True))
-        given, known = (one.get_input_embeddings().num_embeddings for one in (model, policy))
+        given, known = (lm.get_input_embeddings().num_embeddings for lm in (model, policy))
         if given != known:
             raise ConfigError(
                 f"critic_model has {given:,} token embeddings, the policy {known:,}; expected one vocabulary"
