@@ -1,4 +1,4 @@
-"""The only file that calls collectives; every function is its own answer in a single process."""
+"""The only file that calls collectives. In a single process each function returns its own input."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process's number in the group."""
+    """Number of this process in the group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _device() -> torch.device:
-    # NCCL reduces on the accelerator only.
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
 def sum_over_ranks(values: list[float]) -> list[float]:
-    """Sums of float64 values over all processes; counts stay exact up to 2^53."""
+    """Sum float64 values over all processes, each by itself. Counts stay exact up to 2^53."""
     if world_size() == 1:
         return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    # NCCL reduces on the accelerator only.
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
 def average_gradients(parameters: Iterable[Parameter]) -> None:
-    """The mean over all processes of each gradient, in place; one that is missing counts as 0."""
+    """Replace each gradient by its mean over all processes. A missing gradient counts as 0."""
     if world_size() == 1:
         return
     for parameter in parameters:
@@ -51,7 +48,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_objects(value: object) -> list:
-    """The value of every process, in order."""
+    """Return the values of all processes, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -60,7 +57,7 @@ def gather_objects(value: object) -> list:
 
 
 def leave_group() -> None:
-    """End the process group, for the end of a program: gloo's threads abort the process if it is still there at exit."""
+    """End the process group at the end of a program: gloo's threads abort a process that exits with it."""
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a wrapped model in a cycle would keep the group, and its threads, to the very end
+        gc.collect()  # a wrapped model in a reference cycle would keep the group and its threads
         dist.destroy_process_group()

@@ -20,7 +20,6 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification, set_seed
 from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
-from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from hf_objectives import demo
 from hf_objectives.diagnostics import DiagnosticsCallback, plot_reward_model
@@ -31,7 +30,7 @@ from hf_objectives.recipes.alignment_rows import RowArguments, Rows, split_rows
 from hf_objectives.recipes.arguments import parse_config, read_template
 from hf_objectives.recipes.plan import check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.run import BUILT_IN, RecipeModel, on_main, resume_point
-from hf_objectives.trainers import RewardModelConfig, RewardModelTrainer, encode_reward_row
+from hf_objectives.trainers import RewardModelConfig, RewardModelTrainer, encode_reward_row, suppress_seqcls_warning
 
 # What the table, the card and results.json say, and what each figure is.
 FIGURES = {

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from hf_objectives.trainers.reward_config import (
         RewardModelConfig,  # its arguments
     )
+    from hf_objectives.trainers.trl_compat import (
+        suppress_seqcls_warning,  # a context in which a new score head is no warning
+    )
 
 #: The module of each name that is imported when it is first used.
 _LAZY = {
@@ -58,6 +61,7 @@ _LAZY = {
     "RewardModelTrainer": "reward",
     "encode_reward_row": "reward",
     "RewardModelConfig": "reward_config",
+    "suppress_seqcls_warning": "trl_compat",
 }
 
 

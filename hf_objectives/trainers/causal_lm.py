@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,6 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         super().__init__(model, args, data_collator, **kwargs)
         self.tokenizer = tokenizer
         count_shifted_labels(self)  # the loss below always divides by their number
-        watch_steps(self, _FiniteCheck(self))
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)
         self._stops_seen: Tensor | None = None
         self._isolation_proved = False
@@ -319,16 +318,25 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         return stops
 
 
-class _FiniteCheck(StepWatch):
-    """Stops all ranks before a step whose loss or gradient is not finite."""
+class _RunCallback(TrainerCallback, StepWatch):
+    """What `PerplexityTrainer` does during a run: it probes isolation once the model is placed and wrapped, counts tokens on
+    where a resumed run stopped, and stops all ranks before a step whose loss or gradient is not finite."""
 
     def __init__(self, trainer: PerplexityTrainer) -> None:
         self._trainer = trainer
+        self._end_watch: Callable[[], None] = lambda: None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = [log for log in state.log_history if "num_tokens_seen" in log]
+        counted = (logs[-1]["num_supervised_tokens"], logs[-1]["num_tokens_seen"]) if logs else (0, 0)
+        self._trainer.token_metrics.start(*counted)
+        self._trainer.prove_isolation(self._trainer.model_wrapped)
+        self._end_watch()  # a run before this one may have ended in an error
+        if args.stop_on_non_finite:
+            self._end_watch = watch_steps(self._trainer, self)
 
     def step_ends(self, batches: list[tuple[Mapping[str, Any], Tensor]], grad_norm: Any) -> None:
         trainer = self._trainer
-        if not trainer.args.stop_on_non_finite:
-            return
         scaled = getattr(trainer.accelerator, "scaler", None) is not None
         stop_if_not_finite(
             [loss for _, loss in batches],
@@ -340,18 +348,11 @@ class _FiniteCheck(StepWatch):
             folder=Path(trainer.args.output_dir or "."),
         )
 
+    def step_fails(self) -> None:
+        self._end_watch()
 
-class _RunCallback(TrainerCallback):
-    """Probes isolation once the model is placed and wrapped, and counts tokens on where a resumed run stopped."""
-
-    def __init__(self, trainer: PerplexityTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = [log for log in state.log_history if "num_tokens_seen" in log]
-        counted = (logs[-1]["num_supervised_tokens"], logs[-1]["num_tokens_seen"]) if logs else (0, 0)
-        self._trainer.token_metrics.start(*counted)
-        self._trainer.prove_isolation(self._trainer.model_wrapped)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end_watch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_epoch_end(args, state, control)

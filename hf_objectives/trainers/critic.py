@@ -21,11 +21,11 @@ _FILE = "critic.pt"
 class Critic(nn.Module):
     """Values of the states before each token of an answer.
 
-    The head begins at 0, so that a first value is 0 whatever the backbone. Every process holds the whole critic; gradients
-    are averaged over processes when the optimizer steps.
+    The head begins at 0, so the first values are 0. Every process holds the whole critic. Gradients are averaged over
+    processes when the optimizer steps.
 
     Args:
-        policy: the causal language model; with adapters, the whole of it.
+        policy: the causal language model, with its adapters.
         backbone: a decoder of the critic's own; None for a head on the policy's.
     """
 
@@ -35,25 +35,23 @@ class Critic(nn.Module):
         super().__init__()
         self.backbone = backbone
         decoder: Any = decoder_of(policy)
-        reads: Any = backbone or decoder
-        width = reads.config.get_text_config().hidden_size
-        weight = next(decoder.parameters())
-        self.head = nn.Linear(width, 1, device=weight.device, dtype=torch.float32)
+        width = (backbone or decoder).config.get_text_config().hidden_size
+        self.head = nn.Linear(width, 1, device=next(decoder.parameters()).device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     @classmethod
     def of(cls, policy: Any, kind: str, model: Any = None) -> Critic | None:
-        """The critic that `PPOConfig.critic` names.
+        """Make the critic that `PPOConfig.critic` names.
 
         Args:
             policy: the causal language model.
             kind: "separate", "shared" or "none".
-            model: a model (a reward model, say) whose backbone and, if it has one, score head a separate critic begins with;
-                None for a copy of the policy's backbone.
+            model: a model (a reward model, for example). A separate critic begins with its backbone and, if it has one, its
+                score head; with None, with a copy of the policy's backbone.
 
         Raises:
-            ConfigError: `model` without a separate critic, or one that reads other tokens than the policy.
+            ConfigError: `model` without a separate critic, or with another vocabulary than the policy.
         """
         if model is not None and kind != "separate":
             raise ConfigError(f"critic_model is given and critic is {kind!r}; expected 'separate'")
@@ -62,19 +60,19 @@ class Critic(nn.Module):
         if kind == "shared":
             return cls(policy)
         if model is None:
-            # Adapters go into the copy's weights: they are part of what the policy knows.
-            adapted = hasattr(policy, "merge_and_unload")
-            backbone = (
-                copy.deepcopy(policy).merge_and_unload().base_model if adapted else copy.deepcopy(decoder_of(policy))
-            )
+            if hasattr(
+                policy, "merge_and_unload"
+            ):  # adapters are part of what the policy knows: merge them in the copy
+                backbone = copy.deepcopy(policy).merge_and_unload().base_model
+            else:
+                backbone = copy.deepcopy(decoder_of(policy))
             return cls(policy, backbone.requires_grad_(True))
-        theirs, ours = (one.get_input_embeddings().num_embeddings for one in (model, policy))
-        if theirs != ours:
+        given, known = (lm.get_input_embeddings().num_embeddings for lm in (model, policy))
+        if given != known:
             raise ConfigError(
-                f"critic_model has {theirs:,} token embeddings, the policy {ours:,}; expected one vocabulary"
+                f"critic_model has {given:,} token embeddings, the policy {known:,}; expected one vocabulary"
             )
-        # A copy, because the same model may be what gives the rewards.
-        critic = cls(policy, copy.deepcopy(model.base_model).requires_grad_(True))
+        critic = cls(policy, copy.deepcopy(model.base_model).requires_grad_(True))  # a copy: the model may give rewards
         if isinstance(score := getattr(model, "score", None), nn.Linear) and score.out_features == 1:
             critic.head.weight.data.copy_(score.weight.data)
             if score.bias is not None:
@@ -82,23 +80,20 @@ class Critic(nn.Module):
         return critic
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., width] to values [...], float32 under autocast too: bfloat16 has three digits."""
+        """Map hidden states [..., width] to values [...], in float32 under autocast too: bfloat16 has three digits."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-        """Values under a backbone of its own: float32 [batch, keep], at the states before the last `keep` tokens."""
+        """Compute values with the critic's own backbone: float32 [batch, keep], at the states before the last tokens."""
         assert self.backbone is not None
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return self(before_last(out.last_hidden_state, keep))
 
     @contextmanager
     def watching(self, policy: nn.Module, keep: int) -> Iterator[list[Tensor]]:
-        """While the policy runs, its backbone's hidden states are read: a list of values, one tensor a forward pass."""
+        """Within it, read the states of the policy's backbone: gives the values of each forward pass."""
         values: list[Tensor] = []
-        if self.backbone is not None:
-            yield values
-            return
 
         def look(module: nn.Module, args: tuple, output: Any) -> None:
             values.append(self(before_last(output.last_hidden_state, keep)))
@@ -111,24 +106,24 @@ class Critic(nn.Module):
 
 
 def before_last(hidden: Tensor, keep: int) -> Tensor:
-    """States from which the last `keep` tokens were chosen: [batch, length, width] to [batch, keep, width]."""
+    """The states from which the last `keep` tokens were chosen: [batch, length, width] to [batch, keep, width]."""
     return hidden[:, -keep - 1 : -1]
 
 
 def decoder_of(policy: nn.Module) -> Any:
-    """The backbone of a causal language model, below adapters and its head."""
+    """The backbone of a causal language model, below its adapters and its head."""
     inner: Any = getattr(policy, "get_base_model", lambda: policy)()
     return inner.base_model
 
 
 class CriticOptimizer:
-    """Steps the critic when the policy's optimizer has stepped, and goes to disk with it.
+    """Steps the critic when the policy's optimizer has stepped, and is saved with it.
 
     Args:
         critic: the critic.
-        args: the Trainer's; optimizer, schedule and clipping are the policy's, with `critic_learning_rate`.
+        args: the Trainer's. Optimizer, schedule and clipping are the policy's, with `critic_learning_rate`.
         policy: for the Trainer's choice of an optimizer.
-        num_training_steps: of the run, for the schedule.
+        num_training_steps: steps of the run, for the schedule.
     """
 
     def __init__(self, critic: Critic, args: Any, policy: nn.Module, num_training_steps: int) -> None:
@@ -146,7 +141,7 @@ class CriticOptimizer:
         )
 
     def step(self) -> None:
-        """Average gradients over processes, clip, step, and forget them."""
+        """Average the gradients over processes, clip them, step, and clear them."""
         average_gradients(self._parameters)
         if self.args.max_grad_norm:
             nn.utils.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
@@ -155,19 +150,15 @@ class CriticOptimizer:
         self.optimizer.zero_grad()
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizer and schedule to a file of the folder."""
-        state = {
-            "critic": self.critic.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-        }
-        torch.save(state, folder / _FILE)
+        """Write weights, optimizer and schedule to a file in the folder."""
+        parts = {"critic": self.critic, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / _FILE)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
-            ConfigError: the folder has no critic, or that of another kind.
+            ConfigError: the folder has no critic, or one of another kind.
         """
         if not (folder / _FILE).exists():
             raise ConfigError(f"{folder} has no {_FILE}; it is no checkpoint of a PPO run with a critic")

@@ -32,7 +32,7 @@ class StepWatch:
 
 
 class _Steps:
-    """The watched steps of one Trainer, in the place of two of its methods."""
+    """The watched steps of one Trainer: it stands in the place of two of its methods."""
 
     def __init__(self, trainer: Any) -> None:
         self.watches: list[StepWatch] = []
@@ -44,7 +44,7 @@ class _Steps:
 
     def restore(self) -> None:
         """Give the Trainer its methods back."""
-        for name in self._usual:
+        for name in (*self._usual, "_watched_steps"):
             vars(self._trainer).pop(name, None)
         vars(self._trainer).update(self._own)
 
@@ -93,7 +93,6 @@ def watch_steps(trainer: Any, watch: StepWatch) -> Callable[[], None]:
             steps.watches.remove(watch)
             if not steps.watches:
                 steps.restore()
-                del trainer._watched_steps
 
     return end
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SyncRefModelCallback
@@ -31,6 +29,7 @@ from hf_objectives.losses import (
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
 from hf_objectives.trainers.metrics import PolicyMetrics
 from hf_objectives.trainers.ppo_config import PPOConfig
+from hf_objectives.trainers.reference import asking_for_none, own_reference
 from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
 from hf_objectives.trainers.trl_compat import RLOOHooks, disable_dropout_in_model, place_reference
 
@@ -108,8 +107,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         functions, tokenizers = checked_rewards(
             reward_funcs, reward_processing_classes, on_error=args.reward_errors, tell_failed=self._tell_failed
         )
-        reference = _own_reference(model, args, peft_config)
-        with _without_reference(args, reference is not None):
+        reference = own_reference(model, args, peft_config)
+        with asking_for_none(args, reference is not None):
             parent: Any = super().__init__
             parent(
                 *(model, functions, args),
@@ -248,11 +247,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     def _old_values(self, output: Mapping[str, Any], shared: Tensor | None) -> Tensor:
         """The critic's values of all answers, float32 [batch, length]; 0 without a critic."""
         if self.critic is None or self.critic.backbone is None:
-            return (
-                torch.zeros(output["completion_ids"].shape, device=output["completion_ids"].device)
-                if shared is None
-                else shared
-            )
+            ids = output["completion_ids"]
+            return torch.zeros(ids.shape, device=ids.device) if shared is None else shared
         train = self.mode == "train"
         size = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -394,32 +390,6 @@ class _CriticSteps(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.critic_optimizer is not None:
             self._trainer.critic_optimizer.step()
-
-
-def _own_reference(model: Any, args: PPOConfig, peft_config: Any) -> Any:
-    """A frozen copy of the policy as it is; None where there is no penalty, or where TRL makes the reference.
-
-    TRL would load the reference again from where the policy's config says it is from, whatever the policy is now. It keeps
-    an adapter's reference right.
-    """
-    adapted = isinstance(model, PeftModel)
-    if not isinstance(model, str) and not adapted and getattr(model, "peft_config", None):
-        raise ConfigError("the model carries an adapter that transformers loaded; merge it, or load it with PeftModel")
-    if isinstance(model, str) or adapted or peft_config is not None or not args.beta:
-        return None
-    return deepcopy(model).eval().requires_grad_(False)
-
-
-@contextmanager
-def _without_reference(args: PPOConfig, own: bool) -> Iterator[None]:
-    """Within it `args` ask TRL for no reference, where we have our own; afterwards they are the caller's, also on error."""
-    beta, sync = args.beta, args.sync_ref_model
-    if own:
-        args.beta, args.sync_ref_model = 0.0, False
-    try:
-        yield
-    finally:
-        args.beta, args.sync_ref_model = beta, sync
 
 
 def _over_ranks(moments: Moments) -> Moments:

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from trl import RLOOConfig
 
-from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.errors import ConfigError
 from hf_objectives.losses import KL_ESTIMATORS
+from hf_objectives.types import check_one_of
 
-CRITICS = ("separate", "shared", "none")
-REWARD_ERRORS = ("error", "missing")
+_CHOICES = {
+    "critic": ("separate", "shared", "none"),
+    "kl_estimator": tuple(KL_ESTIMATORS),
+    "reward_errors": ("error", "missing"),
+}
+_POSITIVE = (
+    *("kl_target", "cliprange_value", "critic_learning_rate", "kl_horizon", "temperature"),
+    *("epsilon", "epsilon_high", "num_iterations"),
+)
 
 
 @dataclass
 class PPOConfig(RLOOConfig):
-    """`trl.RLOOConfig` with what PPO adds: generation, rewards, batches and logs are the parent's.
+    """`trl.RLOOConfig` with the settings of PPO. Generation, rewards, batches and logs are the parent's.
 
-    Of the parent's, in PPO's words: `num_iterations` is the number of epochs over a batch of answers (4 here),
-    `steps_per_generation / gradient_accumulation_steps` that of its minibatches, `epsilon` and `epsilon_high` the clip of the
-    ratio, `beta` the coefficient of the KL penalty, `reward_clip_range` the clip of the score. One answer a prompt
-    (`num_generations`) is enough, and dropout is off, so that the ratio begins at 1.
+    Some settings of the parent in PPO's words: `num_iterations` is the number of epochs over a batch of answers (4 here),
+    `steps_per_generation / gradient_accumulation_steps` the number of its minibatches, `epsilon` and `epsilon_high` the clip
+    of the ratio, `beta` the coefficient of the KL penalty, `reward_clip_range` the clip of the score. One answer to a prompt
+    (`num_generations`) is enough. Dropout is off, so that the ratio begins at 1.
 
     Args:
-        critic: "separate": a value head on a backbone of its own, a copy of the policy's; "shared": on the policy's, whose
-            weights the value loss then moves too; "none": no critic, V = 0.
-        critic_learning_rate: that of the critic; None for `learning_rate`.
+        critic: "separate": a value head on a copy of the policy's backbone; "shared": on the policy's own, whose weights the
+            value loss then moves too; "none": no critic, V = 0.
+        critic_learning_rate: learning rate of the critic; None for `learning_rate`.
         gamma, lam: discount and λ of generalised advantage estimation (arXiv 1506.02438).
         vf_coef: weight of the value loss.
         cliprange_value: how far a value may move from the old one; None for no clip.
         entropy_coef: weight of the entropy bonus, per token.
-        kl_estimator: "k1", "k2" or "k3", see `ppo_math.KL_ESTIMATORS`.
-        kl_target: nats per answer to which an adaptive coefficient steers (arXiv 1909.08593); None keeps `beta`.
-        kl_horizon: answers over which the coefficient moves by a fifth at most.
-        whiten_advantages: scale advantages of a batch to mean 0 and variance 1.
-        whiten_rewards: scale token rewards of a batch to variance 1, their mean kept.
+        kl_estimator: "k1", "k2" or "k3", see `losses.KL_ESTIMATORS`.
+        kl_target: nats per answer that an adaptive coefficient aims at (arXiv 1909.08593); None keeps `beta`.
+        kl_horizon: number of answers over which the coefficient changes by a fifth at most.
+        whiten_advantages: scale the advantages of a batch to mean 0 and variance 1.
+        whiten_rewards: scale the token rewards of a batch to variance 1, and keep their mean.
         missing_eos_penalty: taken off the score of an answer that did not stop within `max_completion_length`.
-        reward_errors: "error", or "missing" to leave out, and count, answers on which one of the functions or models fails or
-            says NaN, whatever the others say of them.
+        reward_errors: "error", or "missing": leave out and count the answers on which a function or model fails or gives NaN,
+            whatever the others give.
         eval_lm_max_length: tokens of a row of `eval_lm_datasets`.
         max_perplexity_increase: stop when perplexity on one of them is over its start by more than this (0.1: ten per cent).
 
@@ -81,29 +90,13 @@ class PPOConfig(RLOOConfig):
         self._check()
 
     def _check(self) -> None:
-        for name, known in (
-            ("critic", CRITICS),
-            ("kl_estimator", tuple(KL_ESTIMATORS)),
-            ("reward_errors", REWARD_ERRORS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(
-                    f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}"
-                )
-        for name, low, high in (
-            ("gamma", 0, 1), ("lam", 0, 1), ("vf_coef", 0, None), ("entropy_coef", 0, None), ("beta", 0, None),
-            ("missing_eos_penalty", 0, None),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                raise ConfigError(
-                    f"{name} is {value}; expected {low} or more" + (f", and {high} at most" if high else "")
-                )
-        for name in (
-            *("kl_target", "cliprange_value", "critic_learning_rate", "kl_horizon", "temperature"),
-            *("epsilon", "epsilon_high", "num_iterations"),
-        ):
+        for name, known in _CHOICES.items():
+            check_one_of(name, getattr(self, name), known)
+        for name in ("gamma", "lam", "vf_coef", "entropy_coef", "beta", "missing_eos_penalty"):
+            value, high = getattr(self, name), 1 if name in ("gamma", "lam") else math.inf
+            if not 0 <= value <= high:
+                raise ConfigError(f"{name} is {value}; expected 0 or more{', and 1 at most' if high == 1 else ''}")
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}; expected more than 0")
@@ -127,7 +120,7 @@ class PPOConfig(RLOOConfig):
 
 
 class _Single(int):
-    """1, for the parent's check: RLOO needs siblings of an answer to compare it with, PPO has a critic."""
+    """The number 1 that passes the parent's check: RLOO compares an answer with others to its prompt, PPO has a critic."""
 
     def __lt__(self, other: int) -> bool:
         return False

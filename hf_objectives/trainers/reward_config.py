@@ -6,22 +6,20 @@ from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
-from hf_objectives.errors import ConfigError, nearest
-
-_CONTROL_TOKENS = ("plain", "allow")
+from hf_objectives.types import check_one_of
 
 
 @dataclass
 class RewardModelConfig(RewardConfig):
-    """`trl.RewardConfig` and what encoding needs.
+    """`trl.RewardConfig` with the settings of encoding.
 
-    `max_length` means something else than for the parent, which drops longer rows: here their prompt is shortened first, see
+    `max_length` has another meaning than for the parent, which drops longer rows: here their prompt is shortened, see
     `encode_pair`.
 
     Args:
         control_tokens: see `encode_chat`.
-        allow_eos_padding: where the only token to pad with is EOS, read the score of a text that ends with EOS before it, as
-            TRL does; an error otherwise.
+        allow_eos_padding: where EOS is the only token to pad with, read the score of a text that ends with EOS before it, as
+            TRL does. Without it, such a text is an error.
 
     Raises:
         ConfigError: an unknown `control_tokens`.
@@ -35,8 +33,4 @@ class RewardModelConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.control_tokens not in _CONTROL_TOKENS:
-            raise ConfigError(
-                f"control_tokens is {self.control_tokens!r}; expected one of {', '.join(_CONTROL_TOKENS)}"
-                f"{nearest(self.control_tokens, _CONTROL_TOKENS)}"
-            )
+        check_one_of("control_tokens", self.control_tokens, ("plain", "allow"))

@@ -1,10 +1,12 @@
-"""Where a reward model reads its score, and what has to hold for that to be the last token of the text.
+"""Where a reward model reads its score, and the conditions under which that is the last token of the text.
 
-transformers' sequence classifiers read the score at the last token whose id is not the config's `pad_token_id`, and do
-not look at the attention mask. So three things can go wrong without an error. Batches padded with another id than the
-config's are read on padding. A text that ends with the padding token, as all do whose EOS is the padding token, is read
-before its end: alone, padded left or right all the same, but a finished answer and one that broke off before its EOS
-then have one score. And a program that chooses another padding token than the training did reads elsewhere than it did.
+transformers' sequence classifiers read the score at the last token whose id is not the config's `pad_token_id`. They do not
+look at the attention mask. So three things can go wrong without an error:
+
+- A batch is padded with another id than the config's: the score is read on padding.
+- A text ends with the padding token, for example because EOS is the padding token: the score is read before its end. A
+  finished answer and one that broke off before its EOS then have one score.
+- A program uses another padding token than the training did: the score is read elsewhere.
 """
 
 from __future__ import annotations
@@ -17,41 +19,40 @@ from torch import Tensor
 
 from hf_objectives.errors import ConfigError, FormatError, TokenizerError
 
-_SPARE = ("reserved", "unused")
-
 
 def spare_pad_token(tokenizer: Any, num_embeddings: int) -> str | None:
-    """A token of the tokenizer that can pad and ends no text, or None.
+    """Find a token that can pad and that ends no text; None where there is none.
 
-    Control tokens only, with an embedding, that are not EOS or BOS and do not stand in the chat template: one named after
-    padding first, then the unknown token, then a reserved one.
+    It is a control token with an embedding, not EOS or BOS, and not in the chat template. A token named after padding comes
+    first, then the unknown token, then a reserved one.
 
     Args:
         tokenizer: a transformers tokenizer.
-        num_embeddings: how many the model has.
+        num_embeddings: number of token embeddings of the model.
     """
     templates = tokenizer.chat_template
     text = " ".join(templates.values()) if isinstance(templates, dict) else templates or ""
-    free = {
-        token.content: i
+    free = [
+        token.content
         for i, token in sorted(tokenizer.added_tokens_decoder.items())
         if token.special
         and i < num_embeddings
         and i not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
         and token.content not in text
-    }
+    ]
     named = [token for token in free if "pad" in token.lower()]
     unknown = [token for token in free if token == tokenizer.unk_token]
-    reserved = [token for token in free if any(word in token.lower() for word in _SPARE)]
+    reserved = [token for token in free if any(word in token.lower() for word in ("reserved", "unused"))]
     return next(iter([*named, *unknown, *reserved]), None)
 
 
 def check_vocabulary(tokenizer: Any, num_embeddings: int) -> None:
-    """Hold the tokenizer against the model.
+    """Check that the model has an embedding for every token that text or padding can produce.
+
+    Unused control tokens may be without one: some text models have the tokenizer of a vision model of their family.
 
     Raises:
-        TokenizerError: a token that text or padding can produce has no embedding. Control tokens that nothing asks for may
-            be without: some models of text have the tokenizer of their siblings that see.
+        TokenizerError: a token without an embedding.
     """
     if len(tokenizer) <= num_embeddings:
         return
@@ -66,7 +67,7 @@ def check_vocabulary(tokenizer: Any, num_embeddings: int) -> None:
 
 
 def read_past_end(token: str, text: str) -> str:
-    """What to say where a text ends with the padding token."""
+    """The message of an error about a text that ends with the padding token."""
     return (
         f"{text} ends with {token!r}, which is the padding token too: its score would be read before its end, so that "
         "finished and unfinished answers get the same. Give the tokenizer a padding token of its own, "
@@ -85,20 +86,20 @@ def check_batch(
     token: str,
     allow_eos_padding: bool = False,
 ) -> None:
-    """Hold a batch of pairs against what the model will read; both int64 [2n, length], chosen answers first.
+    """Check a batch of n pairs against what the model will read.
 
     Args:
-        input_ids: the ids.
-        attention_mask: 0 where there is padding; None where there is none.
-        pad_token_id: the model config's.
-        num_embeddings: how many the model has.
+        input_ids: int64 [2n, length], chosen answers first.
+        attention_mask: int64 [2n, length], 0 at padding; None without padding.
+        pad_token_id: the padding id of the model's config.
+        num_embeddings: number of token embeddings of the model.
         rows: numbers of the n rows, for errors.
         token: the padding token.
         allow_eos_padding: let a text end with the padding token.
 
     Raises:
         ConfigError: padding with another id, or a text that ends with the padding token.
-        FormatError: an id that the model has no embedding for.
+        FormatError: an id without an embedding.
     """
     kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     wrong = input_ids[~kept & (input_ids != pad_token_id)]
@@ -107,16 +108,18 @@ def check_batch(
             f"the collator pads with id {int(wrong[0])}, and the model takes {pad_token_id} ({token!r}) for padding; its "
             "score would be read on padding"
         )
-    columns = torch.arange(input_ids.shape[1])
-    ends = torch.where(kept, columns, -1).amax(1)
     beyond = ((input_ids >= num_embeddings) | (input_ids < 0)) & kept
+    ends = torch.where(kept, torch.arange(input_ids.shape[1]), -1).amax(1)
     early = input_ids.gather(1, ends[:, None])[:, 0] == pad_token_id
-    for bad in (beyond.any(1), early & (not allow_eos_padding)):
-        if not bool(bad.any()):
-            continue
+
+    def place(bad: Tensor) -> tuple[int, str, int]:
         i = int(bad.nonzero()[0])
-        side, row = ("chosen", "rejected")[i // len(rows)], rows[i % len(rows)]
-        if beyond[i].any():
-            found = int(input_ids[i][beyond[i]][0])
-            raise FormatError(f"id {found} in {side}; the model has embeddings for 0 to {num_embeddings - 1}", row=row)
+        return i, ("chosen", "rejected")[i // len(rows)], rows[i % len(rows)]
+
+    if beyond.any():
+        i, side, row = place(beyond.any(1))
+        found = int(input_ids[i][beyond[i]][0])
+        raise FormatError(f"id {found} in {side}; the model has embeddings for 0 to {num_embeddings - 1}", row=row)
+    if early.any() and not allow_eos_padding:
+        _, side, row = place(early)
         raise ConfigError(read_past_end(token, f"the {side} side of row {row}"))

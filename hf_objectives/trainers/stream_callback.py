@@ -1,4 +1,4 @@
-"""What carries an `OrderedStream` through a Trainer: its place in checkpoints, and what it has given in the logs."""
+"""A callback that carries an `OrderedStream` through a Trainer: its place in checkpoints, and its figures in logs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.preparation import OrderedStream
 
 logger = logging.getLogger(__name__)
-_STATE = "train_stream"  # where a stream's state is in that of the Trainer, which is saved whole
+_STATE = "train_stream"  # the stream's state in that of the Trainer, which is saved with each checkpoint
 
 
 class OrderedStreamCallback(TrainerCallback):
-    """Keeps a stream's place with the checkpoints of a Trainer, and goes on there when one is resumed.
+    """Keeps a stream's place in the checkpoints of a Trainer, and resumes there.
 
-    `PerplexityTrainer` adds it by itself. To transformers' own Trainer add it, and set `ignore_data_skip=True`, since the
-    stream goes on by itself. TRL's `SFTTrainer` takes datasets of `datasets` alone (1.16).
+    `PerplexityTrainer` adds it by itself. Add it to transformers' own Trainer, and set `ignore_data_skip=True`: the stream
+    skips rows by itself. TRL's `SFTTrainer` takes only datasets of `datasets` (1.16).
 
     Args:
         stream: the `train_dataset`.
 
     Raises (when training begins):
-        ConfigError: a checkpoint that was made on other data, or settings under which rows would be read twice.
+        ConfigError: a checkpoint of other data, or settings under which rows would be read twice.
 
     Example:
         mixture = build_mixture("mixture.yaml", tokenizer=tokenizer)
@@ -36,16 +36,13 @@ class OrderedStreamCallback(TrainerCallback):
         self.rows_taken = 0  # by all ranks, from the stream's row 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the place, and say what is ahead."""
+        """Find the place, and log what lies ahead."""
         if not args.ignore_data_skip:
             raise ConfigError(
                 "ignore_data_skip is off, so that a resumed run would skip rows that a stream skips already"
             )
-        if (
-            args.accelerator_config.dispatch_batches is not False
-            and args.world_size > 1
-            and args.dataloader_num_workers > 1
-        ):
+        dispatches = args.accelerator_config.dispatch_batches is not False
+        if dispatches and args.world_size > 1 and args.dataloader_num_workers > 1:
             raise ConfigError(
                 "accelerate hands out the batches of one process, whose loader workers take turns by all ranks' rows; set "
                 "accelerator_config={'dispatch_batches': False}, or dataloader_num_workers to 0 or 1"
@@ -65,26 +62,26 @@ class OrderedStreamCallback(TrainerCallback):
                 logger.warning(line)
 
     def _rows_per_step(self, args: Any) -> int:
-        # Not by `state.train_batch_size`, which after a resume is that of the checkpoint.
+        # After a resume `state.train_batch_size` is that of the checkpoint, so it is not used here.
         return self.stream.batch_rows * args.gradient_accumulation_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move on by what all ranks took."""
+        """Count the rows that all ranks took."""
         self.rows_taken += self._rows_per_step(args)
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the place in a checkpoint that is about to be written."""
+        """Put the place into a checkpoint that is about to be written."""
         if control.should_save:
             self.on_train_end(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the place in the state that is saved last."""
+        """Put the place into the state that is saved last."""
         if args.should_save:  # where accelerate hands batches out, other processes read nothing
             state.stateful_callbacks[_STATE] = self.stream.state_dict(self.rows_taken)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add what the stream has given."""
+        """Add the figures of the stream."""
         if logs and "loss" in logs and state.log_history and state.is_world_process_zero:
             for name, value in self.stream.metrics(self.rows_taken).items():
                 logs.setdefault(name, value)

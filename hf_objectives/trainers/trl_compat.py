@@ -20,6 +20,7 @@ from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
+from trl.trainer.reward_trainer import suppress_seqcls_warning as suppress_seqcls_warning
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 from trl.trainer.utils import disable_dropout_in_model as disable_dropout_in_model
 from trl.trainer.utils import get_callable_name as get_callable_name

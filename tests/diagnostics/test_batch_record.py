@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from hf_objectives import demo
-from hf_objectives.diagnostics import batch_record
 from hf_objectives.diagnostics.batch_record import (
     describe_examples,
     describes,
@@ -205,25 +204,6 @@ def test_the_beginning_of_a_row_that_goes_on_with_a_document_is_told(model, toke
         described = describe_examples(model, {**whole, "position_ids": places}, tokenizer)
         assert sum(one["tokens"] for one in described) == length - 1
         assert len(described) == 1 + int((places == 0).any())
-
-
-def test_documents_that_only_their_lengths_tell_apart():
-    inputs = {"input_ids": torch.zeros(2, 6), "cu_seq_lens_q": torch.tensor([0, 4, 6, 9, 12])}
-    assert [batch_record._starts(inputs, i) for i in range(2)] == [[0, 4], [0, 3]]
-
-
-def test_rows_are_taken_a_few_at_a_time(model, tokenizer, monkeypatch):
-    texts = tuple(f"{number} and one is a number." for number in ("One", "Two", "Three", "Four", "Five"))
-    whole = batch(tokenizer, texts)
-    together = [one["loss"] for one in describe_examples(model, whole, tokenizer, together=True)]
-    monkeypatch.setattr(batch_record, "_TOKENS", 2 * whole["input_ids"].shape[1])
-    seen = []
-    handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    apart = [one["loss"] for one in describe_examples(model, whole, tokenizer)]
-    handle.remove()
-    assert seen == [2, 2, 1] and apart == pytest.approx(together, abs=1e-6)
 
 
 def test_models_whose_documents_cannot_be_told(model, tokenizer):

@@ -4,83 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer
 
 from hf_objectives import (
-    DataCollatorForAssistantOnlyLM,
     DiagnosticsCallback,
-    PerplexityTrainer,
-    PerplexityTrainingArguments,
     demo,
 )
 from hf_objectives.errors import ConfigError, NonFiniteError
-
-ROOT = Path(__file__).parents[2]
-BAD, STEPS = 30, 36  # the step whose batch is random tokens, and the last
-SETTINGS = {
-    **{
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 2e-3,
-        "logging_steps": 1,
-        "use_cpu": True,
-    },
-    **{"report_to": "none", "save_strategy": "no", "train_sampling_strategy": "sequential", "disable_tqdm": True},
-}
+from tests.support.monitored_runs import BAD, SETTINGS, STEPS, events, trainer_of
 
 
-def rows(tokenizer, *, accumulation=1):
-    """Rows of one length; those of step BAD are random tokens."""
-    draw = random.Random(0)
-    made = []
-    per_step = 2 * accumulation
-    for i, row in enumerate(demo.texts(STEPS * per_step)):
-        ids = (tokenizer(row["text"])["input_ids"] * 20)[:48]
-        if i // per_step == BAD - 1:
-            ids = [draw.randrange(300, 600) for _ in range(48)]
-        made.append({"input_ids": ids, "labels": list(ids)})
-    return made
-
-
-def trainer_of(kind, folder, *, accumulation=1, **settings):
-    torch.manual_seed(0)
-    tokenizer = demo.build_tokenizer()
-    model = demo.build_model(tokenizer)
-    settings = {**SETTINGS, "gradient_accumulation_steps": accumulation, **settings}
-    data = rows(tokenizer, accumulation=accumulation)
-    if kind == "ours":
-        named = [{**row, "source": "web", "row": i} for i, row in enumerate(data)]
-        args = PerplexityTrainingArguments(str(folder), **settings)
-        collator = DataCollatorForAssistantOnlyLM(tokenizer)
-        return PerplexityTrainer(
-            model, args, collator, train_dataset=Dataset.from_list(named), processing_class=tokenizer
-        )
-    if kind == "transformers":
-        collator = DataCollatorForSeq2Seq(tokenizer)
-        args = TrainingArguments(str(folder), **settings)
-        return Trainer(model, args, collator, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
-    args = SFTConfig(str(folder), max_length=48, **settings)
-    return SFTTrainer(model, args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
-
-
-def events(folder):
-    return {
-        path.parent.name: json.loads(path.read_text()) for path in sorted((folder / "diagnostics").glob("*/event.json"))
-    }
-
-
-@pytest.mark.parametrize("kind", ["ours", "transformers", "trl"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("kind", "accumulation"), [("ours", 2), ("transformers", 1), ("trl", 2)])
 def test_the_bad_batch_is_written_with_its_examples(kind, accumulation, tmp_path, caplog):
     trainer = trainer_of(kind, tmp_path, accumulation=accumulation)
     trainer.add_callback(DiagnosticsCallback(trainer))
@@ -232,45 +171,12 @@ def test_settings_that_cannot_be_are_refused(options, words, tmp_path):
         DiagnosticsCallback(trainer_of("ours", tmp_path), **options)
 
 
-def test_the_trainers_private_step_is_where_it_was():
-    """The callback wraps these two; a transformers without them needs another way."""
-    for kind in (Trainer, SFTTrainer, PerplexityTrainer):
-        assert callable(kind.training_step) and callable(kind._get_grad_norm), f"{kind.__name__} has changed"
-
-
-PROGRAM = """
-import sys
-from tests.diagnostics import test_callback as here
-import torch
-from hf_objectives import DiagnosticsCallback
-from hf_objectives.distributed import gather_objects, leave_group, rank
-def main():
-    trainer = here.trainer_of("ours", sys.argv[1], stop_on_non_finite=False, per_device_train_batch_size=1)
-    trainer.add_callback(DiagnosticsCallback(trainer, on_spike="skip"))
-    trainer.train()
-    sums = gather_objects(float(sum(p.double().sum() for p in trainer.model.parameters())))
-    assert sums[0] == sums[1], sums
-try:
-    main()
-finally:
-    leave_group()
-"""
-
-
 @pytest.mark.distributed
-def test_two_processes_leave_out_the_same_step(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "program.py"), str(tmp_path / "run")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"step {BAD}: left out" in done.stderr
-    assert {f"step_{BAD}_rank_0", f"step_{BAD}_rank_1"} == set(events(tmp_path / "run"))
-    blocked = json.loads((tmp_path / "run" / "diagnostics" / "blocklist.json").read_text())
+def test_two_processes_leave_out_the_same_step(two_processes):
+    first, second = two_processes.of("skip")[0]["weights"]
+    assert first == second
+    assert f"step {BAD}: left out" in two_processes.stderr
+    folder = two_processes.folder / "skip"
+    assert {f"step_{BAD}_rank_0", f"step_{BAD}_rank_1"} == set(events(folder))
+    blocked = json.loads((folder / "diagnostics" / "blocklist.json").read_text())
     assert blocked == {"web": [2 * (BAD - 1), 2 * BAD - 1]}  # of both ranks, in the one file that a mixture reads

@@ -20,7 +20,7 @@ from transformers import (
 from hf_objectives import DiagnosticsCallback, PerplexityDPOConfig, PerplexityDPOTrainer, demo
 from hf_objectives.diagnostics import callback as callback_module
 from hf_objectives.errors import ConfigError, NonFiniteError
-from tests.diagnostics.test_callback import BAD, SETTINGS, events, trainer_of
+from tests.support.monitored_runs import BAD, SETTINGS, events, trainer_of
 
 
 def spoil(trainer, factor, steps):

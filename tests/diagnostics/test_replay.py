@@ -12,7 +12,7 @@ from hf_objectives import DiagnosticsCallback, demo
 from hf_objectives.cli.main import main
 from hf_objectives.diagnostics.replay import replay
 from hf_objectives.errors import ConfigError, FileFormatError
-from tests.diagnostics.test_callback import BAD, SETTINGS, trainer_of
+from tests.support.monitored_runs import BAD, SETTINGS, trainer_of
 
 
 @pytest.fixture(scope="module")

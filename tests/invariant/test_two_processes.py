@@ -1,36 +1,22 @@
-"""Two processes give the numbers, the gradient and the stop of one."""
+"""Two processes give the numbers, the gradient, the steps and the stop of one."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from tests.support.chat_corpus import byte_tokenizer
-from tests.trainers.test_causal_lm import by_autograd, chats, trainer
+from tests.support import dpo_worlds
+from tests.support.language_models import by_autograd, chats, trainer
+from tests.support.ppo_acts import ppo_steps
 
-TOKENIZER = byte_tokenizer()
-
-
-def run_on_two(act: str, folder: Path) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("two_processes.py")), act, str(folder)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[:6000]
-    return [json.loads((folder / f"outcome_{rank}.json").read_text()) for rank in (0, 1)]
+pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.distributed
-def test_evaluation(tmp_path):
-    expected = trainer(tmp_path / "one", per_device_eval_batch_size=1).evaluate()
-    for outcome in run_on_two("evaluate", tmp_path):
+def test_evaluation(two_processes, tmp_path):
+    expected = trainer(tmp_path, per_device_eval_batch_size=1).evaluate()
+    for outcome in two_processes.of("evaluate"):
         assert len(outcome) == 4
         for metrics in outcome.values():
             assert metrics["eval_num_tokens"] == expected["eval_num_tokens"]
@@ -38,20 +24,17 @@ def test_evaluation(tmp_path):
                 assert metrics[key] == pytest.approx(expected[key], rel=1e-6)
 
 
-@pytest.mark.distributed
-def test_gradient(tmp_path):
-    run_on_two("gradient", tmp_path)
+def test_gradient(two_processes):
     expected = by_autograd()
     scale = max(float(g.abs().max()) for g in expected.values())
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"gradient_{rank}.pt")
+        found = torch.load(two_processes.folder / "gradient" / f"gradient_{rank}.pt")
         for name, value in expected.items():
             assert torch.allclose(found[name].double(), value, atol=1e-5 * scale), name
 
 
-@pytest.mark.distributed
-def test_fsdp2_trains_saves_and_resumes_like_ddp(tmp_path):
-    outcome = run_on_two("sharded", tmp_path)[0]
+def test_fsdp2_trains_saves_and_resumes_like_ddp(two_processes, tmp_path):
+    outcome = two_processes.of("sharded")[0]
     for tied in ("untied", "tied"):
         whole, resumed = outcome[f"arguments {tied}"]["losses"]
         evaluated = outcome[f"arguments {tied}"]["evaluations"][0]
@@ -60,18 +43,59 @@ def test_fsdp2_trains_saves_and_resumes_like_ddp(tmp_path):
         for losses in found["losses"]:
             assert losses == pytest.approx(whole, rel=1e-5)
         assert found["evaluations"] == pytest.approx([evaluated] * 2, rel=1e-6)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"on_shards {tied}" / "final")
+        model = AutoModelForCausalLM.from_pretrained(two_processes.folder / "sharded" / f"on_shards {tied}" / "final")
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (tied == "tied")
         assert trainer(tmp_path, model=model).evaluate()["eval_loss"] == pytest.approx(evaluated, rel=1e-6)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("act", ["not_finite", "not_finite_sharded"])
-def test_a_bad_row_on_one_rank_stops_both(tmp_path, act):
-    outcomes = run_on_two(act, tmp_path)
+def test_a_bad_row_on_one_rank_stops_both(two_processes, act):
+    outcomes = two_processes.of(act)
     assert all("stopped before the weights changed" in outcome["stopped"] for outcome in outcomes)
     assert outcomes[0]["step"] == outcomes[1]["step"] and all(outcome["same"] for outcome in outcomes)
     assert sum("row 5" in outcome["stopped"] and "Zap" in outcome["stopped"] for outcome in outcomes) == 1
-    reports = sorted(tmp_path.glob("non_finite_step_*_rank_*.json"))
+    reports = sorted((two_processes.folder / act).glob("non_finite_step_*_rank_*.json"))
     assert len(reports) == 2
     assert len(chats()) == 23
+
+
+def test_evaluation_and_training_logs_of_pairs(two_processes, tmp_path):
+    """The last batch of one rank repeats rows."""
+    first, second = two_processes.of("dpo")
+    models = two_processes.folder / "dpo"
+    rows = Dataset.from_list(dpo_worlds.PAIRS[:7])
+    reference = {"ref_model": dpo_worlds.load(models / "other")}
+    expected = dpo_worlds.ours(
+        dpo_worlds.load(models / "model"), tmp_path / "one", tests=rows, trainer=reference
+    ).evaluate()
+    assert expected["eval_num_pairs"] == 7
+    counted = [key for key in expected if "perplexity" in key or "rewards/" in key or key.startswith("eval_num_pairs")]
+    assert len(counted) == 11
+    for outcome in (first, second):
+        for source in ("rows", "stream"):
+            for key in counted:
+                assert outcome[source][key] == pytest.approx(expected[key], rel=1e-6, abs=1e-7), (source, key)
+    # Two ranks of two rows see the eight rows that one process of four sees, in the same steps.
+    run = dpo_worlds.ours(str(models / "model"), tmp_path / "run", max_steps=2, per_device_train_batch_size=4)
+    run.train()
+    for log, both in zip([log for log in run.state.log_history if "loss" in log], first["logs"], strict=True):
+        for side in ("chosen", "rejected"):
+            assert both[f"logps_change/{side}"] == pytest.approx(log[f"logps_change/{side}"], rel=1e-4, abs=1e-7)
+    assert first["logs"][1]["logps_change/chosen"] == second["logs"][1]["logps_change/chosen"] != 0
+
+
+def test_ppo_steps(two_processes, tmp_path):
+    expected_logs = ppo_steps(tmp_path)
+    expected = torch.load(tmp_path / "ppo_0.pt")
+    for rank, logs in enumerate(two_processes.of("ppo_steps")):
+        found = torch.load(two_processes.folder / "ppo_steps" / f"ppo_{rank}.pt")
+        for name, weights in expected.items():
+            for key, value in weights.items():
+                assert torch.allclose(found[name][key], value, atol=1e-6), (rank, name, key)
+            assert len(logs[name]) == len(expected_logs[name]) == 5
+            for log, one in zip(logs[name], expected_logs[name], strict=True):
+                assert log.keys() == one.keys()
+                assert log == pytest.approx(one, rel=1e-4, abs=1e-5), (rank, name)
+    for logs in expected_logs.values():
+        figures = [log for log in logs if "kl_coef" in log]
+        assert figures[0]["rewards/missing"] == 1 and figures[1]["kl_coef"] != figures[0]["kl_coef"]

@@ -13,10 +13,10 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from trl import DPOTrainer
 
-from hf_objectives import PerplexityDPOConfig, demo
+from hf_objectives import demo
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.labels.pairs import encode_pair
-from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, options, ours
+from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, ours
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
@@ -199,26 +199,6 @@ def test_a_bad_row_is_named_with_its_dataset(folders, tmp_path):
         ours(folders[0], tmp_path, tests={"held": Dataset.from_list(bad)})
     with pytest.raises(ConfigError, match="'eval' has no rows"):
         ours(folders[0], tmp_path, tests=Dataset.from_list([]))
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"nll_weight": -1.0}, "nll_weight"),
-        ({"dpop_lambda": float("nan")}, "dpop_lambda"),
-        ({"dpop_lambda": 1.0, "loss_type": ["ipo"]}, "loss_type"),
-        ({"dpop_lambda": 1.0, "use_weighting": True}, "use_weighting"),
-        ({"dpop_lambda": 1.0, "ld_alpha": 0.5}, "ld_alpha"),
-        ({"dpop_lambda": 1.0, "f_divergence_type": "js_divergence"}, "f_divergence_type"),
-        ({"warn_chosen_drop": -0.1}, "warn_chosen_drop"),
-        ({"max_perplexity_increase": 0.0}, "max_perplexity_increase"),
-        ({"train_on": "user"}, "train_on"),
-        ({"control_tokens": "x"}, "control_tokens"),
-    ],
-)
-def test_settings_that_cannot_work(changed, words, tmp_path):
-    with pytest.raises(ConfigError, match=words):
-        PerplexityDPOConfig(**options(tmp_path, **changed))
 
 
 def test_a_bound_without_datasets_is_refused(folders, tmp_path):

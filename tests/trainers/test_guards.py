@@ -16,8 +16,7 @@ from hf_objectives.trainers.guards import check_stream, ensure_stop_tokens
 from tests.support.language_models import TOKENIZER, llama, poisoned, rows_with_a_bad_one, trainer
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize(("packed", "max_grad_norm"), [(False, 1.0), (True, 0.0)])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, packed, max_grad_norm):
     model = poisoned()
     before = {}

@@ -25,11 +25,8 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
-@pytest.mark.parametrize(
-    ("critic", "beta", "estimator"),
-    [("none", 0.5, "k1"), ("shared", 0.5, "k1"), ("separate", 0.5, "k1"), ("separate", 1.0, "k1"), ("none", 1.0, "k1")],
-)
-def test_a_bandit_ends_at_the_analytic_optimum(tmp_path, critic, beta, estimator):
+@pytest.mark.parametrize(("critic", "beta"), [("none", 0.5), ("shared", 0.5), ("separate", 1.0)])
+def test_a_bandit_ends_at_the_analytic_optimum(tmp_path, critic, beta):
     """The policy that has the most of reward less beta KL is the reference times exp(reward / beta), normalised."""
     model = small_model()
     with torch.no_grad():
@@ -39,7 +36,7 @@ def test_a_bandit_ends_at_the_analytic_optimum(tmp_path, critic, beta, estimator
     run = ppo(
         tmp_path, [{"prompt": "ask"}] * 256, reward=pull, model=model, per_device_train_batch_size=256, num_iterations=2,
         max_completion_length=1, learning_rate=1e-2, critic_learning_rate=1e-2, max_steps=40, beta=beta, critic=critic,
-        lam=1.0 if critic == "none" else 0.95, kl_estimator=estimator,
+        lam=1.0 if critic == "none" else 0.95,
     )  # fmt: skip
     run.train()
     assert divergence(before, best) > 0.1

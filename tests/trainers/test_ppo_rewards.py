@@ -118,8 +118,11 @@ def gradients(run) -> dict[str, torch.Tensor]:
 SPICED = {"beta": 0.3, "entropy_coef": 0.1, "whiten_rewards": True, "max_grad_norm": 0.0, "num_iterations": 1}
 
 
-@pytest.mark.parametrize("value", [ValueError("no"), math.nan, None], ids=["raises", "nan", "none"])
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+@pytest.mark.parametrize(
+    ("value", "beside"),
+    [(ValueError("no"), False), (math.nan, True), (None, False), (None, True)],
+    ids=["raises alone", "nan beside another", "none alone", "none beside another"],
+)
 def test_an_answer_without_a_reward_has_no_influence(tmp_path, value, beside):
     """Whatever another function says of it, where one has failed; None says that a function has nothing to say."""
     functions = [bad_on_c(value), count_a] if beside else bad_on_c(value)

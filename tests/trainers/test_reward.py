@@ -308,10 +308,6 @@ def test_control_tokens_out_of_a_users_text(tmp_path):
     allowed = encode_reward_row(TOKENIZER, row, control_tokens="allow")["chosen_ids"]
     assert allowed.count(TOKENIZER.eos_token_id) == plain.count(TOKENIZER.eos_token_id) + 1
     assert trainer(tmp_path, [row], control_tokens="allow").train_dataset[0]["chosen_ids"] == allowed
-    with pytest.raises(
-        ConfigError, match="control_tokens is 'alow'; expected one of plain, allow; did you mean 'allow'"
-    ):
-        RewardModelConfig(str(tmp_path), use_cpu=True, control_tokens="alow")
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

@@ -1,20 +1,30 @@
-"""The private parts of TRL's RLOOTrainer and of the Trainer that PPO stands on, each named where it moves."""
+"""What `trl_compat` relies on in TRL: each private part is named where it moves."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections import deque
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
-from trl import RLOOConfig, RLOOTrainer
+from trl import DPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from hf_objectives import trainers
+from hf_objectives.diagnostics import callback
+from hf_objectives.trainers.trl_compat import PromptOrder
 from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, ppo, small_model
 
-MOVED = "trl.RLOOTrainer has changed: {}; hf_objectives.trainers.ppo overrides or calls it and is to be looked at"
+VERSION = version("trl")
+MOVED = (
+    f"trl {VERSION} has changed: {{}}; hf_objectives/trainers/trl_compat.py is written for trl>=1.16,<1.17: install such "
+    "a release, or adapt the file"
+)
 
 PARAMETERS = {
     "_generate_and_score_completions": ["self", "inputs"],
@@ -32,7 +42,6 @@ PARAMETERS = {
     "_prepare_inputs": ["self", "generation_batch"],
     "_compute_loss": ["self", "model", "inputs"],
     "_get_train_sampler": ["self", "dataset"],
-    "_save_checkpoint": ["self", "model", "trial"],
     "log": ["self", "logs", "start_time"],
 }
 
@@ -47,19 +56,61 @@ def test_methods(name):
 
 
 def test_attributes():
-    for name in (
-        "create_scheduler",
-        "_load_optimizer_and_scheduler",
-        "_get_output_dir",
-        "get_optimizer_cls_and_kwargs",
-    ):
-        assert hasattr(Trainer, name), f"transformers.Trainer has no {name}; hf_objectives.trainers.ppo calls it"
     assert "loss_is_scaled_for_ga" in vars(RLOOTrainer), MOVED.format(
         "loss_is_scaled_for_ga is not what says how a loss is scaled"
     )
     sampler = RepeatSampler(range(4), mini_repeat_count=1, seed=3)
     for name in ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed", "generator"):
         assert hasattr(sampler, name), MOVED.format(f"RepeatSampler has no {name}")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "attributes", "methods"),
+    [
+        (
+            DPOTrainer,
+            ("_precompute_model_hash", "_is_vision_dataset", "_metrics", "_tokenizer"),
+            {
+                "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+                "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
+                "compute_ref_log_probs": ["self", "model", "inputs"],
+            },
+        ),
+        (
+            RewardTrainer,
+            ("_metrics",),
+            {
+                "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+                "_save": ["self", "output_dir", "state_dict"],
+            },
+        ),
+    ],
+)
+def test_pair_trainers(trainer, attributes, methods):
+    source = inspect.getsource(trainer)
+    for name in attributes:
+        assert f"self.{name}" in source, MOVED.format(f"{trainer.__name__} has no {name}")
+    for name, expected in methods.items():
+        found = list(inspect.signature(getattr(trainer, name)).parameters)
+        assert found == expected, MOVED.format(f"{trainer.__name__}.{name} takes {found}")
+
+
+def test_forward_passes_of_dpo():
+    """Of the policy, of the reference by adapter, of the reference model, and before training."""
+    found = inspect.getsource(DPOTrainer).count("fused_lm_head=True")
+    assert found == 4, MOVED.format(f"DPOTrainer runs {found} forward passes with the fused head")
+
+
+def test_private_parts_are_touched_in_the_compat_modules_only():
+    """A private method of a parent is called or overridden, or a private module of TRL imported, nowhere else."""
+    for path in [*Path(trainers.__file__).parent.glob("*.py"), Path(callback.__file__)]:
+        if path.stem in ("hf_compat", "trl_compat"):
+            continue
+        source = path.read_text()
+        found = re.findall(r"super\(\)\._[a-z]\w*|from trl\.\S+|accelerator\._\w+|self\._metrics\b", source)
+        own = {name for kind in (Trainer, DPOTrainer, RewardTrainer, RLOOTrainer) for name in dir(kind)}
+        found += [name for name in re.findall(r"def (_[a-z]\w+)\(", source) if name in own]
+        assert not found, f"{path.name} touches {found}"
 
 
 class Spied(RLOOTrainer):
@@ -111,10 +162,11 @@ def spied(tmp_path_factory):
     return run
 
 
-def test_the_order_of_a_batch(spied):
-    """Values are read in the first pass, the policy's; the second is the reference's; rewards come after both."""
-    expected = ["policy", "reference", "rewards", "loss", "policy", "loss", "policy"]
-    assert spied.calls == expected, MOVED.format(f"a batch now goes through {spied.calls}")
+def test_what_a_batch_goes_through(spied):
+    """One pass of the policy, one of the reference, rewards; then one pass of the policy for each loss."""
+    generation, losses = spied.calls[:3], spied.calls[3:]
+    assert sorted(generation) == ["policy", "reference", "rewards"], MOVED.format(f"a batch goes through {generation}")
+    assert losses == ["loss", "policy"] * 2, MOVED.format(f"a loss goes through {losses}")
 
 
 def test_what_a_batch_holds(spied):
@@ -172,3 +224,20 @@ def test_one_answer_a_prompt_passes_the_parents_check(tmp_path):
     with pytest.raises(ValueError, match="at least 2 generations"):
         RLOOConfig(str(tmp_path), num_generations=1, use_cpu=True, bf16=False)
     ppo(tmp_path, num_generations=1)
+
+
+def test_the_order_depends_on_the_epoch_and_begins_with_trls():
+    settings = {"mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 5}
+    ours = PromptOrder.like(RepeatSampler(range(10), **settings))
+    ours.set_epoch(0)
+    first = list(ours)
+    assert first == list(RepeatSampler(range(10), **settings)) and len(first) == len(ours)
+    ours.set_epoch(1)
+    second = list(ours)
+    assert second != first
+    resumed = PromptOrder.like(RepeatSampler(range(10), **settings))
+    resumed.set_epoch(1)
+    assert list(resumed) == second
+    unshuffled = PromptOrder.like(RepeatSampler(range(10), **settings, shuffle=False))
+    unshuffled.set_epoch(4)
+    assert list(unshuffled)[:6] == [0, 0, 1, 1, 2, 2]

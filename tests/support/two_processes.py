@@ -1,29 +1,29 @@
-"""Run by test_two_processes.py under torchrun: one act of a trainer, its outcome written as JSON per rank."""
+"""Acts of trainers on two processes, all in one start of torchrun; each rank writes the outcomes of its acts as JSON."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.state import DistributedType, PartialState
+from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_objectives import DiagnosticsCallback, demo
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.distributed import leave_group, rank
+from hf_objectives.distributed import gather_objects, leave_group, rank
 from hf_objectives.errors import NonFiniteError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
-from tests.collators.test_assistant_only import llama
-from tests.invariant.ppo_acts import ppo_steps
-from tests.support.chat_corpus import byte_tokenizer
-from tests.trainers.test_causal_lm import arguments, chats
-from tests.trainers.test_guards import poisoned, rows_with_a_bad_one
-
-TOKENIZER = byte_tokenizer()
+from tests.support import dpo_worlds
+from tests.support.language_models import TOKENIZER, arguments, chats, llama, poisoned, rows_with_a_bad_one
+from tests.support.monitored_runs import trainer_of
+from tests.support.ppo_acts import ppo_steps
 
 
 def evaluate(folder: Path) -> dict:
@@ -109,13 +109,11 @@ def sharded(folder: Path) -> dict:
             name = f"{options.__name__} {'tied' if tied else 'untied'}"
 
             def make(name: str = name, tied: bool = tied, options: Callable = options) -> PerplexityTrainer:
-                config = LlamaConfig(**{**llama().config.to_dict(), "tie_word_embeddings": tied})
-                torch.manual_seed(0)
                 steps = {"max_steps": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
                 args = options(folder / name, save_strategy="steps", save_steps=2, **steps)
                 collator = DataCollatorWithEosPacking(TOKENIZER, max_length=200)
                 return PerplexityTrainer(
-                    LlamaForCausalLM(config), args, collator,
+                    llama(tie_word_embeddings=tied), args, collator,
                     train_dataset=chats(), eval_dataset=chats(), processing_class=TOKENIZER,
                 )  # fmt: skip
 
@@ -134,13 +132,61 @@ def not_finite_sharded(folder: Path) -> dict:
     return not_finite(folder, on_shards)
 
 
-ACTS = {act.__name__: act for act in (evaluate, gradient, not_finite, sharded, not_finite_sharded, ppo_steps)}
+def dpo(folder: Path) -> dict:
+    """Metrics of seven pairs on two ranks, from rows and from a stream, and what training logs of eight."""
+    rows = Dataset.from_list(dpo_worlds.PAIRS[:7])
+    named = {"trainer": {"ref_model": dpo_worlds.load(folder / "other")}, "per_device_eval_batch_size": 2}
+    found = {
+        name: dpo_worlds.ours(dpo_worlds.load(folder / "model"), folder / name, tests=tests, **named).evaluate()
+        for name, tests in (("rows", rows), ("stream", rows.to_iterable_dataset()))
+    }
+    run = dpo_worlds.ours(str(folder / "model"), folder / "run", max_steps=2, per_device_train_batch_size=2)
+    run.train()
+    found["logs"] = [log for log in run.state.log_history if "loss" in log]
+    return found
+
+
+def skip(folder: Path) -> dict:
+    """A monitor that leaves out the step of a bad batch; the sums of the weights on all ranks."""
+    run = trainer_of("ours", folder, stop_on_non_finite=False, per_device_train_batch_size=1)
+    run.add_callback(DiagnosticsCallback(run, on_spike="skip"))
+    run.train()
+    return {"weights": gather_objects(float(sum(p.double().sum() for p in run.model.parameters())))}
+
+
+# Those on shards come last: they change what accelerate takes the group for.
+ACTS = (evaluate, gradient, not_finite, dpo, ppo_steps, skip, sharded, not_finite_sharded)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the acts left: `<folder>/<act>` and the standard error of both ranks."""
+
+    folder: Path
+    stderr: str
+
+    def of(self, act: str) -> list[dict]:
+        """The outcome on each rank."""
+        return [json.loads((self.folder / act / f"outcome_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def start(folder: Path) -> Outcomes:
+    """Run all acts."""
+    for seed, name in enumerate(("model", "other")):
+        model = demo.build_model(dpo_worlds.TOKENIZER, hidden_size=32, num_layers=2, seed=seed)
+        model.save_pretrained(folder / "dpo" / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, __file__, str(folder)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return Outcomes(folder, done.stderr)
 
 
 def main() -> None:
-    act, folder = sys.argv[1], Path(sys.argv[2])
-    outcome = ACTS[act](folder)
-    (folder / f"outcome_{rank()}.json").write_text(json.dumps(outcome))
+    for act in ACTS:
+        folder = Path(sys.argv[1]) / act.__name__
+        folder.mkdir(exist_ok=True)
+        outcome = act(folder)  # the first one makes the group
+        (folder / f"outcome_{rank()}.json").write_text(json.dumps(outcome))
     leave_group()
 
 

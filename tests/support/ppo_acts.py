@@ -1,4 +1,4 @@
-"""PPO on the same answers under any number of processes: run by two_processes.py, and alone to compare with."""
+"""PPO on the same answers under any number of processes: run in `two_processes`, and alone to compare with."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.support.ppo_worlds import logged, ppo, small_model
+from hf_objectives import PPOConfig, PPOTrainer
+from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, logged, ppo, small_model
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8)
 
@@ -53,3 +54,32 @@ def test_no_penalty_no_reference(tmp_path):
     assert run.ref_model is None
     run.train()
     assert not logged(run, "kl") and not logged(run, "kl_coef")
+
+
+def test_the_callers_arguments_are_restored_after_an_error(tmp_path):
+    """They were left at beta=0, so that a second try trained without a penalty."""
+    args = PPOConfig(str(tmp_path), **SETTINGS, beta=0.3, sync_ref_model=True, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="reward weights"):
+        args.reward_weights = [1.0, 2.0]
+        PPOTrainer(small_model(), count_a, args, train_dataset=[{"prompt": "ask a"}] * 4, processing_class=LETTERS)
+    assert args.beta == 0.3 and args.sync_ref_model
+
+
+def test_forwards_are_told_apart_by_the_model_and_not_by_their_order(tmp_path):
+    """A parent that asks the reference first, as no release does yet, gives the same penalty."""
+    ids, attention = torch.tensor([[2, 3, 4]]), torch.ones(1, 3, dtype=torch.long)
+    for adapter in (None, LORA):
+        run = ppo(tmp_path, model=small_model(), peft_config=adapter, beta=0.1)
+        with torch.no_grad():
+            for parameter in (p for p in run.model.parameters() if p.requires_grad):
+                parameter.add_(0.5)
+        if adapter is None:
+            run.per_token(run.ref_model, ids, attention, 2)
+        else:
+            with run.model.disable_adapter():
+                run.per_token(run.model, ids, attention, 2)
+        run.per_token(run.model, ids, attention, 2)
+        reference, policy = run.forwards["reference"].logps, run.forwards["policy"].logps
+        logits = small_model()(ids).logits[0, :-1].log_softmax(-1)
+        expected = logits.gather(-1, ids[0, 1:, None])[:, 0]
+        assert torch.allclose(reference[0], expected, atol=1e-5) and not torch.allclose(policy, reference, atol=1e-3)

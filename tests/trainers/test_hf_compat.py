@@ -1,0 +1,90 @@
+"""What `hf_compat` relies on in transformers and accelerate, and the watch of a Trainer's steps."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+from transformers import Trainer
+from trl import SFTTrainer
+
+from hf_objectives.trainers import PerplexityTrainer, StepWatch, watch_steps
+from tests.support.language_models import trainer
+
+MOVED = (
+    f"transformers {version('transformers')} has changed: {{}}; hf_objectives/trainers/hf_compat.py is written for "
+    "transformers>=5.21,<6: install such a release, or adapt the file"
+)
+METHODS = {
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_get_num_items_in_batch": ["self", "batch_samples", "device"],
+    "_set_signature_columns_if_needed": ["self"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_get_output_dir": ["self", "trial"],
+    "_prepare_input": ["self", "data"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name):
+    method = getattr(Trainer, name, None)
+    assert method is not None, MOVED.format(f"Trainer has no {name}")
+    found = list(inspect.signature(method).parameters)
+    assert found == METHODS[name], MOVED.format(f"Trainer.{name} takes {found}")
+    for kind in (SFTTrainer, PerplexityTrainer):
+        assert callable(getattr(kind, name)), MOVED.format(f"{kind.__name__} has no {name}")
+
+
+def test_attributes(tmp_path):
+    run = trainer(tmp_path)
+    for name in ("_train_batch_size", "_signature_columns", "_loss_shifts_labels", "model_accepts_loss_kwargs"):
+        assert name in vars(run), MOVED.format(f"Trainer has no {name}")
+    assert run.accelerator._models == [], "accelerate has no Accelerator._models; see hf_compat.prepare_sharded"
+    for name in ("_name_or_path", "_attn_implementation"):
+        assert hasattr(run.model.config, name), MOVED.format(f"a config has no {name}")
+    source = inspect.getsource(Trainer._run_epoch)
+    order = [source.index(call) for call in ("._get_grad_norm(", ".on_pre_optimizer_step(", ".optimizer.step(")]
+    assert order == sorted(order), MOVED.format("the gradient norm is not computed right before the optimizer's step")
+
+
+class Seen(StepWatch):
+    def __init__(self, name, calls, fail=False):
+        self.name, self.calls, self.fail = name, calls, fail
+
+    def step_begins(self):
+        self.calls.append((self.name, "begins"))
+
+    def step_ends(self, batches, grad_norm):
+        self.calls.append(
+            (self.name, len(batches), float(grad_norm) > 0, all("labels" in batch for batch, _ in batches))
+        )
+        if self.fail:
+            raise ArithmeticError("stop")
+
+    def step_fails(self):
+        self.calls.append((self.name, "fails"))
+
+
+def test_every_watch_sees_every_step_and_leaves_no_trace(tmp_path):
+    run, calls = trainer(tmp_path, gradient_accumulation_steps=2, stop_on_non_finite=False), []
+    ends = [watch_steps(run, Seen(name, calls)) for name in "ab"]
+    run.train()
+    step = [("b", "begins"), ("a", "begins"), ("b", 2, True, True), ("a", 2, True, True)]
+    assert calls == step * 2
+    assert "training_step" in vars(run)
+    for end in (*ends, ends[0]):
+        end()
+    assert not {"training_step", "_get_grad_norm", "_watched_steps"} & vars(run).keys()
+
+
+def test_an_error_reaches_all_watches_and_the_caller(tmp_path):
+    run, calls = trainer(tmp_path, stop_on_non_finite=False), []
+    for name, fail in (("fails", True), ("sees first", False)):
+        watch_steps(run, Seen(name, calls, fail))
+    with pytest.raises(ArithmeticError, match="stop"):
+        run.train()
+    assert [call[0] for call in calls[2:4]] == ["sees first", "fails"]
+    assert calls[4:] == [("sees first", "fails"), ("fails", "fails")] and run.state.global_step == 0
