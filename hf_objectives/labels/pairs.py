@@ -72,11 +72,7 @@ def encode_pair(
 
 
 def read_pair(row: Row) -> Example:
-    """Read a row that holds two different answers to one prompt; of conversations, with its `prompt_turns`.
-
-    Raises:
-        DataError: it does not.
-    """
+    """Read a row and check that it holds two different answers to one prompt; `prompt_turns` is set."""
     if isinstance(row, Mapping):
         missing = [name for name in SIDES if row.get(name) is None]
         if missing:
@@ -173,12 +169,7 @@ def _pair(labelled: Labelled) -> Pair:
 
 
 def _finish(pair: Pair, config: LabelConfig) -> dict[str, list[int]]:
-    """The pair as lists, its answers cut to what is left for them.
-
-    Raises:
-        NothingSupervisedError: nothing of an answer would be trained.
-        FormatError: no token tells the sides apart.
-    """
+    """The pair as lists, its answers cut to what is left for them; refused where nothing is left to compare."""
     begin, max_length = pair.prompt, config.max_length
     limit = max_length or pair.longest
     if begin >= limit:

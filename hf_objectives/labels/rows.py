@@ -28,6 +28,9 @@ from hf_objectives.labels.tokenization import text_encoder, vocabulary_size
 from hf_objectives.labels.turns import Message
 from hf_objectives.types import IGNORE_INDEX, Row
 
+Numbers = Sequence[int] | None
+Errors = list[DataError] | None
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -62,21 +65,15 @@ class RowEncoder:
         self._chat_encoder: ChatEncoder | None = None  # for rows without template variables of their own
 
     def encode(
-        self,
-        rows: Sequence[Row],
-        *,
-        source: str,
-        numbers: Sequence[int] | None = None,
-        ledger: Ledger,
-        refused: list[DataError] | None = None,
+        self, rows: Sequence[Row], *, source: str, ledger: Ledger, numbers: Numbers = None, refused: Errors = None
     ) -> tuple[Labelled, list[str], list[int]]:
         """Encode rows, and leave out those that are too long or train nothing.
 
         Args:
             rows: the rows, of one format per source.
             source: source of rows that name none in `source`.
-            numbers: number of each row that has none of its own in `row`; None counts from 0.
             ledger: counts what happened to every token.
+            numbers: number of each row that has none of its own in `row`; None counts from 0.
             refused: gets the error of each row that cannot be used, and the row is left out; None raises the error.
 
         Returns:
@@ -85,8 +82,8 @@ class RowEncoder:
         Raises:
             DataError: a row that cannot be used; names source and row.
         """
-        errors: list[DataError] | None = None if refused is None else []
-        pieces = self.render(rows, source=source, numbers=numbers, ledger=ledger, refused=errors)
+        errors: Errors = None if refused is None else []
+        pieces = self.render(rows, source, ledger, numbers, errors)
         try:
             labelled = self.tokenise(pieces)
         except FormatError:  # a character without a token, in one of the texts
@@ -97,14 +94,14 @@ class RowEncoder:
         if refused is not None:
             refused += errors or ()
         pieces, labelled = self.split(pieces, self.frame(pieces, labelled))
-        whole = np.diff(labelled.offsets)
-        labelled, fits = self.limit(pieces, labelled)
-        trained = np.diff(np.concatenate(([0], np.cumsum(labelled.labels != IGNORE_INDEX)))[labelled.offsets])
+        cut_off, fits = self.limit(pieces, labelled)
         sources, origins = [piece.source for piece in pieces], [piece.row for piece in pieces]
-        keep = account_rows(ledger, sources, origins, whole, np.diff(labelled.offsets), trained, fits)
-        kept = np.flatnonzero(keep)
-        labelled = labelled if keep.all() else select(labelled, kept)
-        return labelled, [sources[i] for i in kept], [origins[i] for i in kept]
+        trained = np.diff(np.concatenate(([0], np.cumsum(cut_off.labels != IGNORE_INDEX)))[cut_off.offsets])
+        whole, left = np.diff(labelled.offsets), np.diff(cut_off.offsets)
+        kept = account_rows(ledger, sources, origins, whole, left, trained, fits)
+        if len(kept) < len(pieces):
+            cut_off = select(cut_off, kept)
+        return cut_off, [sources[i] for i in kept], [origins[i] for i in kept]
 
     def encode_one(self, row: Row, *, source: str | None = None, number: int | None = None) -> Labelled:
         """Encode one row of any format. What is beyond `max_length` is cut off; nothing else is left out.
@@ -130,15 +127,9 @@ class RowEncoder:
     # -- render --------------------------------------------------------------------------------------------------
 
     def render(
-        self,
-        rows: Sequence[Row],
-        *,
-        source: str,
-        numbers: Sequence[int] | None = None,
-        ledger: Ledger,
-        refused: list[DataError] | None = None,
+        self, rows: Sequence[Row], source: str, ledger: Ledger, numbers: Numbers = None, refused: Errors = None
     ) -> list[Piece]:
-        """Read rows and render them to text with trained spans; those that have ids come last. See `encode`."""
+        """Read rows and render them to text with trained spans; see `encode`. Rows that have ids come last."""
         pieces: list[Piece] = []
         for position, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
             columns = row if isinstance(row, Mapping) else {}
@@ -208,11 +199,7 @@ class RowEncoder:
         return encoder
 
     def _checked_ids(self, example: Example) -> Example:
-        """The example with its ids and labels as int64 arrays.
-
-        Raises:
-            FormatError: they have different lengths, or one is not an id of the tokenizer.
-        """
+        """The example with its ids and labels as int64 arrays of one length, all of them ids of the tokenizer."""
         ids = np.asarray(example.input_ids, np.int64)
         labels = ids if example.labels is None else np.asarray(example.labels, np.int64)
         if ids.ndim != 1 or labels.shape != ids.shape or not len(ids):
@@ -233,19 +220,15 @@ class RowEncoder:
     # -- tokenise ------------------------------------------------------------------------------------------------
 
     def tokenise(self, pieces: Sequence[Piece]) -> Labelled:
-        """Ids and labels of pieces: a token is trained when it lies in a trained span. Pieces with ids come last.
-
-        Raises:
-            FormatError: a text holds a character that the tokenizer has no token for.
-        """
+        """Ids and labels of pieces; a token is trained when it lies in a trained span. Pieces with ids come last."""
         rendered = [piece.rendered for piece in pieces if piece.example.kind is not Kind.TOKENS]
         labelled = label_spans(text_encoder(self.tokenizer).encode_batch([one.text for one in rendered]), rendered)
         if len(rendered) == len(pieces):
             return labelled
         return concatenate([labelled, *(_from_ids(piece.example) for piece in pieces[len(rendered) :])])
 
-    def _with_tokens(self, pieces: Sequence[Piece], refused: list[DataError] | None) -> list[Piece]:
-        """The pieces whose texts the tokenizer has tokens for; the errors of the others go to `refused`, see `encode`."""
+    def _with_tokens(self, pieces: Sequence[Piece], refused: Errors) -> list[Piece]:
+        """The pieces whose texts the tokenizer has tokens for; see `encode` for the others."""
         kept = []
         for piece in pieces:
             try:
@@ -267,22 +250,21 @@ class RowEncoder:
         return document_frame(self.tokenizer)
 
     def frame(self, pieces: Sequence[Piece], labelled: Labelled) -> Labelled:
-        """Put what the tokenizer puts before a text (BOS) before each document, untrained, and one EOS after it, trained.
+        """Put BOS, untrained, before each document and EOS, trained, after it.
 
-        The EOS of a completion belongs to its trained run. A text has no run: it may be cut anywhere.
+        The EOS of a completion belongs to its trained run. A text has no run, so it may be cut anywhere.
         """
         documents = np.fromiter((piece.framed for piece in pieces), bool, len(pieces))
         if not documents.any():
             return labelled
-        before, after = self.document_frame.before, self.document_frame.after
-        room, closed = frame_documents(labelled.ids, labelled.offsets, self.document_frame, documents)
-        ids, labels = room.fill(labelled.ids, before, after), room.fill(labelled.labels, IGNORE_INDEX, after)
-        rows = labelled.span_rows
-        moved = room.offsets[:-1] + len(before) * documents - labelled.offsets[:-1]
-        spans = labelled.spans + moved[rows, None]
-        spans[:, 1] += closed[rows]
+        made = frame_documents(labelled.ids, labelled.offsets, self.document_frame, documents)
+        labels = np.full(len(made.ids), IGNORE_INDEX, np.int32)
+        labels[made.own], labels[made.offsets[1:][made.closed] - 1] = labelled.labels, self.document_frame.after
+        rows, before = labelled.span_rows, len(self.document_frame.before) * documents
+        spans = labelled.spans + (made.offsets[:-1] + before - labelled.offsets[:-1])[rows, None]
+        spans[:, 1] += made.closed[rows]
         is_run = np.fromiter((piece.example.kind is not Kind.TEXT for piece in pieces), bool, len(pieces))[rows]
-        return Labelled(ids, labels, room.offsets, spans[is_run], rows[is_run])
+        return Labelled(made.ids, labels, made.offsets, spans[is_run], rows[is_run])
 
     # -- limit ---------------------------------------------------------------------------------------------------
 
