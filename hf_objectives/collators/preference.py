@@ -15,7 +15,7 @@ from hf_objectives.labels import SIDES, encode_pair, fit_ids
 from hf_objectives.types import Row
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DataCollatorForPreferencePairs(Collator):
     """Pads preference pairs; only what the model has to produce of each answer is in the completion mask.
 

@@ -15,7 +15,7 @@ Overlength = Literal["drop", "split_turns", "cut"]
 OVERLENGTH = ("drop", "split_turns", "cut")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class LabelConfig:
     """How one row becomes ids and labels.
 
@@ -37,9 +37,7 @@ class LabelConfig:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "template_kwargs", dict(self.template_kwargs or {})
-        )  # None is what an option left out is
+        self.template_kwargs = dict(self.template_kwargs or {})  # None is what an option left out is
         check_one_of("train_on", self.train_on, TRAIN_ON)
         check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
         check_max_length(self.max_length)
@@ -61,7 +59,7 @@ class LabelConfig:
         return cls(**{**options, "template_kwargs": {**(options.get("template_kwargs") or {}), **variables}})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EncodingConfig(LabelConfig):
     """How the rows of a dataset become ids and labels: `LabelConfig`, and how many rows one row becomes.
 
@@ -83,6 +81,10 @@ class EncodingConfig(LabelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("overlength", self.overlength, OVERLENGTH)
+
+    def encoding(self) -> EncodingConfig:
+        """These options alone, without the fields that a subclass adds."""
+        return EncodingConfig(**{option.name: getattr(self, option.name) for option in fields(EncodingConfig)})
 
 
 class EncodingOptions(TypedDict, total=False):

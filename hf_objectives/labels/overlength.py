@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_objectives.labels.chat import Labelled
-from hf_objectives.labels.turns import Message, num_leading, role_of
+from hf_objectives.labels.conversation import Message, num_leading, role_of
 
 
 def expand(messages: Sequence[Message]) -> list[list[Message]]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_objectives.labels.conversation import num_leading, role_of
 from hf_objectives.labels.formats import Example
 from hf_objectives.labels.pair_prompt import SIDES
 from hf_objectives.labels.tokenization import text_encoder
-from hf_objectives.labels.turns import num_leading, role_of
 
 Mask = NDArray[np.bool_]
 

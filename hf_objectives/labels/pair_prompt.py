@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_objectives.errors import FormatError
-from hf_objectives.labels.turns import Message, common_turns, num_leading, role_of, show
+from hf_objectives.labels.conversation import Message, common_turns, num_leading, role_of, show
 
 SIDES = ("chosen", "rejected")
 

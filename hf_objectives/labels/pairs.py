@@ -14,14 +14,14 @@ import numpy as np
 
 from hf_objectives.errors import DataError, FormatError, NothingSupervisedError
 from hf_objectives.labels.chat import ChatEncoder, Labelled, chat_encoder
-from hf_objectives.labels.config import EncodingConfig, LabelConfig
+from hf_objectives.labels.config import LabelConfig
+from hf_objectives.labels.conversation import common_turns, num_leading, role_of, show
 from hf_objectives.labels.formats import Example, detect_format, to_example
 from hf_objectives.labels.messages import read_messages
 from hf_objectives.labels.pair_limits import Pair, shorten_chats, shorten_texts
 from hf_objectives.labels.pair_prompt import SIDES
-from hf_objectives.labels.rows import RowEncoder
+from hf_objectives.labels.pieces import PieceEncoder
 from hf_objectives.labels.spans import Rendered
-from hf_objectives.labels.turns import common_turns, num_leading, role_of, show
 from hf_objectives.types import IGNORE_INDEX, Row
 
 
@@ -125,7 +125,7 @@ def _check_answers(example: Example) -> None:
 
 
 def _encode_texts(tokenizer: Any, example: Example, config: LabelConfig) -> Pair:
-    encoder = RowEncoder(tokenizer, EncodingConfig(control_tokens=config.control_tokens))
+    encoder = PieceEncoder(tokenizer, LabelConfig(control_tokens=config.control_tokens))
     pair = _pair(encoder.encode_texts([example, replace(example, text=example.rejected_text or "")]))
     if config.max_length is None or pair.longest <= config.max_length:
         return pair

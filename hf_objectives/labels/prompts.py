@@ -8,8 +8,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from hf_objectives.errors import ConfigError, DataError, FormatError
+from hf_objectives.labels.conversation import Message, common_turns, role_of
 from hf_objectives.labels.formats import Kind, to_example
-from hf_objectives.labels.turns import Message, common_turns, role_of
 from hf_objectives.types import Row
 
 _ASKING = ("user", "tool")

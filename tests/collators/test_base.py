@@ -78,9 +78,12 @@ def test_formats_may_be_mixed_in_a_batch_and_weights_must_fit():
         DataCollatorForAssistantOnlyLM(TOKENIZER)([{"input_ids": [1, 2], "loss_weights": [1.0]}])
 
 
-def test_a_template_changed_between_two_batches_is_used():
+def test_what_changes_between_two_batches_is_used():
     tokenizer, row = byte_tokenizer(), {"messages": PLAIN[:2]}
     collate = DataCollatorForAssistantOnlyLM(tokenizer)
     first = collate([row])["input_ids"]
+    collate.max_length = 8
+    assert collate([{"input_ids": list(range(9))}])["input_ids"].shape == (1, 8)
+    collate.max_length = None
     tokenizer.chat_template = "BEGIN" + tokenizer.chat_template
     assert tokenizer.decode(collate([row])["input_ids"][0]) == "BEGIN" + tokenizer.decode(first[0])

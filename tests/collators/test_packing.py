@@ -66,8 +66,9 @@ def test_rows_packed_before_are_taken_as_they_are():
         pack([{**rows[0], "seq_lengths": [2, 2]}])
 
 
-def test_overflowing_conversation_is_cut_before_its_turn():
-    batch = pack([{"messages": PLAIN}], max_length=60)
+@pytest.mark.parametrize("strategy", ["best_fit", "first_fit"])
+def test_overflowing_conversation_is_cut_before_its_turn(strategy):
+    batch = pack([{"messages": PLAIN}], max_length=60, strategy=strategy)
     trained = [label for label in batch["labels"][0] if label != IGNORE]
     assert TOKENIZER.decode(trained) == "It is four.<|im_end|>"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_objectives.labels.turns import common_turns, num_leading, role_of, show
+from hf_objectives.labels.conversation import common_turns, num_leading, role_of, show
 
 ASK, FOUR = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 
