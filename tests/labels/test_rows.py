@@ -25,24 +25,6 @@ def encode(rows, **options):
     return [labelled.row(i) for i in range(len(sources))], sources, origins, ledger
 
 
-def test_documents_end_with_one_trained_eos():
-    row = encode_row(TOKENIZER, {"text": "abc"})
-    assert row["input_ids"] == [*TOKENIZER.encode("abc"), EOS]
-    assert row["labels"] == row["input_ids"]
-    ended = encode_row(TOKENIZER, {"text": "abc<|im_end|>"}, control_tokens="allow")
-    assert ended["input_ids"] == row["input_ids"]
-    plain = encode_row(TOKENIZER, {"text": "abc<|im_end|>"})
-    assert plain["input_ids"].count(EOS) == 1 and TOKENIZER.decode(plain["input_ids"]) == "abc<|im_end|><|im_end|>"
-
-
-def test_what_the_tokenizer_puts_before_a_text_is_not_trained():
-    tokenizer = with_bos(byte_tokenizer())
-    bos = tokenizer.bos_token_id
-    row = encode_row(tokenizer, {"text": "ab"})
-    assert row["input_ids"] == [bos, *tokenizer.encode("ab", add_special_tokens=False), EOS]
-    assert row["labels"] == [-100, *row["input_ids"][1:]]
-
-
 @pytest.mark.parametrize("splits_documents", [False, True])
 def test_each_of_several_documents_has_its_own_begin_and_end(splits_documents):
     tokenizer = with_bos(byte_tokenizer())
@@ -67,22 +49,6 @@ def test_ids_of_another_tokenizer_are_named(ids):
         encode([{"input_ids": [1, 2]}, {"input_ids": ids}])
     with pytest.raises(FormatError, match="row 0: label 70000 is not one"):
         encode([{"input_ids": [1, 2], "labels": [-100, 70_000]}])
-
-
-def test_completion_is_trained_and_its_prompt_is_not():
-    row = encode_row(TOKENIZER, {"prompt": "1+1=", "completion": "2"})
-    assert TOKENIZER.decode(row["input_ids"]) == "1+1=2<|im_end|>"
-    assert trained_text(TOKENIZER, row) == "2<|im_end|>"
-    cut = encode_row(TOKENIZER, {"prompt": "1+1=", "completion": "222"}, max_length=7)
-    assert set(cut["labels"]) == {-100}  # its EOS fell to the cut
-
-
-def test_tokens_pass_as_they_are():
-    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
-    assert encode_row(TOKENIZER, row) == row
-    assert encode_row(TOKENIZER, {"input_ids": [5, 6]}) == {"input_ids": [5, 6], "labels": [5, 6]}
-    with pytest.raises(FormatError, match="row 3.*one length"):
-        encode_row(TOKENIZER, {"input_ids": [5, 6], "labels": [5]}, row_index=3)
 
 
 def test_drop_leaves_long_rows_out_and_books_them():

@@ -37,7 +37,7 @@ def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, docu
 
 def rows_of(flat, offsets, max_length, **options):
     packed = pack_rows(offsets, max_length, **options)
-    labels = packed.labels(np.asarray(flat, np.int32))
+    labels = packed.without_begins(packed.gather(np.asarray(flat, np.int32)))
     spans = list(zip(packed.row_offsets[:-1], packed.row_offsets[1:], strict=True))
     pieces = list(zip(packed.piece_offsets[:-1], packed.piece_offsets[1:], strict=True))
     return (
