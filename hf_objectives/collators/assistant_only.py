@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_objectives.collators.base import Batch, LanguageModelCollator
-from hf_objectives.labels import RowEncoder
+from hf_objectives.labels import PieceEncoder
 from hf_objectives.types import IGNORE_INDEX, Row
 
 
@@ -47,7 +47,7 @@ class DataCollatorForAssistantOnlyLM(LanguageModelCollator):
     """
 
     def __call__(self, features: Sequence[Row]) -> Batch:
-        encoder = RowEncoder(self.tokenizer, self.encoding)
+        encoder = PieceEncoder(self.tokenizer, self)
         rows = [self.read(row, i, encoder, max_ids=self.max_length) for i, row in enumerate(features)]
         for row in rows:
             row.labels[:1] = IGNORE_INDEX  # nothing predicts the first token

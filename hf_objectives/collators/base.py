@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError, TokenizerError
-from hf_objectives.labels import EncodingConfig, LabelConfig, RowEncoder
+from hf_objectives.labels import LabelConfig, PieceEncoder
 from hf_objectives.types import IGNORE_INDEX, Row
 
 Batch = dict[str, Any]
@@ -84,12 +83,7 @@ class LanguageModelCollator(Collator):
     allow_empty: bool = False
     return_source: bool = False
 
-    @cached_property
-    def encoding(self) -> EncodingConfig:
-        """How raw rows are encoded."""
-        return EncodingConfig(**self.options())
-
-    def read(self, row: Row, i: int, encoder: RowEncoder, max_ids: int | None = None) -> EncodedRow:
+    def read(self, row: Row, i: int, encoder: PieceEncoder, max_ids: int | None = None) -> EncodedRow:
         """Row i of a batch as arrays: a raw row is encoded, an encoded one cut to `max_ids`, a packed one taken as it is.
 
         Raises:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
 
 from hf_objectives.collators.base import Batch, EncodedRow, LanguageModelCollator
 from hf_objectives.errors import NothingSupervisedError, TokenizerError
-from hf_objectives.labels import EncodingConfig, RowEncoder
+from hf_objectives.labels import LabelConfig, PieceEncoder
 from hf_objectives.packing import check_packing, pack_rows
 from hf_objectives.types import IGNORE_INDEX, Row
 
@@ -60,20 +59,13 @@ class DataCollatorWithEosPacking(LanguageModelCollator):
         if getattr(self.tokenizer, "eos_token_id", None) is None:
             raise TokenizerError("the tokenizer has no EOS token to join documents with; set tokenizer.eos_token")
 
-    @cached_property
-    def encoding(self) -> EncodingConfig:
-        """How raw rows are encoded: conversations that will be truncated are cut here, where their turns are known."""
-        truncates = self.strategy != "concat" and self.overflow == "truncate"
-        return replace(super().encoding, max_length=self.max_length if truncates else None)
-
     def __call__(self, features: Sequence[Row]) -> Batch:
-        encoder = RowEncoder(self.tokenizer, self.encoding)
+        # Conversations that will be truncated are cut when they are encoded, where their turns are known.
+        cuts = self.strategy != "concat" and self.overflow == "truncate"
+        encoder = PieceEncoder(self.tokenizer, self if cuts else LabelConfig(**{**self.options(), "max_length": None}))
         read = [self.read(row, i, encoder) for i, row in enumerate(features)]
-        loose = [
-            self._closed(row, raw.get("input_ids") is None)
-            for row, raw in zip(read, features, strict=True)
-            if not row.packed
-        ]
+        whole = [not cuts or row.get("input_ids") is not None for row in features]
+        loose = [self._closed(row, is_whole) for row, is_whole in zip(read, whole, strict=True) if not row.packed]
         rows = [row for row in read if row.packed] + (self._packed(loose) if loose else [])
         if not rows:
             raise NothingSupervisedError(f"every document of the batch is longer than max_length={self.max_length}")
@@ -88,10 +80,10 @@ class DataCollatorWithEosPacking(LanguageModelCollator):
             batch["attention_mask"] = self.pad([np.ones(len(row.ids)) for row in rows], 0)
         return batch
 
-    def _closed(self, row: EncodedRow, raw: bool) -> EncodedRow:
-        """The document with one EOS at its end; not where a raw row was cut."""
+    def _closed(self, row: EncodedRow, whole: bool) -> EncodedRow:
+        """The document with one EOS at its end, unless it was cut at `max_length`."""
         eos, n = int(self.tokenizer.eos_token_id), len(row.ids)
-        if not n or (raw and n == self.encoding.max_length) or row.ids[-1] == eos:
+        if not n or (not whole and n == self.max_length) or row.ids[-1] == eos:
             return row
         if n > 1 and row.ids[-2] == eos and self.tokenizer.decode(row.ids[-1:].tolist()).isspace():
             return row

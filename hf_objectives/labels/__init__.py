@@ -55,12 +55,15 @@ from hf_objectives.labels.pair_prompt import (
 from hf_objectives.labels.pairs import (
     encode_pair,  # Ids and masks of one preference row
 )
+from hf_objectives.labels.pieces import (
+    Piece,  # What one encoded row is made from: its source, number, text and trained spans
+    PieceEncoder,  # Encodes rows one by one: render, tokenise, frame
+)
 from hf_objectives.labels.prompts import (
     with_prompts,  # A dataset with the prompt of each row, in whatever format, in a column `prompt`
 )
 from hf_objectives.labels.rows import (
-    Piece,  # What one encoded row is made from: its source, number, text and trained spans
-    RowEncoder,  # Encodes rows of any format: render, tokenise, frame, limit, account
+    RowEncoder,  # Encodes many rows of any format: render, tokenise, frame, limit, account
     encode_row,  # Ids and labels of one row in any accepted format
 )
 from hf_objectives.labels.templates import (

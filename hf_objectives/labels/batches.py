@@ -93,8 +93,8 @@ class BatchEncoder:
         if len(frame.before) > 1:  # without a column `labels`, only a first token is untrained
             return None
         said = ~np.fromiter(map(str.isspace, texts), bool, len(texts)) & (np.diff(offsets) > 0)
-        room, _ = frame_documents(ids, offsets, frame, said)
-        ids, sizes = room.fill(ids, frame.before, frame.after), np.diff(room.offsets)
+        framed = frame_documents(ids, offsets, frame, said)
+        ids, sizes = framed.ids, np.diff(framed.offsets)
         sources = [source] * len(rows)
         if "source" in columns:
             sources = [str(row.get("source") or source) for row in rows]
@@ -103,10 +103,9 @@ class BatchEncoder:
         for name, count in Counter(sources).items():
             ledger[name].rows_in += count
         trained = (sizes - len(frame.before)) * said
-        keep = account_rows(ledger, sources, numbers, sizes, sizes, trained, np.ones(len(rows), bool))
-        if not keep.all():
-            ids = ids[np.repeat(keep, sizes)]
-        kept = np.flatnonzero(keep)
+        kept = account_rows(ledger, sources, numbers, sizes, sizes, trained, np.ones(len(rows), bool))
+        if len(kept) < len(rows):
+            ids = ids[np.repeat(said, sizes)]
         offsets = np.concatenate(([0], np.cumsum(sizes[kept])))
         return pa.table(
             {

@@ -21,11 +21,10 @@ class LabelConfig:
 
     Attributes:
         max_length: most tokens of a row; None for no limit.
-        train_on: "assistant" trains every assistant turn, "last_assistant" the last one only, "all" every token.
-        control_tokens: "plain" reads control tokens inside user, system and tool text as plain text; "allow" encodes the
-            rendered text as it is.
+        train_on: "assistant" trains every assistant turn, "last_assistant" the last one, "all" every token.
+        control_tokens: "plain" reads control tokens in user, system and tool text as plain text; "allow" does not.
         chat_template: template text or the name of one; None for the tokenizer's own.
-        template_kwargs: variables that are passed to the template, for example `{"enable_thinking": False}`.
+        template_kwargs: variables of the template, for example `{"enable_thinking": False}`.
 
     Raises:
         ConfigError: an unknown `train_on` or `control_tokens`, or `max_length` under 2.
@@ -64,16 +63,12 @@ class LabelConfig:
 class EncodingConfig(LabelConfig):
     """How the rows of a dataset become ids and labels: `LabelConfig`, and how many rows one row becomes.
 
-    Callers take these options by name and pass them on as one object. Configurations that need more inherit from it.
-
     Attributes:
         overlength: what happens to a conversation longer than `max_length`. "drop" leaves it out. "split_turns" makes
             several rows of whole user turns, each with the system message first. "cut" cuts it off; a turn that the cut
             goes through is not trained at all.
-        expand_turns: make one row per user turn, each with exactly the prompt of inference; for templates that drop the
-            reasoning of earlier turns.
-        splits_documents: texts are packed afterwards, so they stay whole whatever their length; set by the callers that
-            pack, not by users.
+        expand_turns: make one row per user turn, each with exactly the prompt of inference.
+        splits_documents: keep texts whole, whatever their length; set by callers that pack them, not by users.
 
     Raises:
         ConfigError: see `LabelConfig`; or an unknown `overlength`.

@@ -162,27 +162,21 @@ def _preference(row: Row) -> Example:
         texts = (prompt or "") + chosen, (prompt or "") + rejected  # plain text: no template, as in TRL
         prompt_chars = split_texts(*texts) if prompt is None else len(prompt)
         return Example(Kind.PREFERENCE, text=texts[0], prompt_chars=prompt_chars, rejected_text=texts[1])
-    sides = [_side(side, name) for name, side in (("chosen", chosen), ("rejected", rejected))]
     head = _system(row)
+    sides = [_turns(chosen, "chosen", "assistant"), _turns(rejected, "rejected", "assistant")]
     if sharegpt is not None:
         prompt = _sharegpt_messages(sharegpt)
-    elif isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
     if prompt is not None:
-        head, sides = join_prompt(head + _turns(prompt, "prompt"), sides)
+        head, sides = join_prompt(head + _turns(prompt, "prompt", "user"), sides)
     prompt_turns = None if prompt is None else len(head)
     return _chat(row, Kind.PREFERENCE, messages=head + sides[0], rejected=head + sides[1], prompt_turns=prompt_turns)
 
 
-def _side(side: Any, name: str) -> list[dict[str, Any]]:
-    if isinstance(side, str):
-        return [{"role": "assistant", "content": side}]
-    return _turns([side] if isinstance(side, Mapping) else side, name)
-
-
-def _turns(value: Any, name: str) -> list[dict[str, Any]]:
-    """A list of messages, OpenAI's or ShareGPT's."""
-    turns = _list(value, name)
+def _turns(value: Any, name: str, role: str) -> list[dict[str, Any]]:
+    """Messages, OpenAI's or ShareGPT's: a list, one alone, or the text of one of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    turns = _list([value] if isinstance(value, Mapping) else value, name)
     if any(isinstance(turn, Mapping) and "from" in turn for turn in turns):
         return _sharegpt_messages(turns)
     return turns
@@ -207,10 +201,7 @@ def _exchange(question: str, answer: str) -> list[dict[str, Any]]:
 
 
 def _system(row: Row) -> list[dict[str, Any]]:
-    system = row.get("system")
-    if system is None or system == "":
-        return []
-    return [{"role": "system", "content": system}]
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
 def _chat(row: Row, kind: Kind = Kind.MESSAGES, **conversations: Any) -> Example:

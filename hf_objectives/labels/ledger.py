@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 TOO_LONG, CUT, UNSUPERVISED = "longer than max_length", "cut at max_length", "nothing supervised"
 SKIPPED = ", skipped"  # after the name of the error that the row would have raised
 _EXAMPLES_KEPT = 5
+Counts = NDArray[np.int64]
 _SUMS = ("rows_in", "rows_out", "tokens_in", "trained", "masked", "num_bytes")
 
 
@@ -136,36 +137,32 @@ def account_rows(
     ledger: Ledger,
     sources: Sequence[str],
     numbers: Sequence[int],
-    whole: NDArray[np.int64],
-    kept: NDArray[np.int64],
-    trained: NDArray[np.int64],
-    fits: NDArray[np.bool_],
-) -> NDArray[np.bool_]:
-    """Count what happened to every token, per source.
+    whole: Counts,
+    kept: Counts,
+    trained: Counts,
+    fits: Any,
+) -> Counts:
+    """Count what happened to every token of some rows, of these sources and numbers.
 
     Args:
-        ledger: counts.
-        sources, numbers: source and number of each row.
         whole, kept, trained: int64 [rows], tokens before the limit, tokens after it, and those of them that are trained.
         fits: bool [rows], False where a row is left out because it is too long.
 
     Returns:
-        bool [rows]: the rows that are kept, which fit and train a token.
+        int64 [kept rows]: which rows fit and train a token.
     """
     keep = fits & (trained > 0)
     codes: dict[str, int] = {}
     code_of_row = np.fromiter((codes.setdefault(source, len(codes)) for source in sources), np.int64, len(sources))
     for source, code in codes.items():
-        total, rows = ledger[source], code_of_row == code
-        total.tokens_in += int(whole[rows].sum())
-        rows &= keep
-        total.rows_out += int(rows.sum())
-        total.trained += int(trained[rows].sum())
-        total.masked += int(kept[rows].sum() - trained[rows].sum())
-    for i in np.flatnonzero(~fits).tolist():
-        ledger[sources[i]].drop(TOO_LONG, tokens=int(whole[i]), row=numbers[i])
+        rows = code_of_row == code
+        account = Account(tokens_in=int(whole[rows].sum()), rows_out=int((rows & keep).sum()))
+        account.trained = int(trained[rows & keep].sum())
+        account.masked = int(kept[rows & keep].sum()) - account.trained
+        ledger[source].add(account)
+    for reason, left_out, tokens in ((TOO_LONG, ~fits, whole), (UNSUPERVISED, fits & (trained == 0), kept)):
+        for i in np.flatnonzero(left_out).tolist():
+            ledger[sources[i]].drop(reason, tokens=int(tokens[i]), row=numbers[i])
     for i in np.flatnonzero(fits & (kept < whole)).tolist():
         ledger[sources[i]].drop(CUT, tokens=int(whole[i] - kept[i]))
-    for i in np.flatnonzero(fits & (trained == 0)).tolist():
-        ledger[sources[i]].drop(UNSUPERVISED, tokens=int(kept[i]), row=numbers[i])
-    return keep
+    return np.flatnonzero(keep)

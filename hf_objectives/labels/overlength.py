@@ -35,12 +35,9 @@ def expand(messages: Sequence[Message]) -> list[list[Message]]:
 def fitting_turns(
     messages: Sequence[Message], size: Callable[[list[Message]], int], max_length: int
 ) -> list[list[Message]]:
-    """Conversations of whole user turns, as many as fit, each with the conversation's system messages first.
+    """Conversations of whole user turns, as many as `size`, the tokens of a conversation, allows.
 
-    Args:
-        messages: the conversation.
-        size: tokens of a conversation.
-        max_length: most tokens of a conversation; one user turn alone may have more.
+    Each begins with the system messages. One user turn alone may have more than `max_length` tokens.
     """
     n = num_leading(messages)
     head, body = list(messages[:n]), list(messages[n:])

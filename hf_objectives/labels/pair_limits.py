@@ -49,32 +49,22 @@ class Pair:
         """Tokens of the longer side."""
         return max(map(len, self.ids))
 
-    def prompt_limit(self, max_length: int) -> int:
-        """How many tokens the prompt may keep."""
-        return _prompt_limit(self.prompt, self.longest, max_length)
 
-
-def _prompt_limit(prompt: int, longest: int, max_length: int) -> int:
-    """What the longer answer leaves, and half of `max_length` in any case."""
+def prompt_limit(prompt: int, longest: int, max_length: int) -> int:
+    """How many tokens a prompt may keep: what the longer answer leaves, and half of `max_length` in any case."""
     return max(max_length - (longest - prompt), max_length // 2)
 
 
 def shorten_chats(
     example: Example, pair: Pair, max_length: int, encode: Callable[[Example], Pair], tokenizer: Any
 ) -> Pair:
-    """Encode two conversations that are too long, without what their prompt has to lose; see the module.
+    """Encode two conversations, a `pair` that is too long, without what their prompt has to lose; see the module.
 
-    Args:
-        example: the row, with its `prompt_turns`.
-        pair: the row encoded.
-        max_length: most tokens of a side.
-        encode: encodes a shorter row.
-        tokenizer: a fast transformers tokenizer.
+    The fewest oldest turns that make the prompt fit are found by halving, with `encode` on shorter rows.
     """
-    limit, n = pair.prompt_limit(max_length), example.prompt_turns or 0
+    limit, n = prompt_limit(pair.prompt, pair.longest, max_length), example.prompt_turns or 0
     begin = min(num_leading(example.messages), n)
     asks = [i for i in range(begin, n) if role_of(example.messages[i]) == "user"]
-    # Find the fewest oldest turns to leave out, by halving: up to the last question's where nothing else makes it fit.
     starts = [i for i in asks if i > begin]
     kept, low, high = example, 0, len(starts) - 1
     while low <= high:
@@ -137,25 +127,18 @@ def _without_beginning(tokenizer: Any, content: Any, tokens: int) -> Any:
 def shorten_texts(pair: Pair, max_length: int, num_before: int) -> Pair:
     """A pair of texts without what its prompt has to lose, after the `num_before` tokens that stand before a text (BOS)."""
     begin = min(num_before, pair.prompt)
-    end = max(begin, begin + pair.prompt - pair.prompt_limit(max_length))
-    gone = slice(begin, end)
+    gone = slice(begin, begin + max(0, pair.prompt - prompt_limit(pair.prompt, pair.longest, max_length)))
     (a, b), (x, y) = pair.ids, pair.trained
     return Pair((np.delete(a, gone), np.delete(b, gone)), (np.delete(x, gone), np.delete(y, gone)))
 
 
 def fit_ids(pair: Mapping[str, Any], max_length: int, *, bos: int | None) -> dict[str, Any]:
-    """Cut an encoded pair to `max_length`: the prompt's first tokens after BOS go first, then the ends of the answers.
-
-    Args:
-        pair: `prompt_ids`, `chosen_ids`, `chosen_mask`, `rejected_ids` and `rejected_mask`, arrays.
-        max_length: tokens that prompt and one answer may have together.
-        bos: id of BOS; None where there is none.
-    """
+    """Cut an encoded pair, arrays with the keys of `encode_pair`, to `max_length`, with BOS kept; see the module."""
     prompt = pair["prompt_ids"]
     longest = len(prompt) + max(len(pair[f"{side}_ids"]) for side in SIDES)
     if longest > max_length:
         begin = int(len(prompt) > 0 and prompt[0] == bos)
-        limit = max(_prompt_limit(len(prompt), longest, max_length), begin)
+        limit = max(prompt_limit(len(prompt), longest, max_length), begin)
         prompt = np.delete(prompt, slice(begin, begin + max(0, len(prompt) - limit)))
     left = max_length - len(prompt)
     answers = {f"{side}_{kind}": pair[f"{side}_{kind}"][:left] for side in SIDES for kind in ("ids", "mask")}

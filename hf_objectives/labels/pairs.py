@@ -14,13 +14,13 @@ import numpy as np
 
 from hf_objectives.errors import DataError, FormatError, NothingSupervisedError
 from hf_objectives.labels.chat import ChatEncoder, Labelled, chat_encoder
-from hf_objectives.labels.config import EncodingConfig, LabelConfig
+from hf_objectives.labels.config import LabelConfig
 from hf_objectives.labels.conversation import common_turns, num_leading, role_of, show
 from hf_objectives.labels.formats import Example, detect_format, to_example
 from hf_objectives.labels.messages import read_messages
 from hf_objectives.labels.pair_limits import Pair, shorten_chats, shorten_texts
 from hf_objectives.labels.pair_prompt import SIDES
-from hf_objectives.labels.rows import RowEncoder
+from hf_objectives.labels.pieces import PieceEncoder
 from hf_objectives.labels.spans import Rendered
 from hf_objectives.types import IGNORE_INDEX, Row
 
@@ -72,11 +72,7 @@ def encode_pair(
 
 
 def read_pair(row: Row) -> Example:
-    """Read a row that holds two different answers to one prompt; of conversations, with its `prompt_turns`.
-
-    Raises:
-        DataError: it does not.
-    """
+    """Read a row and check that it holds two different answers to one prompt; `prompt_turns` is set."""
     if isinstance(row, Mapping):
         missing = [name for name in SIDES if row.get(name) is None]
         if missing:
@@ -129,7 +125,7 @@ def _check_answers(example: Example) -> None:
 
 
 def _encode_texts(tokenizer: Any, example: Example, config: LabelConfig) -> Pair:
-    encoder = RowEncoder(tokenizer, EncodingConfig(control_tokens=config.control_tokens))
+    encoder = PieceEncoder(tokenizer, LabelConfig(control_tokens=config.control_tokens))
     pair = _pair(encoder.encode_texts([example, replace(example, text=example.rejected_text or "")]))
     if config.max_length is None or pair.longest <= config.max_length:
         return pair
@@ -173,12 +169,7 @@ def _pair(labelled: Labelled) -> Pair:
 
 
 def _finish(pair: Pair, config: LabelConfig) -> dict[str, list[int]]:
-    """The pair as lists, its answers cut to what is left for them.
-
-    Raises:
-        NothingSupervisedError: nothing of an answer would be trained.
-        FormatError: no token tells the sides apart.
-    """
+    """The pair as lists, its answers cut to what is left for them; refused where nothing is left to compare."""
     begin, max_length = pair.prompt, config.max_length
     limit = max_length or pair.longest
     if begin >= limit:

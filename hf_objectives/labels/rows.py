@@ -1,55 +1,37 @@
 """Encode rows of any accepted format in five steps: render, tokenise, frame, limit, account.
 
-row --render--> text and trained spans --tokenise--> ids and labels --frame--> BOS and EOS around documents
-    --limit--> at most `max_length` tokens --account--> a ledger, and the rows that train a token
+    rows --render--> text and trained spans --tokenise--> ids and labels --frame--> BOS and EOS around documents
+         --limit--> at most `max_length` tokens --account--> a ledger, and the rows that train a token
+
+The first three, for one row, are in `pieces.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_objectives.errors import DataError, FormatError
-from hf_objectives.labels.chat import ChatEncoder, Labelled, chat_encoder, cut, label_spans
+from hf_objectives.labels.chat import Labelled, cut
 from hf_objectives.labels.config import EncodingConfig, LabelConfig
 from hf_objectives.labels.conversation import Message
-from hf_objectives.labels.formats import Example, Kind, detect_format, to_example
-from hf_objectives.labels.framing import Frame, document_frame, frame_documents
+from hf_objectives.labels.formats import Kind, detect_format, to_example
 from hf_objectives.labels.ledger import SKIPPED, Ledger, account_rows
-from hf_objectives.labels.messages import ControlTokens
 from hf_objectives.labels.overlength import concatenate, expand, fitting_turns, select
-from hf_objectives.labels.spans import Rendered
-from hf_objectives.labels.templates import control_tokens
-from hf_objectives.labels.tokenization import text_encoder, vocabulary_size
+from hf_objectives.labels.pieces import Piece, PieceEncoder
+from hf_objectives.labels.tokenization import text_encoder
 from hf_objectives.types import IGNORE_INDEX, Row
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one encoded row is made from: a row, or a part of one where a conversation is expanded or split.
-
-    Attributes:
-        row: number of the row in its source.
-        source: name of the source.
-        example: the row as it was read.
-        rendered: its text and the spans of it that are trained; no text where the row has ids.
-        framed: whether it gets BOS and EOS, as texts do that train more than white space.
-    """
-
-    row: int
-    source: str
-    example: Example
-    rendered: Rendered
-    framed: bool = False
+Numbers = Sequence[int] | None
+Errors = list[DataError] | None
 
 
-class RowEncoder:
-    """Encodes rows under one tokenizer and one configuration.
+class RowEncoder(PieceEncoder):
+    """Encodes many rows under one tokenizer and one configuration.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -57,26 +39,20 @@ class RowEncoder:
     """
 
     def __init__(self, tokenizer: Any, config: EncodingConfig) -> None:
-        self.tokenizer, self.config = tokenizer, config
+        super().__init__(tokenizer, config)
+        self.config: EncodingConfig = config
         self._formats: dict[str, str] = {}  # of each source
-        self._chat_encoder: ChatEncoder | None = None  # for rows without template variables of their own
 
     def encode(
-        self,
-        rows: Sequence[Row],
-        *,
-        source: str,
-        numbers: Sequence[int] | None = None,
-        ledger: Ledger,
-        refused: list[DataError] | None = None,
+        self, rows: Sequence[Row], *, source: str, ledger: Ledger, numbers: Numbers = None, refused: Errors = None
     ) -> tuple[Labelled, list[str], list[int]]:
         """Encode rows, and leave out those that are too long or train nothing.
 
         Args:
             rows: the rows, of one format per source.
             source: source of rows that name none in `source`.
-            numbers: number of each row that has none of its own in `row`; None counts from 0.
             ledger: counts what happened to every token.
+            numbers: number of each row that has none of its own in `row`; None counts from 0.
             refused: gets the error of each row that cannot be used, and the row is left out; None raises the error.
 
         Returns:
@@ -85,8 +61,8 @@ class RowEncoder:
         Raises:
             DataError: a row that cannot be used; names source and row.
         """
-        errors: list[DataError] | None = None if refused is None else []
-        pieces = self.render(rows, source=source, numbers=numbers, ledger=ledger, refused=errors)
+        errors: Errors = None if refused is None else []
+        pieces = self.render(rows, source, ledger, numbers, errors)
         try:
             labelled = self.tokenise(pieces)
         except FormatError:  # a character without a token, in one of the texts
@@ -97,48 +73,19 @@ class RowEncoder:
         if refused is not None:
             refused += errors or ()
         pieces, labelled = self.split(pieces, self.frame(pieces, labelled))
-        whole = np.diff(labelled.offsets)
-        labelled, fits = self.limit(pieces, labelled)
-        trained = np.diff(np.concatenate(([0], np.cumsum(labelled.labels != IGNORE_INDEX)))[labelled.offsets])
+        cut_off, fits = self.limit(pieces, labelled)
         sources, origins = [piece.source for piece in pieces], [piece.row for piece in pieces]
-        keep = account_rows(ledger, sources, origins, whole, np.diff(labelled.offsets), trained, fits)
-        kept = np.flatnonzero(keep)
-        labelled = labelled if keep.all() else select(labelled, kept)
-        return labelled, [sources[i] for i in kept], [origins[i] for i in kept]
-
-    def encode_one(self, row: Row, *, source: str | None = None, number: int | None = None) -> Labelled:
-        """Encode one row of any format. What is beyond `max_length` is cut off; nothing else is left out.
-
-        Raises:
-            DataError: the row cannot be used; names source and row where given.
-        """
-        try:
-            piece = self._piece(to_example(row), number or 0, source or "")
-            labelled = self.tokenise([piece])
-        except DataError as error:
-            raise error.at(source=source, row=number) from None
-        if piece.framed:
-            labelled = self.frame([piece], labelled)
-        limit = self.config.max_length
-        return labelled if limit is None else cut(labelled, limit)
-
-    def encode_texts(self, examples: Sequence[Example]) -> Labelled:
-        """Ids and labels of texts, each with its BOS and EOS; nothing is cut off or left out."""
-        pieces = [Piece(i, "", example, self.render_text(example), framed=True) for i, example in enumerate(examples)]
-        return self.frame(pieces, self.tokenise(pieces))
-
-    # -- render --------------------------------------------------------------------------------------------------
+        trained = np.diff(np.concatenate(([0], np.cumsum(cut_off.labels != IGNORE_INDEX)))[cut_off.offsets])
+        whole, left = np.diff(labelled.offsets), np.diff(cut_off.offsets)
+        kept = account_rows(ledger, sources, origins, whole, left, trained, fits)
+        if len(kept) < len(pieces):
+            cut_off = select(cut_off, kept)
+        return cut_off, [sources[i] for i in kept], [origins[i] for i in kept]
 
     def render(
-        self,
-        rows: Sequence[Row],
-        *,
-        source: str,
-        numbers: Sequence[int] | None = None,
-        ledger: Ledger,
-        refused: list[DataError] | None = None,
+        self, rows: Sequence[Row], source: str, ledger: Ledger, numbers: Numbers = None, refused: Errors = None
     ) -> list[Piece]:
-        """Read rows and render them to text with trained spans; those that have ids come last. See `encode`."""
+        """Read rows and render them to text with trained spans; see `encode`. Rows that have ids come last."""
         pieces: list[Piece] = []
         for position, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
             columns = row if isinstance(row, Mapping) else {}
@@ -164,88 +111,12 @@ class RowEncoder:
             )
         example = to_example(row, format=format)
         if not (self.config.expand_turns and example.messages):
-            return [self._piece(example, number, source)]
+            return [self.piece(example, number, source)]
         turns = [replace(example, messages=messages) for messages in expand(example.messages)]
-        return [self._piece(turn, number, source) for turn in turns]
+        return [self.piece(turn, number, source) for turn in turns]
 
-    def _piece(self, example: Example, number: int, source: str) -> Piece:
-        if example.kind is Kind.TOKENS:
-            return Piece(number, source, self._checked_ids(example), Rendered("", []))
-        if example.is_plain:
-            rendered = self.render_text(example)
-            return Piece(number, source, example, rendered, framed=bool(rendered.spans))
-        rendered = self._chat(example).render(example.messages, example.tools, require_trained=False)
-        return Piece(number, source, example, rendered)
-
-    def render_text(self, example: Example) -> Rendered:
-        """The text of a document or of prompt and completion, with the span that is trained; none where that is blank."""
-        prompt, body = example.text[: example.prompt_chars], example.text[example.prompt_chars :]
-        if not body.strip():
-            return Rendered(example.text, [])
-        if example.kind is Kind.PREFERENCE and self.tokenizer.eos_token:
-            body = body.removesuffix(self.tokenizer.eos_token)  # as in TRL: no second EOS
-        if self.config.control_tokens == "plain":
-            prompt, body = self._control_tokens.wrap_all([prompt, body])
-        text, begin = prompt + body, 0 if self.config.train_on == "all" else len(prompt)
-        return Rendered(text, [(begin, len(text))])
-
-    @cached_property
-    def _control_tokens(self) -> ControlTokens:
-        return ControlTokens(control_tokens(self.tokenizer, ""))
-
-    def _chat(self, example: Example) -> ChatEncoder:
-        encoder = None if example.template_kwargs else self._chat_encoder
-        if encoder is None:
-            encoder = chat_encoder(
-                self.tokenizer,
-                chat_template=self.config.chat_template,
-                train_on=self.config.train_on,
-                control_tokens=self.config.control_tokens,
-                template_kwargs={**self.config.template_kwargs, **example.template_kwargs},
-            )
-            if not example.template_kwargs:
-                self._chat_encoder = encoder
-        return encoder
-
-    def _checked_ids(self, example: Example) -> Example:
-        """The example with its ids and labels as int64 arrays.
-
-        Raises:
-            FormatError: they have different lengths, or one is not an id of the tokenizer.
-        """
-        ids = np.asarray(example.input_ids, np.int64)
-        labels = ids if example.labels is None else np.asarray(example.labels, np.int64)
-        if ids.ndim != 1 or labels.shape != ids.shape or not len(ids):
-            raise FormatError(
-                f"input_ids of shape {ids.shape} and labels of shape {labels.shape}; expected two lists of one length"
-            )
-        for name, values in (("id", ids), ("label", labels[labels != IGNORE_INDEX])):
-            if not len(values) or (values.min() >= 0 and values.max() < len(self.tokenizer)):
-                continue
-            size = vocabulary_size(self.tokenizer)  # slow, but knows of ids beyond gaps
-            if len(wrong := values[(values < 0) | (values >= size)]):
-                raise FormatError(
-                    f"{name} {wrong[0]} is not one of the tokenizer's, 0 to {size - 1}; expected rows that this tokenizer "
-                    "encoded"
-                )
-        return replace(example, input_ids=ids, labels=labels)
-
-    # -- tokenise ------------------------------------------------------------------------------------------------
-
-    def tokenise(self, pieces: Sequence[Piece]) -> Labelled:
-        """Ids and labels of pieces: a token is trained when it lies in a trained span. Pieces with ids come last.
-
-        Raises:
-            FormatError: a text holds a character that the tokenizer has no token for.
-        """
-        rendered = [piece.rendered for piece in pieces if piece.example.kind is not Kind.TOKENS]
-        labelled = label_spans(text_encoder(self.tokenizer).encode_batch([one.text for one in rendered]), rendered)
-        if len(rendered) == len(pieces):
-            return labelled
-        return concatenate([labelled, *(_from_ids(piece.example) for piece in pieces[len(rendered) :])])
-
-    def _with_tokens(self, pieces: Sequence[Piece], refused: list[DataError] | None) -> list[Piece]:
-        """The pieces whose texts the tokenizer has tokens for; the errors of the others go to `refused`, see `encode`."""
+    def _with_tokens(self, pieces: Sequence[Piece], refused: Errors) -> list[Piece]:
+        """The pieces whose texts the tokenizer has tokens for; see `encode` for the others."""
         kept = []
         for piece in pieces:
             try:
@@ -258,33 +129,6 @@ class RowEncoder:
             else:
                 kept.append(piece)
         return kept
-
-    # -- frame ---------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def document_frame(self) -> Frame:
-        """The ids around a document."""
-        return document_frame(self.tokenizer)
-
-    def frame(self, pieces: Sequence[Piece], labelled: Labelled) -> Labelled:
-        """Put what the tokenizer puts before a text (BOS) before each document, untrained, and one EOS after it, trained.
-
-        The EOS of a completion belongs to its trained run. A text has no run: it may be cut anywhere.
-        """
-        documents = np.fromiter((piece.framed for piece in pieces), bool, len(pieces))
-        if not documents.any():
-            return labelled
-        before, after = self.document_frame.before, self.document_frame.after
-        room, closed = frame_documents(labelled.ids, labelled.offsets, self.document_frame, documents)
-        ids, labels = room.fill(labelled.ids, before, after), room.fill(labelled.labels, IGNORE_INDEX, after)
-        rows = labelled.span_rows
-        moved = room.offsets[:-1] + len(before) * documents - labelled.offsets[:-1]
-        spans = labelled.spans + moved[rows, None]
-        spans[:, 1] += closed[rows]
-        is_run = np.fromiter((piece.example.kind is not Kind.TEXT for piece in pieces), bool, len(pieces))[rows]
-        return Labelled(ids, labels, room.offsets, spans[is_run], rows[is_run])
-
-    # -- limit ---------------------------------------------------------------------------------------------------
 
     def split(self, pieces: list[Piece], labelled: Labelled) -> tuple[list[Piece], Labelled]:
         """Under "split_turns", replace each conversation that is too long by conversations of whole user turns."""
@@ -302,7 +146,7 @@ class RowEncoder:
         return [everything[i] for i in order], labelled
 
     def _parts(self, piece: Piece, limit: int) -> list[Piece]:
-        chat, tools = self._chat(piece.example), piece.example.tools
+        chat, tools = self.chat(piece.example), piece.example.tools
 
         def size(messages: list[Message]) -> int:
             return int(chat.encode([chat.render(messages, tools, require_trained=False)]).offsets[-1])
@@ -345,14 +189,5 @@ def encode_row(
         DataError: the row cannot be used; names source and row where given.
         ConfigError: an unknown option, or `max_length` under 2.
     """
-    config = EncodingConfig(**LabelConfig.from_keywords(options).options())
-    return RowEncoder(tokenizer, config).encode_one(row, source=source, number=row_index).row(0)
-
-
-def _from_ids(example: Example) -> Labelled:
-    # Each trained token is a run of its own: where the turns end is not known.
-    trained = np.flatnonzero(example.labels != IGNORE_INDEX)
-    spans, offsets = np.stack([trained, trained + 1], axis=1), np.array([0, len(example.input_ids)])
-    return Labelled(
-        example.input_ids.astype(np.int32), example.labels.astype(np.int32), offsets, spans, np.zeros_like(trained)
-    )
+    encoder = PieceEncoder(tokenizer, LabelConfig.from_keywords(options))
+    return encoder.encode_one(row, source=source, number=row_index).row(0)

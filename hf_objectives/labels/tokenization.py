@@ -55,9 +55,8 @@ class Encoded:
 class TextEncoder:
     """Encodes texts exactly as `tokenizer(text, add_special_tokens=False)` does, with the position of every token.
 
-    `fastokens` does the work where it is installed, loads the tokenizer and gives its ids on a probe, and where the
-    tokenizer is a byte-level BPE, so that positions follow from the byte length of each id. `tokenizers` does it
-    otherwise.
+    `fastokens` does the work where it is installed and gives the tokenizer's ids on a probe, and where the tokenizer is a
+    byte-level BPE, so that positions follow from the byte length of each id. `tokenizers` does it otherwise.
 
     Args:
         tokenizer: a transformers tokenizer with a `tokenizers` backend.
@@ -92,8 +91,8 @@ class TextEncoder:
         """Check that the tokenizer has tokens for every character of a text.
 
         Raises:
-            FormatError: the text holds half of a surrogate pair, or a byte that a byte-level vocabulary lacks (some lack
-                control characters), which `tokenizer(text)` leaves out silently.
+            FormatError: half of a surrogate pair, or a byte that the vocabulary lacks (often a control character), which
+                `tokenizer(text)` leaves out silently.
         """
         try:
             encoded = text.encode()
@@ -192,11 +191,7 @@ class TextEncoder:
         return encoding.ids, encoding.offsets
 
     def _plain(self, token: str) -> tuple[list[int], _Positions]:
-        """Encode a control token as plain text: by the model alone, without the table of added tokens.
-
-        Raises:
-            TokenizerError: even the model itself maps the text to a control id.
-        """
+        """Encode a control token as plain text: by the model alone, without the table of added tokens."""
         newline, ids = self._model_ids("\n"), self._model_ids("\n" + token)
         ids = ids[len(newline) :] if ids[: len(newline)] == newline else self._model_ids(token)
         inside = {i for text, i in self._added.items() if text in token and len(text) > 1}

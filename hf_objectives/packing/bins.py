@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from hf_objectives.errors import ConfigError
 from hf_objectives.types import check_one_of
 
+Ints = NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class Packing:
@@ -24,7 +26,7 @@ class Packing:
     """
 
     num_bins: int
-    bin_of: NDArray[np.int64]
+    bin_of: Ints
     fill: float
 
 
@@ -58,29 +60,24 @@ def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "best_fit
     return Packing(num_bins, bin_of, float(sizes.sum() / (num_bins * capacity)) if num_bins else 1.0)
 
 
-def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np.int64]]:
+def best_fit(lengths: Ints, capacity: int) -> tuple[int, Ints]:
     """Best-fit decreasing (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830, section 3.2).
 
     Documents of one length are placed together: best fit fills one bin with as many of them as it takes before it turns
     to the next bin, so that a whole group of bins with equal room is served at once. The bins are those of the classical
     algorithm, which places one document at a time.
 
-    Args:
-        lengths: int64 [documents], each at most `capacity`.
-        capacity: room of a bin.
-
-    Returns:
-        The number of bins and int64 [documents], the bin of each document.
+    Returns the number of bins and the bin of each document, int64 [documents].
     """
     bin_of = np.empty(len(lengths), np.int64)
     order = stable_order(capacity - lengths, capacity)
     all_counts = np.bincount(lengths)
     sizes = np.flatnonzero(all_counts)
     rooms: list[int] = []  # the remaining capacities that occur, ascending
-    open_bins: dict[int, list[NDArray[np.int64]]] = {}  # the bins of each, in groups
+    open_bins: dict[int, list[Ints]] = {}  # the bins of each, in groups
     num_bins, placed = 0, 0
 
-    def keep(room: int, bins: NDArray[np.int64]) -> None:
+    def keep(room: int, bins: Ints) -> None:
         if len(bins) == 0 or room == 0:
             return
         if room not in open_bins:
@@ -117,7 +114,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np
     return num_bins, bin_of
 
 
-def first_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np.int64]]:
+def first_fit(lengths: Ints, capacity: int) -> tuple[int, Ints]:
     """First fit: each document, in order, goes to the first bin with room for it; for documents that come as a stream.
 
     A tree over the bins holds the largest room below each node, so that a document takes log2(bins) steps (Johnson,
@@ -145,7 +142,7 @@ def first_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[n
     return num_bins, bin_of
 
 
-def concat(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np.int64]]:
+def concat(lengths: Ints, capacity: int) -> tuple[int, Ints]:
     """One stream, cut every `capacity` tokens. A document counts to the bin that it begins in and may go on in the next,
     so that it may be longer than a bin. Arguments and results are those of `best_fit`."""
     ends = np.cumsum(lengths)
@@ -155,13 +152,13 @@ def concat(lengths: NDArray[np.int64], capacity: int) -> tuple[int, NDArray[np.i
 
 
 #: How documents are put in bins, by name.
-STRATEGIES: dict[str, Callable[[NDArray[np.int64], int], tuple[int, NDArray[np.int64]]]] = {
+STRATEGIES: dict[str, Callable[[Ints, int], tuple[int, Ints]]] = {
     "best_fit": best_fit,
     "first_fit": first_fit,
     "concat": concat,
 }
 
 
-def stable_order(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+def stable_order(values: Ints, most: int) -> Ints:
     """The stable order of values from 0 to `most`; numpy sorts sixteen bits by radix, which is faster."""
     return np.argsort(values.astype(np.uint16) if most < 1 << 16 else values, kind="stable")

@@ -15,6 +15,7 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.packing.bins import STRATEGIES, pack_lengths, stable_order
 from hf_objectives.types import IGNORE_INDEX, check_max_length, check_one_of
 
+Ints = NDArray[np.int64]
 OVERFLOW = ("truncate", "split", "drop")
 _LONG = 200  # tokens of a piece from which on it is faster to copy pieces than tokens
 _GATHERED = 1 << 15  # tokens that are copied at a time: what is in the cache is copied several times as fast
@@ -30,8 +31,7 @@ def pack_rows(
         offsets: int64 [documents + 1]; document i is `flat[offsets[i]:offsets[i + 1]]`.
         max_length: most tokens a row may hold.
         strategy: "best_fit" or "first_fit", whole documents; or "concat", one stream.
-        overflow: what happens to documents longer than a row, but under "concat": "truncate", "split" into pieces, or
-            "drop".
+        overflow: what happens to longer documents, but under "concat": "truncate", "split" into pieces, or "drop".
 
     Raises:
         ConfigError: an unknown strategy or overflow, or `max_length` under 2.
@@ -56,34 +56,30 @@ def check_packing(max_length: int | None, strategy: str, overflow: str = "split"
     check_max_length(max_length)
 
 
-def _pack_whole(offsets: NDArray[np.int64], max_length: int, overflow: str, strategy: str) -> PackedRows:
+def _pack_whole(offsets: Ints, max_length: int, overflow: str, strategy: str) -> PackedRows:
     """Whole documents, several to a row."""
     sizes = np.diff(offsets)
     documents = np.arange(len(sizes))
+    begins = np.zeros_like(documents)  # of each piece in its document
     if overflow == "split":
         parts = np.maximum(1, -(-sizes // max_length))
         documents = np.repeat(documents, parts)
-        nth = np.arange(len(documents)) - np.repeat(np.cumsum(parts) - parts, parts)
-        lengths = np.minimum(max_length, sizes[documents] - nth * max_length)
-        starts = offsets[documents] + nth * max_length
-    else:
-        if overflow == "drop":
-            documents = documents[sizes <= max_length]
-        lengths = np.minimum(sizes[documents], max_length)
-        starts = offsets[documents]
+        begins = (np.arange(len(documents)) - np.repeat(np.cumsum(parts) - parts, parts)) * max_length
+    elif overflow == "drop":
+        documents = documents[sizes <= max_length]
+        begins = begins[: len(documents)]
+    lengths = np.minimum(max_length, sizes[documents] - begins)
     packing = pack_lengths(lengths, max_length, strategy=strategy)
     # Rows in the order of their first document, documents of a row in their own order.
     first = np.full(packing.num_bins, len(lengths))
     np.minimum.at(first, packing.bin_of, np.arange(len(lengths)))
-    rank = np.empty(packing.num_bins, np.int64)
-    rank[np.argsort(first, kind="stable")] = np.arange(packing.num_bins)
-    row_of = rank[packing.bin_of]
+    row_of = np.argsort(np.argsort(first))[packing.bin_of]
     order = stable_order(row_of, packing.num_bins)
     pieces = np.bincount(row_of, minlength=packing.num_bins)
-    return _packed(starts[order], lengths[order], documents[order], pieces, sizes)
+    return _packed((offsets[documents] + begins)[order], lengths[order], documents[order], pieces, sizes)
 
 
-def _pack_stream(offsets: NDArray[np.int64], max_length: int) -> PackedRows:
+def _pack_stream(offsets: Ints, max_length: int) -> PackedRows:
     """One stream, cut every `max_length` tokens: a document may go on in the next row, nothing is lost."""
     sizes = np.diff(offsets)
     total = int(offsets[-1])
@@ -94,14 +90,8 @@ def _pack_stream(offsets: NDArray[np.int64], max_length: int) -> PackedRows:
     return _packed(cuts, lengths, documents, pieces, sizes)
 
 
-def _packed(
-    starts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    documents: NDArray[np.int64],
-    pieces: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-) -> PackedRows:
-    """Rows from the pieces in order, int64 `pieces` [rows] to a row, of documents of `sizes` tokens."""
+def _packed(starts: Ints, lengths: Ints, documents: Ints, pieces: Ints, sizes: Ints) -> PackedRows:
+    """Rows from their pieces in order, `pieces` [rows] to a row, of documents of `sizes` tokens."""
     ends = np.concatenate(([0], np.cumsum(lengths)))
     piece_offsets = np.concatenate(([0], np.cumsum(pieces))).astype(np.int64)
     kept = np.bincount(documents, lengths, len(sizes)).astype(np.int64)
@@ -124,12 +114,12 @@ class PackedRows:
         dropped: int64 [documents], tokens of each document that no row holds.
     """
 
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    row_offsets: NDArray[np.int64]
-    piece_offsets: NDArray[np.int64]
-    documents: NDArray[np.int64]
-    dropped: NDArray[np.int64]
+    starts: Ints
+    lengths: Ints
+    row_offsets: Ints
+    piece_offsets: Ints
+    documents: Ints
+    dropped: Ints
 
     def gather(self, flat: NDArray) -> NDArray:
         """The tokens of all rows end to end, [tokens] of the dtype of `flat`, which holds the documents end to end."""
@@ -158,7 +148,7 @@ class PackedRows:
         begins = np.cumsum(self.lengths) - self.lengths
         cuts = np.unique(np.append(np.searchsorted(begins, np.arange(0, total, _GATHERED)), len(begins)))
 
-        def copy(bounds: NDArray[np.int64]) -> None:
+        def copy(bounds: Ints) -> None:
             for a, b in itertools.pairwise(bounds.tolist()):
                 first, last = int(begins[a]), int(begins[b - 1] + self.lengths[b - 1])
                 index = (self.starts[a:b] - begins[a:b]).repeat(self.lengths[a:b])
@@ -168,14 +158,14 @@ class PackedRows:
 
         threads = max(1, min(pa.cpu_count(), len(cuts) // _CHUNKS_A_THREAD))
         shares = [cuts[i * len(cuts) // threads : (i + 1) * len(cuts) // threads + 1] for i in range(threads)]
-        if threads > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(copy, shares))
-        else:
+        if threads == 1:  # as in a collator: starting a thread would take longer
             copy(cuts)
+            return rows
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(copy, shares))
         return rows
 
-    def in_order(self, rows: NDArray[np.int64]) -> PackedRows:
+    def in_order(self, rows: Ints) -> PackedRows:
         """The same rows in another order: int64 [rows], the number of the row that comes first, second and so on."""
         counts = np.diff(self.piece_offsets)[rows]
         ends = np.concatenate(([0], np.cumsum(counts)))
@@ -184,11 +174,7 @@ class PackedRows:
         row_offsets = np.concatenate(([0], np.cumsum(lengths)))[ends]
         return PackedRows(self.starts[pieces], lengths, row_offsets, ends, self.documents[pieces], self.dropped)
 
-    def labels(self, flat: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The labels of all rows: those of the documents, but for the first of each piece, which nothing predicts."""
-        return self.without_begins(self.gather(flat))
-
     def without_begins(self, labels: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Labels of all rows, changed in place: the first of each piece is ignored."""
+        """Labels of all rows, changed in place: the first of each piece, which nothing predicts, is ignored."""
         labels[(np.cumsum(self.lengths) - self.lengths)[self.lengths > 0]] = IGNORE_INDEX
         return labels

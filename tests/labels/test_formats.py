@@ -8,8 +8,11 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from hf_objectives.errors import ConversationError, FormatError, VisionContentError
+from hf_objectives.labels.config import EncodingConfig
 from hf_objectives.labels.formats import detect_format, drop_nulls, to_example
-from hf_objectives.labels.rows import encode_row
+from hf_objectives.labels.ledger import Ledger
+from hf_objectives.labels.prompts import to_prompt
+from hf_objectives.labels.rows import RowEncoder, encode_row
 from tests.support.chat_corpus import TOOL, TOOLS, byte_tokenizer, template, trained_text
 
 EXCHANGE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -137,6 +140,20 @@ def test_sharegpt_tools():
 def test_rows_that_cannot_be_read(row, error, words):
     with pytest.raises(error, match=words):
         to_example(row)
+
+
+def test_messages_that_are_none_are_data_errors():
+    """A prompt of plain strings, and template variables that are not JSON, are named as any other bad row is."""
+    with pytest.raises(ConversationError):
+        encode_row(byte_tokenizer(), {"prompt": ["q"], "completion": EXCHANGE[1:]})
+    with pytest.raises(ConversationError):
+        RowEncoder(byte_tokenizer(), EncodingConfig(expand_turns=True)).encode(
+            [{"messages": ["q"]}], source="s", ledger=Ledger()
+        )
+    with pytest.raises(FormatError, match="chat_template_kwargs is text but not JSON"):
+        to_example({"messages": EXCHANGE, "chat_template_kwargs": "{"})
+    with pytest.raises(FormatError, match="message 0 of the prompt is 'q'"):
+        to_prompt({"chosen": ["q", "a"], "rejected": ["q", "b"]})
 
 
 def test_tools_are_the_same_from_list_json_lines_parquet_and_after_map(tmp_path):

@@ -1,25 +1,43 @@
-"""Room around documents: each has its own begin and end, empty ones too."""
+"""Frames around documents: each has its own BOS and EOS, and one that ends with EOS gets no second one."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_objectives.labels.framing import make_room
+from hf_objectives.errors import TokenizerError
+from hf_objectives.labels.framing import Frame, document_frame, frame_documents
+from tests.support.chat_corpus import byte_tokenizer, with_bos
+
+EOS = 9
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.booleans()), max_size=12))
-def test_documents_lie_between_what_is_theirs(documents):
-    sizes, before, after = (np.array([one[i] for one in documents], kind) for i, kind in enumerate((int, int, bool)))
-    room = make_room(np.concatenate(([0], np.cumsum(sizes))), before, after)
-    # Document i is written as 100 + i, what comes before it as -i - 1, what comes after as 1,000 + i.
-    numbers, made = np.arange(len(documents)), np.zeros(room.offsets[-1], np.int64)
-    made[room.text] = np.repeat(100 + numbers, sizes)
-    made[room.before] = np.repeat(-numbers - 1, before)
-    made[room.after] = 1_000 + numbers[after]
-    assert [made[a:b].tolist() for a, b in itertools.pairwise(room.offsets)] == [
-        [-i - 1] * front + [100 + i] * size + [1_000 + i] * back for i, (size, front, back) in enumerate(documents)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 4) | st.just(EOS), max_size=4), st.booleans()), max_size=12),
+    st.sampled_from([[], [7], [7, 8]]),
+)
+def test_documents_lie_between_what_is_theirs(documents, before):
+    ids = np.array([i for document, _ in documents for i in document], np.int32)
+    offsets = np.cumsum([0, *(len(document) for document, _ in documents)])
+    made = frame_documents(ids, offsets, Frame(before, EOS), np.array([framed for _, framed in documents], bool))
+    expected = [
+        [*before, *document, *[EOS] * (document[-1:] != [EOS])] if framed else document
+        for document, framed in documents
     ]
+    assert [made.ids[a:b].tolist() for a, b in itertools.pairwise(made.offsets)] == expected
+    assert made.ids[made.own].tolist() == ids.tolist()
+    assert made.closed.tolist() == [framed and document[-1:] != [EOS] for document, framed in documents]
+
+
+def test_the_frame_of_a_tokenizer():
+    tokenizer = byte_tokenizer()
+    assert document_frame(tokenizer) == Frame([], tokenizer.eos_token_id)
+    tokenizer = with_bos(byte_tokenizer())
+    assert document_frame(tokenizer) == Frame([tokenizer.bos_token_id], tokenizer.eos_token_id)
+    tokenizer.eos_token = None
+    with pytest.raises(TokenizerError, match="no EOS token"):
+        document_frame(tokenizer)

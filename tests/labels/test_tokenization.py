@@ -152,7 +152,7 @@ def test_a_tokenizer_without_a_fast_backend_is_named():
 BPE = trained_bpe()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: not {OPEN, CLOSE} & set(t)),
@@ -176,7 +176,7 @@ def test_fastokens_gives_the_tokenizers_ids_over_all_real_texts(real_model_path)
     encoder = TextEncoder(AutoTokenizer.from_pretrained(real_model_path))
     assert encoder.backend == "fastokens"
     # Every string of every row, whatever its key: questions, answers, calls, documents.
-    texts = [text for row in load_rows(folder) for text in strings(row)]
+    texts = list({text: None for row in load_rows(folder) for text in strings(row)})
     assert len(texts) > 1000
     ids, offsets = encoder.encode_ids(texts)
     for i, encoding in enumerate(encoder._slow.encode_batch(texts, add_special_tokens=False)):

@@ -23,7 +23,7 @@ def one_at_a_time(lengths: list[int], capacity: int) -> list[int]:
     return sorted(rooms)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=60))))
 def test_best_fit_is_the_textbooks(case):
     capacity, lengths = case
@@ -33,7 +33,7 @@ def test_best_fit_is_the_textbooks(case):
     assert packing.fill == pytest.approx(sum(lengths) / (packing.num_bins * capacity) if lengths else 1.0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(0, c), max_size=60))))
 def test_first_fit_is_the_textbooks(case):
     capacity, lengths = case

@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.packing import rows as packing_rows
 from hf_objectives.packing.rows import pack_rows
 from hf_objectives.types import IGNORE_INDEX as IGNORE
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64, np.float32, np.bool_])
-@pytest.mark.parametrize(("longest", "documents"), [(3000, 2000), (90, 40_000), (3, 1), (900, 1)])
-def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, documents):
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.bool_])
+@pytest.mark.parametrize(("longest", "documents"), [(3000, 500), (90, 4000), (3, 1), (900, 1)])
+def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, documents, monkeypatch):
+    monkeypatch.setattr(packing_rows, "_GATHERED", 4096)  # so that short pieces are copied by several threads
+    monkeypatch.setattr(packing_rows, "_CHUNKS_A_THREAD", 4)
     sizes = np.random.default_rng(0).integers(0, longest, documents)
     sizes[-1] = longest
     offsets = np.concatenate(([0], np.cumsum(sizes)))
@@ -26,7 +29,7 @@ def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, docu
     for start, length in zip(packed.starts, packed.lengths, strict=True):
         assert np.array_equal(rows[at : at + length], flat[start : start + length])
         at += length
-    if kind in (np.int32, np.int64):  # the others hold no -100, or no label
+    if kind is np.int32:  # the others hold no -100, or no label
         packed.without_begins(again)
         assert np.array_equal(flat, before) and np.array_equal(packed.gather(flat), rows)
         assert (again == -100).sum() == (packed.lengths > 0).sum()
@@ -34,7 +37,7 @@ def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, docu
 
 def rows_of(flat, offsets, max_length, **options):
     packed = pack_rows(offsets, max_length, **options)
-    labels = packed.labels(np.asarray(flat, np.int32))
+    labels = packed.without_begins(packed.gather(np.asarray(flat, np.int32)))
     spans = list(zip(packed.row_offsets[:-1], packed.row_offsets[1:], strict=True))
     pieces = list(zip(packed.piece_offsets[:-1], packed.piece_offsets[1:], strict=True))
     return (
@@ -82,7 +85,7 @@ def test_overflow_by_hand(overflow, rows, dropped):
 documents = st.lists(st.integers(0, 30), min_size=1, max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     documents,
     st.integers(2, 20),

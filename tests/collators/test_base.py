@@ -1,0 +1,89 @@
+"""What both collators of language modelling do: extra columns, workers, a plain Trainer."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from hf_objectives.collators.assistant_only import DataCollatorForAssistantOnlyLM
+from hf_objectives.collators.packing import DataCollatorWithEosPacking
+from hf_objectives.errors import FormatError, TokenizerError
+from hf_objectives.labels.rows import encode_row
+from tests.support.chat_corpus import PLAIN, byte_tokenizer
+from tests.support.tiny_llama import tiny_llama
+
+TOKENIZER = byte_tokenizer()
+EOS = TOKENIZER.eos_token_id
+IGNORE = -100
+
+
+def test_sources_and_weights_ride_along():
+    rows = [
+        {"input_ids": [1, 2], "source": "a", "loss_weights": [1.0, 0.5]},
+        {"input_ids": [3, 4, 5], "source": "b"},
+    ]
+    padded = DataCollatorForAssistantOnlyLM(TOKENIZER, return_source=True)(rows)
+    assert padded["source_names"] == ["a", "b"] and padded["source_ids"].tolist() == [[0, 0, -1], [1, 1, 1]]
+    assert padded["loss_weights"].tolist() == [[1.0, 0.5, 1.0], [1.0, 1.0, 1.0]]
+    packed = DataCollatorWithEosPacking(TOKENIZER, max_length=8, return_source=True)(rows)
+    assert packed["source_names"] == ["a", "b"] and packed["source_ids"].tolist() == [[0] * 3 + [1] * 4]
+    assert packed["loss_weights"].tolist() == [[1.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0]]
+    assert "source_ids" not in DataCollatorForAssistantOnlyLM(TOKENIZER)(rows)
+
+
+def test_pickles_and_works_in_loader_workers():
+    collate = pickle.loads(pickle.dumps(DataCollatorWithEosPacking(TOKENIZER, max_length=96)))
+    rows = [{"messages": PLAIN[:2]} for _ in range(8)]
+    batches = list(DataLoader(rows, batch_size=4, collate_fn=collate, num_workers=2))
+    expected = list(DataLoader(rows, batch_size=4, collate_fn=collate))
+    assert [b["input_ids"].tolist() for b in batches] == [b["input_ids"].tolist() for b in expected]
+
+
+def test_plain_trainer(tmp_path):
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    for collate in (DataCollatorForAssistantOnlyLM(TOKENIZER), DataCollatorWithEosPacking(TOKENIZER, max_length=128)):
+        rows = Dataset.from_list([{"messages": PLAIN}] * 4)
+        trainer = Trainer(tiny_llama(), arguments, train_dataset=rows, data_collator=collate)
+        assert np.isfinite(trainer.train().training_loss)
+
+
+def test_tokenizer_without_eos():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(TokenizerError, match="no EOS token to join"):
+        DataCollatorWithEosPacking(tokenizer, max_length=8)
+    with pytest.raises(TokenizerError, match="neither a pad nor an EOS"):
+        DataCollatorForAssistantOnlyLM(tokenizer)([{"input_ids": [1, 2]}])
+
+
+def test_formats_may_be_mixed_in_a_batch_and_weights_must_fit():
+    rows = [{"text": "ab"}, {"messages": PLAIN[:2]}, {"input_ids": [1, 2]}]
+    batch = DataCollatorForAssistantOnlyLM(TOKENIZER)(rows)
+    for i, row in enumerate(rows):
+        ids = encode_row(TOKENIZER, row)["input_ids"]
+        assert batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist() == ids
+    with pytest.raises(FormatError, match="1 loss_weights for 2 tokens"):
+        DataCollatorForAssistantOnlyLM(TOKENIZER)([{"input_ids": [1, 2], "loss_weights": [1.0]}])
+
+
+def test_what_changes_between_two_batches_is_used():
+    tokenizer, row = byte_tokenizer(), {"messages": PLAIN[:2]}
+    collate = DataCollatorForAssistantOnlyLM(tokenizer)
+    first = collate([row])["input_ids"]
+    collate.max_length = 8
+    assert collate([{"input_ids": list(range(9))}])["input_ids"].shape == (1, 8)
+    collate.max_length = None
+    tokenizer.chat_template = "BEGIN" + tokenizer.chat_template
+    assert tokenizer.decode(collate([row])["input_ids"][0]) == "BEGIN" + tokenizer.decode(first[0])
