@@ -27,6 +27,7 @@ class Turn:
         before: where the last text of an earlier message ends.
         begin: where the turn's own first text begins; None where that is not known.
         first, end: where the turn's first and its last text end.
+        head: where the first text of the conversation begins.
         frame_before: the render between the texts of earlier messages and `begin`.
         frame_after: the render between `end` and the first text of a later message.
         key: equal for turns that the template frames in the same way; None where `begin` is not known.
@@ -39,6 +40,7 @@ class Turn:
     begin: int | None
     first: int
     end: int
+    head: int
     frame_before: str
     frame_after: str
     key: Hashable
@@ -100,7 +102,7 @@ def read_turns(
                 key = (*shapes[-3:], following, min(k, 2), seen, since, tuple(said))
                 key += _without_values(messages, k, frame_before, frame_after)
             turns.append(
-                Turn(messages, k, found.text, before, begin, first, end, frame_before, frame_after, key)
+                Turn(messages, k, found.text, before, begin, first, end, later[0], frame_before, frame_after, key)
             )  # fmt: skip
         if shape not in seen:
             seen |= {shape}
