@@ -61,6 +61,7 @@ def _call(random: random.Random, reasoning: bool) -> list[dict[str, Any]]:
         for _ in range(1 + (random.random() < 0.2))
     ]
     answers = [
-        {"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": _text(random)} for c in calls
+        {"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": _text(random)}
+        for c in calls
     ]
     return [{**message, "tool_calls": calls}, *answers]
