@@ -74,7 +74,7 @@ def read_sentinels(marked: str) -> Sentinels:
     called = -1
     for found in RESERVED.finditer(marked):
         char = found.group()
-        if char == OPEN or char == CLOSE:
+        if char in (OPEN, CLOSE):
             continue
         begin = found.start()
         parts.append(marked[place:begin])

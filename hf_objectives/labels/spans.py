@@ -241,13 +241,12 @@ def _check_printed(messages: list[dict], trained: Sequence[int], found: Sentinel
     Raises:
         TemplateError: names the turn.
     """
-    for i, message in enumerate(messages):
-        if (
-            i not in found.ends
-            and isinstance(message.get("content"), list)
-            and any(b["text"] for b in message["content"])
-        ):
+    blocks = [i for i, message in enumerate(messages) if isinstance(message.get("content"), list)]
+    for i in blocks:
+        if i not in found.ends and any(block["text"].strip() for block in messages[i]["content"]):
             raise TemplateError("the chat template does not print the text blocks of this message", turn=i)
+    if blocks and "[{'type': 'text'" in found.text:
+        raise TemplateError("the chat template prints text blocks as Python writes a list", turn=blocks[0])
     places = sorted((place, i) for i, ends in found.ends.items() for place in ends)
     index = {place: n for n, place in enumerate(places)}
     for k in trained:

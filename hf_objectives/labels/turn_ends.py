@@ -64,7 +64,7 @@ class TurnEnds:
 
     def _stop(self, turn: Turn, start: int, own: str, next_marker: re.Match[str] | None, closed: bool) -> int:
         stops = list(self.markers.finditer(own)) if closed else []
-        openers = self._openers(turn.text, start) if closed else set()
+        openers = self._openers(turn, start) if closed else set()
         closing = list(itertools.takewhile(lambda stop: stop.group() not in openers, stops))
         if not self.starts.header:
             closing = closing or stops[:1]  # one token may separate all turns
@@ -89,18 +89,18 @@ class TurnEnds:
         """Whether a tail holds words after its first control token."""
         return re.search(r"\w", "".join(self.markers.split(tail)[1:])) is not None
 
-    def _openers(self, text: str, start: int) -> set[str]:
+    def _openers(self, turn: Turn, start: int) -> set[str]:
         """Control tokens that open turns, and so close none: those that the conversation begins with, and the one that
         opens the generation prompt, which some templates print unasked after an answer."""
         openers, place = set(), 0
-        for found in self.markers.finditer(text):
-            if text[place : found.start()].strip():
+        for found in self.markers.finditer(turn.text, 0, turn.head):
+            if turn.text[place : found.start()].strip():
                 break
             openers.add(found.group())
             place = found.end()
         opening = [self.markers.match(self.starts.header.lstrip())]
         if not self.starts.header:
-            opening = list(self.markers.finditer(text[:start]))[-1:]  # type: ignore[arg-type]
+            opening = list(self.markers.finditer(turn.text, 0, start))[-1:]  # type: ignore[arg-type]
         return openers | {found.group() for found in opening if found}
 
     def _own_tail(self, messages: list[dict], rest: str, *, last: bool, turn: int = -1) -> str:

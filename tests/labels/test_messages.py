@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_objectives.errors import ConversationError
-from hf_objectives.labels.messages import CLOSE, OPEN, ControlTokens, defuse, read_messages
+from hf_objectives.labels.messages import CLOSE, OPEN, ControlTokens, Quiet, defuse, read_messages
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "x", "n": 1}}}
 
@@ -79,4 +79,10 @@ def test_assistants_keep_their_markup():
     defused = defuse(messages, ControlTokens(["<think>", "<|im_end|>"]), ControlTokens(["<|im_end|>"]))
     assert defused[0]["content"] == f"{OPEN}<think>{CLOSE}"
     assert defused[1]["content"] == f"<think>x</think>{OPEN}<|im_end|>{CLOSE}"
-    assert defuse(messages[:0], TOKENS, TOKENS) is None
+    assert defuse(messages, None, None) == messages
+
+
+def test_quiet_texts_hold_no_token_and_are_no_part_of_one():
+    quiet = Quiet(["<|im_end|>", "</think>"])
+    texts = ("Hello", "a <", "think", "x <|im_end|>", "a < b", "\U00100001")
+    assert [quiet.passes(text) for text in texts] == [True, False, False, False, True, False]

@@ -1,4 +1,4 @@
-"""Which templates look at what messages say, control tokens, and the contact with transformers."""
+"""Chat templates: renders, control tokens, tools, and the contact with transformers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from hf_objectives.errors import TemplateError
-from hf_objectives.labels.templates import Renderer, compile_template, control_tokens, template_of, text_steers
-from tests.support.chat_corpus import CHATML, ORIGINALS, PLAIN, byte_tokenizer, template
+from hf_objectives.labels.chat import encode_chat
+from hf_objectives.labels.templates import Renderer, compile_template, control_tokens, template_of, tool_schema
+from tests.support.chat_corpus import CHATML, ORIGINALS, PLAIN, TOOL, byte_tokenizer, template
 
 
 def test_contact_with_transformers():
@@ -24,34 +25,6 @@ def test_render_is_that_of_apply_chat_template(name):
     for generation_prompt in (False, True):
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
         assert render(messages, generation_prompt=generation_prompt) == expected
-
-
-@pytest.mark.parametrize(
-    ("body", "steers"),
-    [
-        ("{{ m['content'] }}", False),
-        ("{{ '<' + m.role + '>' + m.content | trim + eos_token }}", False),
-        ("{% set c = m.content.strip() %}{{ c }}", False),
-        ("{% if m.content is string %}{{ m.content }}{% endif %}", False),
-        ("{% generation %}{{ m.content }}{% endgeneration %}", False),
-        ("{% generation %}{{ m.content[::-1] if m.content == 'a' }}{% endgeneration %}", True),
-        ("{% macro show(x) %}{{ x }}{% endmacro %}{% call show('a') %}{{ m.content }}{% endcall %}", True),
-        ("{% if '/no_think' in m.content %}x{% endif %}{{ m.content }}", True),
-        ("{% set c = m['content'] %}{% if c.startswith('a') %}x{% endif %}", True),
-        ("{% set d = m.content + 'x' %}{% set c = d %}{% if c == 'ax' %}y{% endif %}", True),
-        ("{{ m.content | length }}", True),
-        ("{{ m.content.split('</think>')[-1] }}", True),
-        ("{{ 'a' if m.content else 'b' }}", True),
-        ("{% set ns.c = m.content %}{% if ns.c == 'a' %}x{% endif %}", True),
-        ("{% for block in m.content %}{{ block }}{% endfor %}", True),
-    ],
-)
-def test_text_steers(body, steers):
-    assert text_steers("{% set ns = namespace() %}{% for m in messages %}" + body + "{% endfor %}") is steers
-
-
-def test_templates_that_read_content_are_known_to():
-    assert {name for name in ORIGINALS if not text_steers(template(name))} == {"gemma", "llama3", "phi3"}
 
 
 def test_control_tokens_are_special_or_written_by_the_template_or_shaped_like_one():
@@ -73,3 +46,23 @@ def test_missing_and_broken_templates():
         Renderer(tokenizer, "{{ raise_exception('no') }}", None, {})(PLAIN)
     with pytest.raises(TemplateError, match="neither a JSON schema nor a function"):
         Renderer(tokenizer, CHATML, [3], {})
+
+
+def get_weather(city: str) -> str:
+    """
+    Get the weather.
+
+    Args:
+        city: The city.
+    """
+    return city
+
+
+def test_functions_are_tools():
+    """As in `apply_chat_template`: the schema is read from signature and docstring."""
+    tokenizer = byte_tokenizer(template("qwen3"))
+    row = encode_chat(tokenizer, TOOL, tools=[get_weather])
+    assert row["input_ids"] == tokenizer.apply_chat_template(TOOL, tools=[get_weather], return_dict=False)
+    assert row == encode_chat(tokenizer, TOOL, tools=[chat_template_utils.get_json_schema(get_weather)])
+    with pytest.raises(TemplateError, match="no schema can be read from the function '<lambda>'"):
+        tool_schema(lambda x: x)

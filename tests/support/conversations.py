@@ -8,7 +8,7 @@ from typing import Any
 _TEXTS = (
     "Hello", "What is 2+2?", " spaces around \n", "two\n\nparagraphs", "a/nothink", "see <think> here", "x</think>y",
     "<tool_response>\nok\n</tool_response>", "ünïcödé 日本", 'quoted "text" \\ here', "<b>bold</b>", "user", "1", "four.",
-    "<think>\nhm\n</think>\n\nFour.", "[INST]", "It's", "ends with <", "/think", "no_think /no_think", "{'a': 1}",
+    "<think>\nhm\n</think>\n\nFour.", "[INST]", "It's", "/think", "no_think /no_think", "{'a': 1}",
 )  # fmt: skip
 _ARGUMENTS: tuple[Any, ...] = (
     {"city": "Paris"}, {}, {"n": 3, "deep": {"a": [1, "x", None]}}, {"line": 12, "path": "a.py"}, {"flag": True},

@@ -153,6 +153,12 @@ def whole(markers: re.Pattern[str], text: str, cut: int) -> int:
     return cut
 
 
+def _first_text(messages: list[dict]) -> str:
+    """What the first message says: a control token that a user types opens no turn."""
+    content = messages[0].get("content") or ""
+    return (content if isinstance(content, str) else content[0]["text"]).strip()
+
+
 class TurnEnds:
     """Finds what closes the turns of conversations under one template.
 
@@ -187,7 +193,7 @@ class TurnEnds:
             elif self._speaks(own[len(asked) :]):
                 own, next_marker = asked, self._next_marker(rest, asked)
         stops = list(self.markers.finditer(own)) if closed else []
-        openers = self._openers(text, start, header) if closed else set()
+        openers = self._openers(text, start, header, _first_text(messages)) if closed else set()
         closing = list(itertools.takewhile(lambda stop: stop.group() not in openers, stops))
         if not header:
             closing = closing or stops[:1]  # one token may separate all turns
@@ -209,11 +215,11 @@ class TurnEnds:
         """Whether a tail holds words after its first control token."""
         return re.search(r"\w", "".join(self.markers.split(tail)[1:])) is not None
 
-    def _openers(self, text: str, start: int, header: str) -> set[str]:
+    def _openers(self, text: str, start: int, header: str, said: str) -> set[str]:
         """Control tokens that open turns, and so close none: those that the conversation begins with, and the one that
         opens the generation prompt, which some templates print unasked after an answer."""
         openers, at = set(), 0
-        for found in self.markers.finditer(text):
+        for found in self.markers.finditer(text, 0, text.find(said)):
             if text[at : found.start()].strip():
                 break
             openers.add(found.group())

@@ -8,7 +8,7 @@ import pytest
 
 from hf_objectives.errors import TemplateError
 from hf_objectives.labels.chat import encode_chat
-from hf_objectives.labels.message_forms import STYLES, blocks, filled, parsed, quoted
+from hf_objectives.labels.message_forms import FORMS, blocks, filled, joined, parsed, quoted
 from tests.support.chat_corpus import PLAIN, TOOL, TOOLS, byte_tokenizer, template, trained_runs
 
 CALL = {"function": {"name": "f", "arguments": {"a": 1}}}
@@ -19,11 +19,13 @@ def test_forms_by_hand():
     assert filled([message]) == [{**message, "content": ""}]
     as_text = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}]
     assert quoted([message]) == as_text and parsed(as_text) == [message]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}]
+    assert joined(parts) == [{"role": "user", "content": "xy"}]
     assert blocks([{"role": "user", "content": "x"}]) == [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
 
 
 def test_forms_that_change_nothing_are_left_out():
-    assert [style(PLAIN) is None for style in STYLES] == [False, True, True, True, True, True, False, True]
+    assert [form(PLAIN) is None for form in FORMS] == [False, True, True, True, True, True, False, True, True]
     assert parsed([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "not json"}]}]) is None
 
 
@@ -49,3 +51,25 @@ def test_arguments_as_text_and_as_mapping_train_the_same(name):
 def test_the_first_error_is_told_when_no_form_fits():
     with pytest.raises(TemplateError, match="0 of the 1 tool calls|drops this assistant turn"):
         encode_chat(byte_tokenizer(), TOOL, tools=TOOLS)
+
+
+PARTS = [
+    {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "It is four."}]},
+]
+JOINED = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is four."}]
+PRINTS_ANYTHING = (
+    "{% for m in messages %}<u>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<u>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("text", [None, template("qwen3"), template("llama3"), template("phi3"), PRINTS_ANYTHING])
+def test_text_parts_are_joined_for_templates_of_plain_strings(text):
+    """They add parts to a string (a TypeError), drop them (Qwen3), or print them as Python writes a list."""
+    tokenizer = byte_tokenizer() if text is None else byte_tokenizer(text)
+    assert encode_chat(tokenizer, PARTS) == encode_chat(tokenizer, JOINED)
+
+
+def test_text_parts_stay_parts_where_the_template_knows_them():
+    tokenizer = byte_tokenizer(template("qwen2_5_vl"))
+    assert encode_chat(tokenizer, PARTS)["input_ids"] == tokenizer.apply_chat_template(PARTS)["input_ids"]
