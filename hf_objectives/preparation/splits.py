@@ -18,14 +18,14 @@ _ROWS_READ = 2_000
 _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
 
-def check_eval_share(share: float) -> None:
-    """Check the share of rows that is held out.
+def check_share(name: str, share: float) -> None:
+    """Check a share of rows that is held out.
 
     Raises:
-        ConfigError: `share` is under 0, or 1 or more.
+        ConfigError: `share` is under 0, or 1 or more; names the setting.
     """
     if not 0 <= share < 1:
-        raise ConfigError(f"eval_share is {share}; expected 0 or more, under 1")
+        raise ConfigError(f"{name} is {share}; expected 0 or more, under 1")
 
 
 def draw_rows(rows: Iterable[Row], seed: int) -> NDArray[np.float64]:
@@ -59,7 +59,7 @@ def hold_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> t
     Raises:
         ConfigError: `share` is under 0, or 1 or more, or nothing is left to train on.
     """
-    check_eval_share(share)
+    check_share("eval_share", share)
     if not share:
         return list(range(len(rows))), []
     drawn = draw_rows(_read(rows), seed)
