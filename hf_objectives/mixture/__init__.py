@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from hf_objectives.mixture.build import (
-    build_mixture,  # Several sources as one dataset, each with its share at every moment
+    build_mixture,  # several sources as one dataset, each with its share at every moment
+)
+from hf_objectives.mixture.candidates import (
+    draw_mixtures,  # mixtures to try in a search for the best weights
 )
 from hf_objectives.mixture.config import (
-    MixtureConfig,  # A mixture
-    SourceConfig,  # One source of a mixture
-    StageConfig,  # Other weights from some point of the run on
-    number,  # A setting as a number; YAML reads 1e9 as a string
+    MixtureConfig,  # what to mix and how
+    SourceConfig,  # one source of a mixture
+    StageConfig,  # other weights from some point of the run on
+    number,  # read a setting as a number; YAML reads 1e9 as a string
 )
 from hf_objectives.mixture.dataset import (
-    DatasetMixture,  # Rows of several sources, without an end unless every source has one (`max_epochs`)
+    DatasetMixture,  # the stream of rows, with state, report and look-up
+)
+from hf_objectives.mixture.laws import (
+    LAWS,  # the forms of a mixing law, by name
+    MEAN,  # the form of a law where the mixture does not matter
+    MIN_TRIALS,  # fewest trials to fit a law to
+    FittedLaw,  # how one loss depends on the weights
+    fit_law,  # fit the law that predicts a loss best
+)
+from hf_objectives.mixture.recommendation import (
+    COMBINED,  # name of the combination of all losses
+    Recommendation,  # the best weights, with errors and notes
+    check_combination,  # check that losses can be combined
+    recommend,  # find the best weights under fitted laws
+    summarise,  # a search as JSON values
 )
 from hf_objectives.mixture.report import (
-    MixtureReport,  # A mixture at one moment
-    SourceReport,  # One source at one moment
+    MixtureReport,  # a mixture at one moment
+    SourceReport,  # one source at one moment
 )
 from hf_objectives.mixture.schedule import (
-    mixture_schedule,  # The source of each of n draws: after any number of them every source is within one draw of it
+    mixture_schedule,  # the source of each of n draws
 )

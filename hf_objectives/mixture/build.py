@@ -10,36 +10,36 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.mixture.across import Packer
 from hf_objectives.mixture.config import MixtureConfig
 from hf_objectives.mixture.dataset import DatasetMixture
 from hf_objectives.mixture.feeds import Feed
-from hf_objectives.mixture.order import Packer
 from hf_objectives.mixture.sources import Opened, open_source
-from hf_objectives.mixture.weights import WeightPlan
+from hf_objectives.mixture.weights import WeightPlan, plan_weights
 
 logger = logging.getLogger(__name__)
-# Columns that some sources may have and others not: a mixture gives them, or a collator does without.
-_OURS = frozenset(("source", "row", "sources", "rows", "labels"))
+# Columns that some sources may have and others not: a mixture adds them, or a collator does without.
+_OPTIONAL = frozenset(("source", "row", "sources", "rows", "labels"))
 
 
 def build_mixture(
     config: MixtureConfig | Mapping[str, Any] | str | Path, *, tokenizer: Any = None, seed: int = 0
 ) -> DatasetMixture:
-    """Several sources as one dataset, each with its share at every moment.
+    """Mix several sources into one dataset, each with its share at every moment.
 
     Args:
         config: a `MixtureConfig`, a mapping with the same keys, or a YAML file of one.
         tokenizer: encodes sources whose rows have no `input_ids`, in memory (large ones are better prepared first, see
             `prepare_corpus`); None to leave rows as they are.
-        seed: of the order, and of what is held out.
+        seed: seed of the order, and of what is held out.
 
     Returns:
         An iterable of rows with a `source` column; see `DatasetMixture`.
 
     Raises:
-        ConfigError: a setting that cannot work, or sources that do not go together; names the source.
-        DataError: an empty source, or a row that cannot be used; names source and row.
-        PreparedDataError: a prepared folder made with another tokenizer or length, or without the source.
+        ConfigError: a setting cannot work, or sources do not go together; names the source.
+        DataError: a source is empty, or a row cannot be used; names source and row.
+        PreparedDataError: a prepared folder has another tokenizer or length, or lacks the source.
 
     Example:
         >>> from datasets import Dataset
@@ -52,80 +52,79 @@ def build_mixture(
     config = MixtureConfig.read(config)
     opened = [open_source(source, config, tokenizer, seed) for source in config.sources]
     if config.packing != "across":
-        _compare(opened)
-    feeds = [one.feed for one in opened]
+        _compare_columns(opened)
+    feeds = [source.feed for source in opened]
     natural = config.preset is None and all(source.weight is None for source in config.sources)
-    plan, notes = config.plan([feed.pass_size() if natural else None for feed in feeds])
-    notes = [note for one in opened for note in one.notes] + notes
+    plan, notes = plan_weights(config, [feed.epoch_size() if natural else None for feed in feeds])
+    notes = [note for source in opened for note in source.notes] + notes
     for note in notes:
         logger.warning(note)
-    labelled = ["labels" in one.columns for one in opened]
-    packer = None
-    if config.packing == "across":
-        packer = Packer(config.max_length or 0, config.strategy, config.overflow)
+    labelled = ["labels" in source.columns for source in opened]
+    across = config.packing == "across"
     return DatasetMixture(
         feeds,
         plan,
         unit=config.unit,
-        about=_about(config, feeds, plan, seed),
-        packer=packer,
+        fingerprint=_fingerprint(config, feeds, plan, seed),
+        packer=Packer(config.max_length or 0, config.strategy, config.overflow) if across else None,
         labels=any(labelled) and not all(labelled),
-        eval_dataset=_held_out([(one.feed.name, one.held_out) for one in opened if one.held_out is not None]),
+        eval_dataset=_join_held_out({s.feed.name: s.held_out for s in opened if s.held_out is not None}),
         notes=notes,
     )
 
 
-def _compare(opened: Sequence[Opened]) -> None:
-    """Sources of which one collator can make batches.
+def _compare_columns(opened: Sequence[Opened]) -> None:
+    """Check that one collator can make batches of all sources.
 
     Raises:
-        ConfigError: they differ in a column; names the sources.
+        ConfigError: sources differ in a column; names them.
     """
-    one = opened[0]
+    first = opened[0]
+    expected = set(first.columns) - _OPTIONAL
     for other in opened[1:]:
-        names = [set(source.columns) - _OURS for source in (one, other)]
-        if names[0] != names[1]:
+        if set(other.columns) - _OPTIONAL != expected:
             raise ConfigError(
-                f"source {other.feed.name!r} has columns {', '.join(sorted(other.columns))}, source {one.feed.name!r} has "
-                f"{', '.join(sorted(one.columns))}; expected the same: rename or remove columns, or give a tokenizer"
+                f"source {other.feed.name!r} has columns {', '.join(sorted(other.columns))}, source {first.feed.name!r} "
+                f"has {', '.join(sorted(first.columns))}; expected the same: rename or remove columns, or give a tokenizer"
             )
-        for name in sorted(names[0]):
-            mine, theirs = one.columns[name], other.columns[name]
-            if mine != theirs and mine and theirs:
+        for name in sorted(expected):
+            found, wanted = other.columns[name], first.columns[name]
+            if found != wanted and found and wanted:
                 raise ConfigError(
-                    f"column {name!r} of source {other.feed.name!r} is {theirs}, of source {one.feed.name!r} {mine}; "
+                    f"column {name!r} of source {other.feed.name!r} is {found}, of source {first.feed.name!r} {wanted}; "
                     "expected the same: cast one of them"
                 )
 
 
-def _held_out(parts: Sequence[tuple[str, Dataset]]) -> Dataset | None:
+def _join_held_out(parts: Mapping[str, Dataset]) -> Dataset | None:
     """The evaluation rows of all sources, with a `source` column."""
-    if not parts:
-        return None
-    named = []
-    labelled = any("labels" in part.column_names for _, part in parts)
-    for name, part in parts:
+    named: dict[str, Dataset] = {}
+    labelled = any("labels" in part.column_names for part in parts.values())
+    for name, part in parts.items():
         if labelled and "labels" not in part.column_names:
             part = part.add_column("labels", part["input_ids"][:])
         if "source" in part.column_names:
             part = part.remove_columns("source")
-        named.append(part.add_column("source", [name] * len(part)))
-    first = named[0]
-    for (name, _), part in zip(parts, named, strict=True):
-        if set(part.column_names) != set(first.column_names):
+        named[name] = part.add_column("source", [name] * len(part))
+    if not named:
+        return None
+    first, *_ = named
+    expected = named[first].column_names
+    for name, part in named.items():
+        if set(part.column_names) != set(expected):
             raise ConfigError(
                 f"the evaluation rows of source {name!r} have columns {', '.join(part.column_names)}, those of source "
-                f"{parts[0][0]!r} {', '.join(first.column_names)}; expected the same"
+                f"{first!r} {', '.join(expected)}; expected the same"
             )
-    return concatenate_datasets([part.cast(first.features) for part in named])
+    return concatenate_datasets([part.cast(named[first].features) for part in named.values()])
 
 
-def _about(config: MixtureConfig, feeds: Sequence[Feed], plan: WeightPlan, seed: int) -> dict[str, Any]:
-    """What a state must agree with. Not the blocklist: to take out a row and go on is what it is for."""
+def _fingerprint(config: MixtureConfig, feeds: Sequence[Feed], plan: WeightPlan, seed: int) -> dict[str, Any]:
+    """What a state must agree with. Not the blocklist: it is there to take out a row and go on."""
     names = config.names
     return {
         "names": names,  # states go by their order
-        "sources": {feed.name: feed.about() for feed in feeds},
+        "sources": {feed.name: feed.fingerprint() for feed in feeds},
         "weight": dict(zip(names, plan.weights.tolist(), strict=True)),
         "max_epochs": {source.name: source.max_epochs for source in config.sources},
         "stages": [[stage.begin, stage.end, stage.weights.tolist()] for stage in plan.stages],

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.errors import ConfigError
 from hf_objectives.labels import FORMATS, EncodingConfig
-from hf_objectives.mixture.feeds import UNITS
-from hf_objectives.mixture.weights import PRESETS, Stage, WeightPlan, tempered
 from hf_objectives.packing import check_packing
+from hf_objectives.preparation import check_share
+from hf_objectives.types import check_keys, check_one_of
 
+#: What weights count.
+UNITS = ("tokens", "supervised", "examples", "rows")
 PACKINGS = ("within", "across")
-_TOLD = 12  # sources in a line
-logger = logging.getLogger(__name__)
+#: GPT-3's mixture (Brown et al., arXiv 2005.14165, table 2.2) as commonly rounded; it adds to 1.04.
+DATA_MIXTURE = {"common_crawl": 0.60, "books": 0.16, "wikipedia": 0.03, "github": 0.03, "webtext": 0.22}
+#: An approximation of Llama 3's.
+LLAMA3_MIXTURE = {"web": 0.82, "code": 0.08, "math": 0.04, "books": 0.03, "other": 0.03}
+PRESETS = {"gpt3": DATA_MIXTURE, "llama3": LLAMA3_MIXTURE}
 
 
-@dataclass(frozen=True)
+@dataclass
 class SourceConfig:
     """One source of a mixture.
 
     Attributes:
         name: its name, in rows, logs and metrics.
         weight: its share, relative to the others'; None on all sources for the sizes that they have.
-        path: where it is: a folder from `hf-objectives prepare` (of several sources in it the one with this name), a
-            file, folder or glob, a list of these, or a dataset's id on the Hub.
+        path: a folder from `hf-objectives prepare` (if it has several sources, the one with this name), a file, folder or
+            glob, a list of these, or a dataset's id on the Hub.
         dataset: instead of a path, a `datasets.Dataset` or `IterableDataset`, a list of rows, or any iterable that can be
             iterated again.
         data_files: instead of a path, files; with a path that is a Hub id, files of that dataset.
         split: split of a Hub dataset.
-        format: what its rows must be ("text", "messages" ...); None for whatever they are.
+        format: the expected format of its rows ("text", "messages" ...); None for any.
         streaming: read a Hub dataset as a stream.
-        max_epochs: passes after which it ends, and its share goes to the others in proportion.
+        max_epochs: epochs after which it ends, and its share goes to the others in proportion.
         eval_split: split that is held out: of a Hub dataset, or "validation" of a prepared folder.
-        eval_share: share of its rows that is held out.
+        eval_share: share of its rows that is held out, see `hold_out`.
     """
 
     name: str
@@ -55,38 +58,33 @@ class SourceConfig:
     eval_share: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", str(self.name))
+        self.name = str(self.name)
+        where = f"source {self.name!r}"
         if self.path is not None and not isinstance(self.path, (str, list, tuple)):
-            raise ConfigError(f"source {self.name!r}: path is {self.path!r}; expected a path or a list of them")
-        object.__setattr__(self, "eval_share", number(f"source {self.name!r}: eval_share", self.eval_share))
-        for name in ("weight", "max_epochs"):
+            raise ConfigError(f"{where}: path is {self.path!r}; expected a path or a list of them")
+        for name in ("weight", "max_epochs", "eval_share"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, number(f"source {self.name!r}: {name}", getattr(self, name)))
-        if self.weight is not None and not 0 <= self.weight < float("inf"):
-            raise ConfigError(f"source {self.name!r}: weight is {self.weight}; expected a number, 0 or more")
-        if self.max_epochs is not None and not self.max_epochs > 0:
-            raise ConfigError(f"source {self.name!r}: max_epochs is {self.max_epochs}; expected more than 0")
+                setattr(self, name, number(f"{where}: {name}", getattr(self, name)))
+        if self.weight is not None and self.weight < 0:
+            raise ConfigError(f"{where}: weight is {self.weight}; expected a number, 0 or more")
+        if self.max_epochs is not None and self.max_epochs <= 0:
+            raise ConfigError(f"{where}: max_epochs is {self.max_epochs}; expected more than 0")
         if (self.dataset is None) == (self.path is None and self.data_files is None):
-            raise ConfigError(f"source {self.name!r}: give a path (or data_files) or a dataset, one of the two")
-        if self.format is not None and self.format not in FORMATS:
-            raise ConfigError(
-                f"source {self.name!r}: format is {self.format!r}; expected one of {', '.join(FORMATS)}"
-                f"{nearest(self.format, FORMATS)}"
-            )
-        if not 0 <= self.eval_share < 1:
-            raise ConfigError(f"source {self.name!r}: eval_share is {self.eval_share}; expected 0 or more, under 1")
+            raise ConfigError(f"{where}: give a path (or data_files) or a dataset, one of the two")
+        check_one_of(f"{where}: format", self.format, (None, *FORMATS))
+        check_share(f"{where}: eval_share", self.eval_share)
         if self.eval_share and self.eval_split:
-            raise ConfigError(f"source {self.name!r}: give eval_share or eval_split, one of the two")
+            raise ConfigError(f"{where}: give eval_share or eval_split, one of the two")
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageConfig:
     """Other weights from some point of the run on.
 
     Attributes:
-        begin: units of the mixture (tokens, by default) after which weights change.
+        begin: units of the mixture (tokens, by default) after which the weights change.
         weights: the weights, by source; a source that is not named gets none.
-        end: where the change is complete, and weights move there in a straight line; None for a step.
+        end: where the change is complete; the weights move there in a straight line. None for a step.
     """
 
     begin: int
@@ -94,16 +92,16 @@ class StageConfig:
     end: int | None = None
 
 
-@dataclass(frozen=True)
-class MixtureConfig:
-    """A mixture.
+@dataclass
+class MixtureConfig(EncodingConfig):
+    """A mixture. Rows that are not encoded yet become tokens under the options of `EncodingConfig`.
 
     Attributes:
         sources: the sources; or a mapping of names to mappings with the other keys, to paths, or to datasets.
         unit: what weights count: "tokens", "supervised" (trained tokens), "examples" or "rows" (packed ones).
         preset: weights of a published mixture, "gpt3" or "llama3", instead of `weight`.
-        bind: which source stands for which part of the preset, by the name of the part; parts that are left out get no
-            weight. Not needed where sources have the names of the parts.
+        bind: the source for each part of the preset, by the name of the part; parts that are left out get no weight. Not
+            needed where sources have the names of the parts.
         temperature: weights p become p^(1/T): above 1 they move towards equal ones.
         stages: weights that change as the run goes on.
         packing: "within" packs the documents of each source into rows, which are then mixed; "across" mixes documents and
@@ -112,11 +110,10 @@ class MixtureConfig:
         strategy, overflow: see `pack_dataset`.
         buffer_size: rows of a stream that are shuffled among themselves.
         blocklist: numbers of rows that are never drawn, by source; or a YAML or JSON file of that.
-        train_on, control_tokens, overlength, expand_turns, chat_template, num_proc: how rows that are not encoded yet
-            become tokens, see `prepare_dataset`.
+        num_proc: worker processes that encode rows.
 
     Raises:
-        ConfigError: what cannot work; names the source.
+        ConfigError: a setting cannot work; names the source.
     """
 
     sources: Sequence[SourceConfig]
@@ -126,192 +123,119 @@ class MixtureConfig:
     temperature: float = 1.0
     stages: Sequence[StageConfig] = ()
     packing: str | None = None
-    max_length: int | None = None
     strategy: str = "best_fit"
     overflow: str = "split"
     buffer_size: int = 1000
     blocklist: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    train_on: str = "assistant"
-    control_tokens: str = "plain"
-    overlength: str = "drop"
-    expand_turns: bool = False
-    chat_template: str | None = None
     num_proc: int | None = None
+    splits_documents: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sources", _sources(self.sources))
-        object.__setattr__(
-            self, "stages", [s if isinstance(s, StageConfig) else _read(StageConfig, s, "stage") for s in self.stages]
-        )
-        object.__setattr__(self, "temperature", number("temperature", self.temperature))
-        object.__setattr__(self, "buffer_size", int(number("buffer_size", self.buffer_size)))
+        self.sources = _read_sources(self.sources)
+        self.stages = [s if isinstance(s, StageConfig) else _read(StageConfig, s, "stage") for s in self.stages]
+        self.temperature = number("temperature", self.temperature)
+        self.buffer_size = int(number("buffer_size", self.buffer_size))
         if self.max_length is not None:
-            object.__setattr__(self, "max_length", int(number("max_length", self.max_length)))
+            self.max_length = int(number("max_length", self.max_length))
+        if isinstance(self.blocklist, str):
+            self.blocklist = _read_yaml(self.blocklist)
+        super().__post_init__()
+        check_one_of("unit", self.unit, UNITS)
+        check_one_of("packing", self.packing, (None, *PACKINGS))
+        check_one_of("preset", self.preset, (None, *PRESETS))
+        self.splits_documents = self.packing is not None
+        if self.packing:
+            if self.max_length is None:
+                raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
+            check_packing(self.max_length, self.strategy, self.overflow)
+        if self.packing == "across" and self.unit == "rows":
+            raise ConfigError(
+                "unit 'rows' with packing across sources, whose rows mix sources; expected tokens or examples"
+            )
+        if self.buffer_size < 1:
+            raise ConfigError(f"buffer_size is {self.buffer_size}; expected at least 1 row")
         if self.bind is not None and not isinstance(self.bind, Mapping):
             raise ConfigError(
                 f"bind is {type(self.bind).__name__}; expected a mapping of parts of the preset to sources"
             )
-        if isinstance(self.blocklist, str):
-            object.__setattr__(self, "blocklist", _yaml(self.blocklist))
-        _check_blocklist(self.blocklist)
+        self._check_names()
+
+    def _check_names(self) -> None:
         names = self.names
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"two sources are named {name!r}; expected a name each")
-        for what, value, known in (
-            ("unit", self.unit, UNITS),
-            ("packing", self.packing, (None, *PACKINGS)),
-            ("preset", self.preset, (None, *PRESETS)),
-        ):
-            if value not in known:
-                words = [str(word) for word in known if word]
+        if not isinstance(self.blocklist, Mapping):
+            found = type(self.blocklist).__name__
+            raise ConfigError(f"the blocklist is {found}; expected a mapping of source names to row numbers")
+        check_keys("the sources of the blocklist", self.blocklist, names)
+        for i, stage in enumerate(self.stages):
+            check_keys(f"the sources of stage {i}", stage.weights, names)
+        for name, rows in self.blocklist.items():
+            listed = isinstance(rows, list | tuple | set)
+            wrong = [row for row in rows if not isinstance(row, int) or row < 0] if listed else rows
+            if wrong or not listed:
                 raise ConfigError(
-                    f"{what} is {value!r}; expected one of {', '.join(words)}{nearest(str(value), words)}"
+                    f"the blocklist of source {name!r} has {wrong!r}; expected a list of row numbers, from 0 on"
                 )
-        if self.packing and self.max_length is None:
-            raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
-        if self.packing:
-            check_packing(self.max_length or 0, self.strategy, self.overflow)
-        if self.packing == "across" and self.unit == "rows":
-            raise ConfigError(
-                "unit 'rows' with packing across sources, where rows are of several; expected tokens or examples"
-            )
-        if self.buffer_size < 1:
-            raise ConfigError(f"buffer_size is {self.buffer_size}; expected at least 1 row")
-        for where, given in (
-            ("blocklist", self.blocklist),
-            *((f"stage {i}", s.weights) for i, s in enumerate(self.stages)),
-        ):
-            for name in given:
-                if name not in names:
-                    raise ConfigError(
-                        f"{where} names source {name!r}; expected one of {', '.join(names)}{nearest(str(name), names)}"
-                    )
 
     @property
     def names(self) -> list[str]:
         """Names of the sources."""
         return [source.name for source in self.sources]
 
-    def row_settings(self) -> EncodingConfig:
-        """What rows are encoded under."""
-        return EncodingConfig(
-            max_length=self.max_length,
-            train_on=self.train_on,
-            control_tokens=self.control_tokens,
-            overlength=self.overlength,
-            expand_turns=self.expand_turns,
-            chat_template=self.chat_template,
-            splits_documents=self.packing is not None,
-        )
-
     @classmethod
-    def read(cls, given: MixtureConfig | Mapping[str, Any] | str | Path) -> MixtureConfig:
-        """A configuration from a mapping with the same keys, or a YAML file of one.
+    def read(cls, config: MixtureConfig | Mapping[str, Any] | str | Path) -> MixtureConfig:
+        """Read a configuration from a mapping with the same keys, or from a YAML file of one.
 
         Raises:
-            ConfigError: an unknown key, or a file that cannot be read.
+            ConfigError: a key is unknown, or the file cannot be read.
         """
-        if isinstance(given, MixtureConfig):
-            return given
-        if isinstance(given, (str, Path)):
-            return _read(cls, _yaml(given), str(given))
-        return _read(cls, given, "mixture")
-
-    def plan(self, sizes: Sequence[int | None]) -> tuple[WeightPlan, list[str]]:
-        """The weights over the run, and what there is to say about them.
-
-        Args:
-            sizes: of each source, what a pass counts in the unit, where known; the weights where none are given.
-
-        Raises:
-            ConfigError: weights that mean nothing, or are given for some sources only.
-        """
-        notes: list[str] = []
-        weights = self._preset_weights(notes) if self.preset else self._given_weights(sizes, notes)
-        total = float(weights.sum())
-        if not total:
-            raise ConfigError(f"the weights of {', '.join(self.names)} are all 0; expected one above 0")
-        if abs(total - 1) > 1e-9 and any(source.weight is not None for source in self.sources) | bool(self.preset):
-            notes.append(f"weights add to {total:g}, normalised: {_shares(self.names, weights / total)}")
-        if self.temperature != 1:
-            weights = tempered(weights, self.temperature)
-            notes.append(f"at temperature {self.temperature:g}: {_shares(self.names, weights)}")
-        stages = [_stage(i, stage, self.names) for i, stage in enumerate(self.stages)]
-        return WeightPlan(weights, stages), notes
-
-    def _given_weights(self, sizes: Sequence[int | None], notes: list[str]) -> np.ndarray:
-        given = [source.weight for source in self.sources]
-        if all(weight is None for weight in given):
-            for name, size in zip(self.names, sizes, strict=True):
-                if size is None:
-                    raise ConfigError(f"source {name!r} is a stream of unknown size; give every source a weight")
-            notes.append(f"no weights given: each source by its {self.unit}")
-            return np.array(sizes, float)
-        for name, weight in zip(self.names, given, strict=True):
-            if weight is None:
-                raise ConfigError(f"source {name!r} has no weight, and others do; give every source one, or none")
-        return np.array(given, float)
-
-    def _preset_weights(self, notes: list[str]) -> np.ndarray:
-        assert self.preset is not None
-        parts = PRESETS[self.preset]
-        bind = dict(self.bind) if self.bind is not None else {name: name for name in self.names}
-        for source in self.sources:
-            if source.weight is not None:
-                raise ConfigError(
-                    f"source {source.name!r} has a weight, and preset {self.preset!r} gives one; expected one of them"
-                )
-        for part, name in bind.items():
-            if part not in parts:
-                raise ConfigError(
-                    f"preset {self.preset!r} has no part {part!r}; expected one of {', '.join(parts)}{nearest(part, parts)}"
-                )
-            if name not in self.names:
-                raise ConfigError(
-                    f"bind gives part {part!r} to source {name!r}; expected one of {', '.join(self.names)}"
-                    f"{nearest(str(name), self.names)}"
-                )
-        weights = np.zeros(len(self.names))
-        for part, name in bind.items():
-            weights[self.names.index(name)] += parts[part]
-        for name, weight in zip(self.names, weights, strict=True):
-            if not weight:
-                raise ConfigError(
-                    f"source {name!r} stands for no part of preset {self.preset!r}; bind it to one, or take it out"
-                )
-        if left := [part for part in parts if part not in bind]:
-            notes.append(f"preset {self.preset}: no source for {', '.join(left)}, whose share goes to the others")
-        return weights
+        if isinstance(config, MixtureConfig):
+            return config
+        if isinstance(config, (str, Path)):
+            return _read(cls, _read_yaml(config), str(config))
+        return _read(cls, config, "mixture")
 
 
-def _sources(given: Any) -> list[SourceConfig]:
-    if isinstance(given, str) or not hasattr(given, "__iter__"):
-        raise ConfigError(f"sources is {given!r}; expected a mapping of names to sources, or a list of them")
-    if isinstance(given, Mapping):
-        made = []
-        for name, about in given.items():
-            if isinstance(about, Mapping) and not hasattr(about, "features"):
-                made.append(_read(SourceConfig, {"name": name, **about}, f"source {name!r}"))
-            elif isinstance(about, SourceConfig):
-                made.append(about)
-            elif isinstance(about, (str, Path)) or (
-                isinstance(about, list) and all(isinstance(p, str) for p in about) and about
-            ):
-                made.append(SourceConfig(str(name), path=about if isinstance(about, list) else str(about)))
-            else:
-                made.append(SourceConfig(str(name), dataset=about))
+def _read_sources(entries: Any) -> list[SourceConfig]:
+    if isinstance(entries, str) or not hasattr(entries, "__iter__"):
+        raise ConfigError(f"sources is {entries!r}; expected a mapping of names to sources, or a list of them")
+    if isinstance(entries, Mapping):
+        read = [_read_source(name, entry) for name, entry in entries.items()]
     else:
-        made = [
-            one if isinstance(one, SourceConfig) else _read(SourceConfig, one, f"source {i}")
-            for i, one in enumerate(given)
+        read = [
+            s if isinstance(s, SourceConfig) else _read(SourceConfig, s, f"source {i}") for i, s in enumerate(entries)
         ]
-    if not made:
+    if not read:
         raise ConfigError("no sources; name at least one")
-    return made
+    return read
 
 
-def _yaml(path: str | Path) -> Any:
+def _read_source(name: Any, entry: Any) -> SourceConfig:
+    if isinstance(entry, SourceConfig):
+        return entry
+    if isinstance(entry, Mapping) and not hasattr(entry, "features"):  # no DatasetDict
+        return _read(SourceConfig, {"name": name, **entry}, f"source {name!r}")
+    if isinstance(entry, (str, Path)):
+        return SourceConfig(name, path=str(entry))
+    if isinstance(entry, list) and entry and all(isinstance(path, str) for path in entry):
+        return SourceConfig(name, path=entry)
+    return SourceConfig(name, dataset=entry)
+
+
+def _read(kind: type, values: Any, where: str) -> Any:
+    known = [option.name for option in fields(kind) if option.init]
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {type(values).__name__}; expected a mapping with {', '.join(known)}")
+    check_keys(where, values, known)
+    try:
+        return kind(**values)
+    except TypeError as error:  # a key is missing
+        raise ConfigError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
+
+
+def _read_yaml(path: str | Path) -> Any:
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -320,64 +244,16 @@ def _yaml(path: str | Path) -> Any:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 
-def _check_blocklist(given: Any) -> None:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"the blocklist is {type(given).__name__}; expected a mapping of source names to row numbers")
-    for name, rows in given.items():
-        wrong = (
-            [row for row in rows if not isinstance(row, int) or row < 0]
-            if isinstance(rows, list | tuple | set)
-            else rows
-        )
-        if wrong or not isinstance(rows, list | tuple | set):
-            raise ConfigError(
-                f"the blocklist of source {name!r} has {wrong!r}; expected a list of row numbers, from 0 on"
-            )
-
-
-def _read(kind: type, given: Any, where: str) -> Any:
-    known = [f.name for f in fields(kind)]
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} is {type(given).__name__}; expected a mapping with {', '.join(known)}")
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
-
-
-def _shares(names: Sequence[str], shares: np.ndarray) -> str:
-    told = [f"{name} {share:.2%}" for name, share in zip(names[:_TOLD], shares[:_TOLD], strict=True)]
-    return ", ".join(told) + (f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else "")
-
-
-def _stage(at: int, stage: StageConfig, names: Sequence[str]) -> Stage:
-    begin = int(number(f"stage {at}: begin", stage.begin))
-    end = begin if stage.end is None else int(number(f"stage {at}: end", stage.end))
-    weights = np.array([number(f"stage {at}: weight of {name!r}", stage.weights.get(name, 0)) for name in names])
-    wrong = [(n, w) for n, w in zip(names, weights, strict=True) if not 0 <= w < float("inf")]
-    if wrong or not weights.any() or begin < 0:
-        found = (
-            f"weight {wrong[0][1]} for source {wrong[0][0]!r}"
-            if wrong
-            else f"begin {begin} and weights {dict(stage.weights)}"
-        )
-        raise ConfigError(f"stage {at} has {found}; expected weights of 0 or more, one above, and a begin of 0 or more")
-    return Stage(begin, weights / weights.sum(), end)
-
-
-def number(what: str, value: Any) -> float:
-    """A setting as a number; YAML reads 1e9 as a string.
+def number(name: str, value: Any) -> float:
+    """Read a setting as a number; YAML reads 1e9 as a string.
 
     Raises:
-        ConfigError: it is none, or NaN.
+        ConfigError: the value is not a number, or it is NaN or infinite.
     """
     try:
         read = float(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{what} is {value!r}; expected a number") from error
+        raise ConfigError(f"{name} is {value!r}; expected a number") from error
     if read != read or read in (float("inf"), float("-inf")):
-        raise ConfigError(f"{what} is {'NaN' if read != read else value}; expected a number")
+        raise ConfigError(f"{name} is {'NaN' if read != read else value}; expected a number")
     return read

@@ -12,25 +12,25 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.mixture.across import Packer
+from hf_objectives.mixture.blocks import Block, Journal, State, Totals
 from hf_objectives.mixture.feeds import Feed, MappedFeed
-from hf_objectives.mixture.journal import Journal
-from hf_objectives.mixture.order import Block, Given, Order, Packer, State
+from hf_objectives.mixture.order import Order
 from hf_objectives.mixture.report import MixtureReport, SourceReport
-from hf_objectives.mixture.schedule import Schedule
 from hf_objectives.mixture.weights import WeightPlan
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.types import Row
 
 logger = logging.getLogger(__name__)
-_READ = 256  # rows that are read at a time, and of packed ones as many as hold so many tokens:
+_READ = 256  # rows that are read at a time; of packed ones as many as hold this many tokens:
 _TOKENS_READ = 1 << 19
-_KEPT_EVERY = 64  # blocks between the places from which `at` looks a draw up
+_KEPT_EVERY = 64  # blocks between the states from which `at` looks a draw up
 MANY_EPOCHS = 4.0  # beyond, repeated data is worth less and less (Muennighoff et al., arXiv 2305.16264)
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One draw of a mixture: the source, its pass, and the row: its `row` where rows carry one, or its number."""
+    """One draw of a mixture: the source, its epoch, and the row: its `row` where rows carry one, or its number."""
 
     source: str
     epoch: int
@@ -41,9 +41,9 @@ class DatasetMixture(OrderedStream):
     """Rows of several sources, without an end unless every source has one (`max_epochs`).
 
     After any number of draws every source has had its share to within one draw (of its own, or the largest of another),
-    counted in the mixture's unit. Each pass of a source is a new permutation. The order is a pure function of the
-    configuration, the seed and the number of the draw: it does not depend on how many ranks or loader workers read, and a
-    state, which does not grow, resumes at the next row at once, under any number of them.
+    counted in the mixture's unit. Each epoch of a source is a new permutation. The order is a pure function of the
+    configuration, the seed and the number of the draw: it does not depend on the number of ranks and loader workers. A
+    state does not grow, and resumes at the next row at once, under any number of them.
 
     Made by `build_mixture`. A `train_dataset` of `PerplexityTrainer`, which carries its state in checkpoints and reports
     shares in its logs; to transformers' Trainer add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows`
@@ -53,11 +53,11 @@ class DatasetMixture(OrderedStream):
         feeds: the sources.
         plan: their weights.
         unit: what weights count: "tokens", "supervised" (trained tokens), "examples" or "rows".
-        about: what a state must agree with, as JSON values.
+        fingerprint: what a state must agree with, as JSON values.
         packer: packs documents of all sources into rows.
         labels: rows without labels get their `input_ids` for labels.
         eval_dataset: what is held out of the sources.
-        notes: what the configuration leaves to say.
+        notes: notes about the configuration, for the user.
 
     Yields (on iteration): the sources' rows with `source`, the name; packed across sources `input_ids`, `labels` (int32
     [tokens]), `seq_lengths`, `sources` and `rows`. At an end, rows that do not fill `batch_rows` are left out, with a line
@@ -70,7 +70,7 @@ class DatasetMixture(OrderedStream):
         plan: WeightPlan,
         *,
         unit: str,
-        about: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
         packer: Packer | None = None,
         labels: bool = False,
         eval_dataset: Dataset | None = None,
@@ -78,7 +78,7 @@ class DatasetMixture(OrderedStream):
     ) -> None:
         self.feeds, self.plan, self.unit, self.notes = list(feeds), plan, unit, list(notes)
         self.eval_dataset = eval_dataset
-        self._about, self._packer, self._labels = dict(about), packer, labels
+        self._fingerprint, self._packer, self._labels = dict(fingerprint), packer, labels
         self._resumed: State | None = None
         self._journal = None if self.is_mapped else Journal()
         self._follower: tuple[Order, Block | None] | None = None
@@ -98,12 +98,12 @@ class DatasetMixture(OrderedStream):
     # -- reading -------------------------------------------------------------------------------------------------
 
     def rows(self, begin: int, end: int) -> Iterator[Row]:
-        """Rows `begin` to `end` of the order; fewer where it ends."""
+        """Yield rows `begin` to `end` of the order; fewer where it ends."""
         for found in self._read([range(begin, end)]):
             yield from found
 
     def read_turns(self, turns: Iterable[range]) -> Iterator[Row]:
-        """The rows of ascending ranges; what does not fill `batch_rows` at the end is left out."""
+        """Yield the rows of ascending ranges; what does not fill `batch_rows` at the end is left out."""
         for found in self._read(turns):
             whole = len(found) - len(found) % self.batch_rows
             if whole < len(found):
@@ -114,33 +114,31 @@ class DatasetMixture(OrderedStream):
             yield from found[:whole]
 
     def _read(self, turns: Iterable[range]) -> Iterator[list[Row]]:
-        """The rows of each range."""
         order = self._order(self._resumed)
         block = self._next(order)
         most = _READ if self._packer is None else max(1, _TOKENS_READ // self._packer.max_length)
         for turn in turns:
             found: list[Row] = []
-            at = turn.start
-            while at < turn.stop:
-                while block is not None and at >= block.row + block.num_rows:
+            row = turn.start
+            while row < turn.stop:
+                while block is not None and row >= block.end:
                     block = self._next(order)
                 if block is None:
                     break
-                end = min(turn.stop, block.row + block.num_rows, at + most)
-                numbers = np.arange(at - block.row, end - block.row)
-                found += order.read(block, numbers, self.names, labels=self._labels)
-                at = end
+                end = min(turn.stop, block.end, row + most)
+                found += order.read(block, np.arange(row - block.row, end - block.row), self.names, labels=self._labels)
+                row = end
             if block is None:
                 self._check_end(order.row)
             yield found
             if block is None:
                 return
 
-    def _order(self, state: Mapping[str, Any] | None = None) -> Order:
+    def _order(self, state: State | None = None) -> Order:
         return Order(self.feeds, self.plan, self._packer, state)
 
     def _next(self, order: Order) -> Block | None:
-        """The next block, noted for the process that trains."""
+        """The next block, written down for the process that trains."""
         block = order.block()
         if block is not None and self._journal is not None:
             self._journal.write(block)
@@ -149,30 +147,29 @@ class DatasetMixture(OrderedStream):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
-        """Where to go on, as JSON values; some hundred bytes a source, however far it is.
+        """The state to resume from, as JSON values; some hundred bytes a source, at any row.
 
         Args:
-            rows_taken: rows that all ranks have taken, from row 0; None for where iteration begins.
+            rows_taken: rows that all ranks have taken, from row 0; None for the row at which iteration begins.
         """
         row = self._begin if rows_taken is None else rows_taken
-        return {"row": row, "mixture": self._about, "order": self._before(row)}
+        return {"row": row, "mixture": self._fingerprint, "order": self._before(row)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration begins at the row that the state names; nothing before it is read again, but for a buffer of
-        each stream.
+        """Begin the next iteration at the row of a state. Nothing before it is read again, except a buffer of each stream.
 
         Raises:
-            ConfigError: no state of a mixture, or one of another; says what differs.
+            ConfigError: the state is not one of a mixture, or is one of another mixture; says what differs.
         """
         super().load_state_dict(state)
         if not isinstance(state.get("mixture"), Mapping) or "order" not in state:
             raise ConfigError("the state is not one of a mixture; it was made on other data")
-        if different := _difference(state["mixture"], self._about):
+        if different := _difference(state["mixture"], self._fingerprint):
             raise ConfigError(f"the state is of another mixture: {'; '.join(different)}")
         self._resumed, self._follower = state["order"], None
 
     def _before(self, row: int) -> State | None:
-        """A state of the order from which row `row` is reached without much ado; None for the begin."""
+        """A state of the order from which this row is soon reached; None for the beginning."""
         block = self._block_of(row)
         if block is None:
             return self._resumed
@@ -184,7 +181,7 @@ class DatasetMixture(OrderedStream):
         return order.state()
 
     def _block_of(self, row: int) -> Block | None:
-        """The block with row `row`; the last one at the end, None at the begin of a stream that nobody has read."""
+        """The block with a row; the last one at the end, None at the beginning of a stream that nobody has read."""
         if self._journal is not None:
             block = self._journal.find(row)
             if block is None and row != self._begin:
@@ -197,7 +194,7 @@ class DatasetMixture(OrderedStream):
             order = self._order(resumed)
             self._follower = order, order.block()
         order, block = self._follower
-        while block is not None and row >= block.row + block.num_rows and (following := order.block()) is not None:
+        while block is not None and row >= block.end and (following := order.block()) is not None:
             block = following
         self._follower = order, block
         return block
@@ -208,19 +205,16 @@ class DatasetMixture(OrderedStream):
         """Draw n of the order: packed across sources the n-th document, else row n.
 
         Raises:
-            ConfigError: a mixture with a stream, which cannot be looked up, or an end before n.
+            ConfigError: the mixture has a stream, which cannot be looked up, or ends before n.
         """
         for feed in self.feeds:
             if not isinstance(feed, MappedFeed):
                 raise ConfigError(f"source {feed.name!r} is a stream, whose rows cannot be looked up")
-        number = 0
-        order = self._order()
-        if self._kept:
-            number = max(i for i, state in enumerate(self._kept) if state["draws"] <= n)
-            order = self._order(self._kept[number])
-            number *= _KEPT_EVERY
+        number = max((i for i, state in enumerate(self._kept) if state["draws"] <= n), default=0)
+        order = self._order(self._kept[number] if self._kept else None)
+        number *= _KEPT_EVERY
         while (block := order.block()) is not None:
-            if number % _KEPT_EVERY == 0 and number // _KEPT_EVERY == len(self._kept):
+            if number == len(self._kept) * _KEPT_EVERY:
                 self._kept.append(block.before)
             number += 1
             if n < block.draw + len(block.sources):
@@ -233,48 +227,41 @@ class DatasetMixture(OrderedStream):
         )
 
     def report(self, rows_taken: int | None = None) -> MixtureReport:
-        """Shares asked for and realised, tokens, examples and epochs by source.
+        """Report shares asked for and given, tokens, examples and epochs by source.
 
         Args:
-            rows_taken: rows that all ranks have taken, from row 0; None for where iteration begins.
+            rows_taken: rows that all ranks have taken, from row 0; None for the row at which iteration begins.
         """
         row = self._begin if rows_taken is None else rows_taken
         block = self._block_of(row)
         before = self._resumed if block is None else block.before
+        totals, schedule = Totals.none(len(self.feeds)), self.plan.schedule()
         if block is not None:
-            row = min(row, block.row + block.num_rows)  # where the mixture ends
-            given = block.given(row)
+            row = min(row, block.end)  # where the mixture ends
+            totals = block.totals(row)
         elif before is not None:  # of a stream that was not read since, what the state knows
-            row = before["row"]
-            given = Given(**{name: np.array(values) for name, values in before["given"].items()})
-        else:
-            given = Given(*np.zeros((4, len(self.feeds))))
-        schedule = Schedule(self.plan.weights, self.plan.pieces())
+            row, totals = before["row"], Totals.read(before["given"])
         if before is not None:
             schedule.load_state_dict(before["schedule"])
-        drawn = given.amounts.sum()
-        due = schedule.due_at(drawn) if drawn else self.plan.weights
-        counted = {"tokens": given.tokens, "examples": given.examples}.get(self.unit, given.amounts)
-        share, asked = (of / max(of.sum(), 1e-300) for of in (counted, due))
-        return MixtureReport(
-            row,
-            self.unit,
-            [
-                SourceReport(
-                    feed.name,
-                    float(asked[i]),
-                    float(share[i]),
-                    int(given.tokens[i]),
-                    int(given.examples[i]),
-                    float(given.passes[i]),
-                )
-                for i, feed in enumerate(self.feeds)
-            ],
+        drawn = totals.amounts.sum()
+        asked = schedule.due_at(drawn) if drawn else self.plan.weights
+        share = {"tokens": totals.tokens, "examples": totals.examples}.get(self.unit, totals.amounts)
+        columns = (
+            (asked / max(asked.sum(), 1e-300)).tolist(),
+            (share / max(share.sum(), 1e-300)).tolist(),
+            totals.tokens.astype(int).tolist(),
+            totals.examples.astype(int).tolist(),
+            totals.passes.tolist(),
         )
+        return MixtureReport(row, self.unit, list(map(SourceReport, self.names, *columns)))
+
+    def metrics(self, rows_taken: int) -> dict[str, float]:
+        """What a training log says about the rows up to this one, see `MixtureReport.metrics`."""
+        return self.report(rows_taken).metrics()
 
     def expect(self, rows: int) -> list[str]:
-        """What there is to say before a run takes so many rows, from row 0: which source will be repeated more than four
-        times.
+        """What a user should know before a run takes this many rows from row 0 on: the sources that will be repeated more
+        than four times.
 
         Raises:
             ConfigError: every source has `max_epochs`, and they end before.
@@ -286,57 +273,52 @@ class DatasetMixture(OrderedStream):
                 pass
             self._check_end(order.row)
         return [
-            f"source {name!r} will be repeated {passes:.1f} times in {rows:,} rows; beyond {MANY_EPOCHS:g} passes repeated "
+            f"source {name!r} will be repeated {epochs:.1f} times in {rows:,} rows; beyond {MANY_EPOCHS:g} epochs repeated "
             "data teaches less and less: lower its weight, give it max_epochs, or add data"
-            for name, passes in self.passes(rows).items()
-            if passes > MANY_EPOCHS
+            for name, epochs in self.expected_epochs(rows).items()
+            if epochs > MANY_EPOCHS
         ]
 
-    def metrics(self, rows_taken: int) -> dict[str, float]:
-        """What a training log says of the rows up to here, see `MixtureReport.metrics`."""
-        return self.report(rows_taken).metrics()
-
     def first_rows(self) -> tuple[int, int]:
-        """How many rows some thousand draws from the begin make, and how many tokens those hold."""
+        """How many rows the first block of draws makes, and how many tokens those hold."""
         block = self._order().block()
         assert block is not None  # sources are not empty
         return block.num_rows, int(block.drawn.tokens.sum())
 
-    def passes(self, rows: int) -> dict[str, float]:
-        """How often each source will have been gone through after so many rows, nearly; streams, whose size is not known,
-        are left out."""
+    def expected_epochs(self, rows: int) -> dict[str, float]:
+        """Nearly the epochs of each source after this many rows; empty where a source is a stream of unknown size."""
         block = self._block_of(self._begin) if self.is_mapped else None
         if block is None:
             return {}
-        sizes = np.array([feed.pass_size() for feed in self.feeds], float)
+        sizes = np.array([feed.epoch_size() for feed in self.feeds], float)
         most = sizes * [feed.max_epochs or np.inf for feed in self.feeds]
-        of_pass = [feed.size if self._packer is None else feed.tokens for feed in self.feeds]
+        per_epoch = [feed.size if self._packer is None else feed.tokens for feed in self.feeds]
         per_row = 1.0 if self._packer is None else block.drawn.tokens.sum() / block.num_rows
-        rows_of_unit = np.array(of_pass, float) / sizes / per_row
-        low, high = 0.0, rows / rows_of_unit.min()  # units drawn in all, between which as many rows are reached
+        rows_of_unit = np.array(per_epoch, float) / sizes / per_row
+        schedule = self.plan.schedule()
+        low, high = 0.0, rows / rows_of_unit.min()  # units drawn in all, between which this many rows are reached
         for _ in range(60):
             middle = (low + high) / 2
-            given = _capped(self.plan.due(middle), most)
+            given = _capped(schedule.due_at(middle), most)
             low, high = (middle, high) if given @ rows_of_unit < rows else (low, middle)
-        return dict(zip(self.names, (_capped(self.plan.due(high), most) / sizes).tolist(), strict=True))
+        return dict(zip(self.names, (_capped(schedule.due_at(high), most) / sizes).tolist(), strict=True))
 
     def _may_end(self) -> bool:
         """Whether at some time all sources with a weight have `max_epochs`."""
-        for_ever = [feed.max_epochs is None for feed in self.feeds]
-        return any(not weights[for_ever].any() for weights in (self.plan.weights, *(w for _, w in self.plan.pieces())))
+        endless = [feed.max_epochs is None for feed in self.feeds]
+        return any(not weights[endless].any() for weights in (self.plan.weights, *(w for _, w in self.plan.pieces())))
 
     def _check_end(self, row: int) -> None:
         if self._asked_for is not None and row < self._asked_for:
+            ends = ", ".join(f"{feed.name} {feed.max_epochs:g}" for feed in self.feeds if feed.max_epochs)
             raise ConfigError(
                 f"every source with a weight reaches its max_epochs after {row:,} rows, and the run takes "
-                f"{self._asked_for:,}; raise "
-                f"max_epochs ({', '.join(f'{feed.name} {feed.max_epochs:g}' for feed in self.feeds if feed.max_epochs)}), "
-                "add a source, or train for less"
+                f"{self._asked_for:,}; raise max_epochs ({ends}), add a source, or train for less"
             )
 
 
 def _capped(due: NDArray[np.float64], most: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What is due to each source, where what goes beyond the most that it has goes to the others in proportion."""
+    """What is due to each source, where what exceeds the most that it has goes to the others in proportion."""
     while (over := np.maximum(due - most, 0).sum()) > 1e-9 * due.sum():
         free = np.where(due < most, due, 0)
         if not free.any():
@@ -346,15 +328,15 @@ def _capped(due: NDArray[np.float64], most: NDArray[np.float64]) -> NDArray[np.f
 
 
 def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What two mixtures disagree on, a line each."""
+    """What two mixtures disagree on, one line each."""
     lines = []
     for key in dict.fromkeys([*expected, *found]):
         there, here = found.get(key), expected.get(key)
         if isinstance(there, Mapping) and isinstance(here, Mapping):
-            names = [name for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
+            differs = [name for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
             lines += [
                 f"{key} of {name!r}: {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
-                for name in names
+                for name in differs
             ]
         elif there != here:
             lines.append(f"{key}: {there} there, {here} here")

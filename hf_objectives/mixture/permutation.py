@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
-_SHORT = 1 << 14  # permutations that are written down: exact, where two short digits would not reach all orders alike
+_SHORT = 1 << 14  # shorter permutations are written down: two short digits would not reach all orders alike
 
 
 def permuted(positions: NDArray[np.int64], size: int, key: Sequence[int]) -> NDArray[np.int64]:
-    """The elements of a random permutation of 0 ... size - 1 that stand at some positions.
+    """The elements of a random permutation of 0 ... size - 1 at some positions.
 
     A generalised Feistel network over digit pairs, walked on where it leaves the range (Black and Rogaway, "Ciphers with
     arbitrary finite domains", CT-RSA 2002, sections 3 and 4), with SplitMix64 as its round function.
@@ -58,7 +58,7 @@ def _round_keys(key: tuple[int, ...]) -> NDArray[np.uint64]:
 def _feistel(
     values: NDArray[np.uint64], left: np.uint64, right: np.uint64, keys: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
-    """One pass over 0 ... left * right - 1, a bijection: each digit is moved by an amount that the other decides."""
+    """Permute 0 ... left * right - 1: each digit moves by an amount that the other digit decides."""
     a, b = np.divmod(values, right)
     for first, second in keys.reshape(-1, 2):
         a = (a + _mixed(b + first) % left) % left

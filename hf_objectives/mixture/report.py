@@ -16,7 +16,7 @@ class SourceReport:
         asked: its share of what was drawn, as the weights up to here ask for, from 0 to 1.
         share: its share of what was drawn.
         tokens, examples: what it gave; tokens are 0 where rows have no `input_ids`.
-        epochs: passes that it has been through; whole ones only in the first pass of a stream.
+        epochs: epochs that are over; of a stream, whole ones only in the first epoch.
     """
 
     name: str
@@ -35,7 +35,7 @@ class MixtureReport:
         row: rows that were taken.
         unit: what the shares count.
         sources: one report a source.
-        counted: what `row` counts, "rows", or "steps" where a training log is all there is.
+        counted: what `row` counts: "rows", or "steps" for a report that was read from a training log.
     """
 
     row: int
@@ -54,16 +54,14 @@ class MixtureReport:
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """As a training log takes them: `mixture/<source>/share`, `asked`, `tokens`, `examples` and `epochs`."""
+        """The keys of a training log: `mixture/<source>/share`, `asked`, `tokens`, `examples` and `epochs`."""
+        named = [(source.name, asdict(source)) for source in self.sources]
         return {
-            f"mixture/{source.name}/{name}": value
-            for source in self.sources
-            for name, value in asdict(source).items()
-            if name != "name"
+            f"mixture/{name}/{key}": value for name, values in named for key, value in values.items() if key != "name"
         }
 
     def lines(self) -> list[str]:
-        """A table, a line each."""
+        """A table, one line a row."""
         width = max(6, *(len(source.name) for source in self.sources))
         head = f"{'source':<{width}}  {'asked':>8}  {'share':>8}  {'tokens':>15}  {'examples':>12}  {'epochs':>7}"
         return [f"after {self.row:,} {self.counted}, shares of {self.unit}", head] + [

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hf_objectives.errors import ConfigError
 
 Row = dict[str, Any]
-INTEGERS = "lists of integers"  # whatever their width
+INTEGERS = "lists of integers"  # the type of a column of these, whatever their width
 # For one column, the values of some rows of a chunk.
 _Read = Callable[[NDArray[np.int64]], list[Any]]
 
@@ -22,33 +22,30 @@ class RowTable:
     """A table, or a `datasets.Dataset`, as the mixture reads it.
 
     Lists of integers come as views of the table (integer arrays [tokens], not writable), numbers and strings as Python
-    values. A dataset with features that are decoded, or nested columns, is read through `datasets`.
+    values. A dataset with nested columns, or with features that are decoded, is read through `datasets`.
 
     Args:
-        rows: the rows; a dataset's format is left aside.
+        rows: the rows; the format of a dataset is ignored, except for its columns.
 
     Raises:
-        ConfigError: a dataset with a transform, which would be left out.
+        ConfigError: the dataset has a transform, which would be left out.
     """
 
     def __init__(self, rows: Dataset | pa.Table) -> None:
         self._rows = rows
         self._dataset: Dataset | None = None
         self._indices: NDArray | None = None
-        table: pa.Table
+        table: pa.Table = rows
+        self.names: list[str] = rows.column_names
         if isinstance(rows, Dataset):
             if rows.format["type"] == "custom":
                 raise ConfigError("the dataset has a transform (set_transform), which is not applied here; use map")
-            self.names: list[str] = list(rows.format["columns"])
-            table = rows.data.table
+            table, self.names = rows.data.table, list(rows.format["columns"])
             if rows._indices is not None:  # the rows that select, filter and shuffle left
                 self._indices = rows._indices.column(0).to_numpy()
-            if not all(is_direct(table[n].type) for n in self.names) or any(
-                rows.features._column_requires_decoding[name] for name in self.names
-            ):
+            decoded = rows.features._column_requires_decoding
+            if not all(is_direct(table[name].type) and not decoded[name] for name in self.names):
                 self._dataset = rows.with_format(None, columns=self.names)
-        else:
-            table, self.names = rows, rows.column_names
         self._size = len(rows)
         # Columns may be cut in different places (add_column); batches are cut where any is.
         batches = table.select(self.names).to_batches()
@@ -61,28 +58,29 @@ class RowTable:
         return self._size
 
     def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
-        """The first row that has other columns than these, and which."""
+        """The first row that has other columns than these, and its columns."""
         return None if set(self.names) == set(names) else (0, self.names)
 
     def types(self) -> dict[str, str]:
-        """The columns, each with its type."""
+        """The type of each column."""
         return {name: INTEGERS if _is_list(kind) else str(kind) for name, kind in self._types.items()}
 
     def lengths(self, name: str) -> NDArray[np.int64]:
         """Lengths of the lists of a column, int64 [rows]; no values are read."""
-        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._chunks[name]]
-        lengths = np.concatenate([np.zeros(0, np.int64), *chunks]).astype(np.int64)
-        return lengths if self._indices is None else lengths[self._indices]
+        return self._per_row([np.diff(chunk.offsets.to_numpy()) for chunk in self._chunks[name]])
 
     def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
-        """How many values of each list `counted` says yes to, int64 [rows]."""
-        parts = [np.zeros(0, np.int64)]
+        """How many values of each list `counted` is true for, int64 [rows]."""
+        parts = []
         for chunk in self._chunks[name]:
             ends = np.concatenate(([0], np.cumsum(counted(chunk.flatten().to_numpy()))))
             offsets = chunk.offsets.to_numpy().astype(np.int64)
             parts.append(np.diff(ends[offsets - offsets[0]]))
-        counts = np.concatenate(parts)
-        return counts if self._indices is None else counts[self._indices]
+        return self._per_row(parts)
+
+    def _per_row(self, parts: list[NDArray]) -> NDArray[np.int64]:
+        values = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+        return values if self._indices is None else values[self._indices]
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column, in the order of the rows."""
@@ -97,12 +95,14 @@ class RowTable:
         if len(self._begins) == 2:
             return self._from_chunk(0, places)
         chunks = np.searchsorted(self._begins, places, "right") - 1
-        order = np.argsort(chunks, kind="stable")
         found: list[Row] = [{}] * len(rows)
-        for part in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1) if len(rows) else []:
-            chunk = int(chunks[part[0]])
-            for at, row in zip(part.tolist(), self._from_chunk(chunk, places[part] - self._begins[chunk]), strict=True):
-                found[at] = row
+        order = np.argsort(chunks, kind="stable")
+        for chosen in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1) if len(rows) else []:
+            chunk = int(chunks[chosen[0]])
+            for i, row in zip(
+                chosen.tolist(), self._from_chunk(chunk, places[chosen] - self._begins[chunk]), strict=True
+            ):
+                found[i] = row
         return found
 
     def _from_chunk(self, chunk: int, rows: NDArray[np.int64]) -> list[Row]:
@@ -115,7 +115,7 @@ class RowTable:
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def __reduce__(self) -> Any:
-        # A dataset goes to another process by the files that it maps, the views of it would go by value.
+        # A dataset goes to another process by the files that it maps; the views of it would go by value.
         return RowTable, (self._rows,)
 
 
@@ -161,7 +161,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def is_direct(kind: pa.DataType) -> bool:
-    """Whether a column's values are lists of integers, or no lists or mappings at all."""
+    """Whether a column's values are lists of integers, or neither lists nor mappings."""
     return _is_list(kind) or not pa.types.is_nested(kind)
 
 

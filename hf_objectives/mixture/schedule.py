@@ -16,25 +16,25 @@ _BLOCK = 1 << 16  # draws that are ordered at a time
 
 
 class Schedule:
-    """Which source the next draw is from, for draws of any sizes.
+    """Decides which source the next draw is from, for draws of any sizes.
 
     Worst-case fair weighted fair queueing (Bennett and Zhang, "WF2Q", INFOCOM 1996): of the sources that are not ahead of
-    their share, the one whose next draw is due first. With draws of equal size this is Tijdeman's chairman assignment
+    their share, take the one whose next draw is due first. With draws of equal size this is Tijdeman's chairman assignment
     (Discrete Mathematics 32, 1980), also where weights change: after any number of units every source is within one draw
     of what is due to it. With draws of any size and constant weights no source is ahead by more than one draw of its own,
     nor behind by more than the largest draw. Nothing is random.
 
     Args:
         weights: shares of the sources, [sources], 0 or more; normalised. A source of weight 0 is never drawn.
-        later: other weights, each with the units drawn in all from which on they hold, ascending.
+        later: other weights, each with the number of units drawn in all from which on they hold, ascending.
 
     Attributes:
         units: units drawn in all (draws, tokens), an int.
         drawn: int64 [sources], units drawn of each source.
-        waits_for: the source whose next draw has to be known to go on; None where the last `draw` stopped at its limit.
+        waits_for: the source whose next draw must be known to go on; None where the last `draw` stopped at its limit.
 
     Raises:
-        ConfigError: no weight, one below 0 or not finite, or none above 0; or another number of them later.
+        ConfigError: weights cannot be normalised, or later ones are of another number of sources.
     """
 
     def __init__(self, weights: ArrayLike, later: Sequence[tuple[int, ArrayLike]] = ()) -> None:
@@ -52,21 +52,20 @@ class Schedule:
         self._lay(0, np.zeros(len(first)))
 
     def _lay(self, since: int, due: NDArray[np.float64]) -> None:
-        """What will be due to each source: straight lines between the units at which weights change, from `since` on."""
+        """Set what will be due to each source from `since` on: straight lines between the units at which weights change."""
         now = int(np.searchsorted(self._begins, since, "right")) - 1
-        self._at = np.concatenate(([since], self._begins[now + 1 :])).astype(np.float64)
+        self._knots = np.concatenate(([since], self._begins[now + 1 :])).astype(np.float64)
         weights = self._planned[now:].copy()
         weights[:, list(self._retired)] = 0
         total = weights.sum(axis=1, keepdims=True)
         self._slopes = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-        self._due = due + np.concatenate(
-            [np.zeros((1, len(due))), np.cumsum(np.diff(self._at)[:, None] * self._slopes[:-1], axis=0)]
-        )
+        rises = np.cumsum(np.diff(self._knots)[:, None] * self._slopes[:-1], axis=0)
+        self._due = due + np.concatenate([np.zeros((1, len(due))), rises])
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """The shares of this moment, float64 [sources], which sum to one; all 0 where no source of them is left."""
-        return self._slopes[np.searchsorted(self._at, self.units, "right") - 1]
+        """The current shares, float64 [sources], which sum to one; all 0 where every source with a weight has retired."""
+        return self._slopes[np.searchsorted(self._knots, self.units, "right") - 1]
 
     @property
     def due(self) -> NDArray[np.float64]:
@@ -74,9 +73,9 @@ class Schedule:
         return self.due_at(self.units)
 
     def due_at(self, units: float) -> NDArray[np.float64]:
-        """Units that each source should have had when so many are drawn in all, float64 [sources]."""
-        piece = int(np.searchsorted(self._at, units, "right")) - 1
-        return self._due[piece] + self._slopes[piece] * (units - self._at[piece])
+        """Units that each source should have had when this many are drawn in all, float64 [sources]."""
+        piece = int(np.searchsorted(self._knots, units, "right")) - 1
+        return self._due[piece] + self._slopes[piece] * (units - self._knots[piece])
 
     @property
     def ever(self) -> NDArray[np.bool_]:
@@ -92,14 +91,14 @@ class Schedule:
         self._lay(self.units, due + left * self.weights)
 
     def draw(self, sizes: Sequence[ArrayLike], limit: int | None = None) -> NDArray[np.int64]:
-        """The sources of the next draws, in order, as far as the sizes that are known decide them.
+        """Draw in order, as far as the known sizes decide the order.
 
         Args:
             sizes: for each source the sizes of its next draws, as many as are known, int64; each above 0.
             limit: most draws.
 
         Returns:
-            int64 [draws]; they count as drawn. Empty where a source that is due has no known draw.
+            The source of each draw, int64 [draws]. Empty where a source that is due has no known draw.
         """
         starts, due, sources, lengths = self._tags(sizes)
         arrival = np.argsort(starts, kind="stable")
@@ -109,18 +108,16 @@ class Schedule:
         by_rank = np.empty((2, len(arrival)), np.int64)
         by_rank[:, rank] = sources[arrival], lengths[arrival]
         most = len(arrival) if limit is None else limit
-        order, unknown_one = _earliest_due(
-            starts[arrival].tolist(), rank.tolist(), by_rank[1].tolist(), self.units, most
-        )
-        self.waits_for = None if unknown_one is None else int(by_rank[0, unknown_one])
+        order, stopped = _earliest_due(starts[arrival].tolist(), rank.tolist(), by_rank[1].tolist(), self.units, most)
+        self.waits_for = None if stopped is None else int(by_rank[0, stopped])
         taken, amounts = by_rank[:, order]
         self.units += int(amounts.sum())
         self.drawn += np.bincount(taken, amounts, len(self.drawn)).astype(np.int64)
         return taken
 
     def _tags(self, sizes: Sequence[ArrayLike]) -> tuple[NDArray, NDArray, NDArray[np.int64], NDArray[np.int64]]:
-        """When each known draw may begin and when it is due, in units drawn in all, its source and its size; and the
-        first unknown draw of each source, of size 0, due as early as it can be."""
+        """For each known draw the units drawn in all at which it may begin and at which it is due, its source and its size.
+        The first unknown draw of each source is among them, of size 0, due as early as it can be."""
         starts, due, sources, lengths = [], [], [], []
         for i in np.flatnonzero(self.ever).tolist():
             known = np.asarray(sizes[i], np.int64)
@@ -134,13 +131,13 @@ class Schedule:
         return np.concatenate(starts), np.concatenate(due), np.concatenate(sources), np.concatenate(lengths)
 
     def _when(self, source: int, amounts: NDArray, side: Literal["left", "right"]) -> NDArray[np.float64]:
-        """At which units drawn in all so much is due to a source: the first ("left") or the last of them; inf for never."""
+        """The first ("left") or last number of units drawn in all at which these amounts are due; inf for never."""
         due = self._due[:, source]
         piece = np.maximum(np.searchsorted(due, amounts, side) - 1, 0)
         slope = self._slopes[piece, source]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            at = self._at[piece] + (amounts - due[piece]) / slope
-        return np.where(slope > 0, at, np.inf)
+            units = self._knots[piece] + (amounts - due[piece]) / slope
+        return np.where(slope > 0, units, np.inf)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next draws depend on beside the weights, as JSON values."""
@@ -148,7 +145,7 @@ class Schedule:
             "units": self.units,
             "drawn": self.drawn.tolist(),
             "retired": sorted(self._retired),
-            "since": int(self._at[0]),
+            "since": int(self._knots[0]),
             "due": self._due[0].tolist(),
         }
 
@@ -156,7 +153,7 @@ class Schedule:
         """Go on where `state_dict` was taken, under the same weights.
 
         Raises:
-            ConfigError: a state of another number of sources.
+            ConfigError: the state is of another number of sources.
         """
         if len(state["drawn"]) != len(self.drawn):
             raise ConfigError(
@@ -167,12 +164,37 @@ class Schedule:
         self._lay(int(state["since"]), np.array(state["due"], np.float64))
 
 
+def _earliest_due(
+    starts: list[float], rank: list[int], size_of: list[int], units: int, most: int
+) -> tuple[list[int], int | None]:
+    """Draws by rank: each time the lowest of those whose start has come. Stops at the first unknown one, returned too."""
+    waiting: list[int] = []
+    order: list[int] = []
+    take, arrived = order.append, 0
+    starts.append(inf)
+    for _ in range(min(most, len(rank))):
+        while starts[arrived] <= units:
+            heappush(waiting, rank[arrived])
+            arrived += 1
+        if waiting:
+            first = heappop(waiting)
+        else:  # a source is always due; rounding may put its begin a hair later
+            first = rank[arrived]
+            arrived += 1
+        size = size_of[first]
+        if not size:
+            return order, first
+        take(first)
+        units += size
+    return order, None
+
+
 def mixture_schedule(weights: ArrayLike, n: int) -> NDArray[np.int64]:
     """The source of each of n draws: after any number of them every source is within one draw of its share.
 
     Args:
         weights: shares of the sources, [sources]; normalised.
-        n: draws.
+        n: number of draws.
 
     Returns:
         int64 [n], a pure function of the arguments; a shorter schedule is the beginning of a longer one.
@@ -193,42 +215,17 @@ def mixture_schedule(weights: ArrayLike, n: int) -> NDArray[np.int64]:
     return made
 
 
-def normalised(weights: ArrayLike) -> NDArray[np.float64]:
+def normalised(weights: ArrayLike, names: Sequence[str] | None = None) -> NDArray[np.float64]:
     """Weights that sum to one, float64 [sources].
 
     Raises:
-        ConfigError: no weight, one below 0 or not finite, or none above 0.
+        ConfigError: there is no weight, one is under 0 or not finite, or none is above 0; uses the names of the sources.
     """
     given = np.atleast_1d(np.asarray(weights, np.float64))
-    wrong = np.flatnonzero(~np.isfinite(given) | (given < 0))
-    if len(wrong):
-        raise ConfigError(f"weight {int(wrong[0])} is {given[wrong[0]]}; expected a number, 0 or more")
+    for i in np.flatnonzero(~np.isfinite(given) | (given < 0)).tolist():
+        raise ConfigError(f"weight {repr(names[i]) if names else i} is {given[i]}; expected a number, 0 or more")
     if not given.any():
-        raise ConfigError(f"{len(given)} weights, none above 0; expected one at least")
+        named = f" ({', '.join(names)})" if names else ""
+        raise ConfigError(f"{len(given)} weights{named}, none above 0; expected one at least")
     given = given / given.max()  # or the sum of huge ones is infinite
     return given / given.sum()
-
-
-def _earliest_due(
-    starts: list[float], rank: list[int], size_of: list[int], units: int, most: int
-) -> tuple[list[int], int | None]:
-    """Draws by rank, each time the lowest of those whose start has come, up to the first that is not known; and that."""
-    waiting: list[int] = []
-    order: list[int] = []
-    take, at = order.append, 0
-    starts.append(inf)
-    for _ in range(min(most, len(rank))):
-        while starts[at] <= units:
-            heappush(waiting, rank[at])
-            at += 1
-        if waiting:
-            first = heappop(waiting)
-        else:  # somebody is always due; rounding may put the begin a hair later
-            first = rank[at]
-            at += 1
-        size = size_of[first]
-        if not size:
-            return order, first
-        take(first)
-        units += size
-    return order, None

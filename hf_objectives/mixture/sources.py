@@ -18,10 +18,9 @@ from hf_objectives.errors import ConfigError, DataError, HFObjectivesError, near
 from hf_objectives.labels import BatchEncoder, Ledger, detect_format
 from hf_objectives.mixture.config import MixtureConfig, SourceConfig
 from hf_objectives.mixture.feeds import Feed
-from hf_objectives.mixture.prepared_feed import PreparedFeed
+from hf_objectives.mixture.mapped_feeds import PreparedFeed, TableFeed
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
-from hf_objectives.mixture.streams import StreamFeed
-from hf_objectives.mixture.table_feed import TableFeed
+from hf_objectives.mixture.stream_feed import StreamFeed
 from hf_objectives.packing import pack_dataset, pack_table
 from hf_objectives.preparation import (
     MANIFEST,
@@ -36,11 +35,12 @@ from hf_objectives.preparation import (
 from hf_objectives.types import Row
 
 logger = logging.getLogger(__name__)
+_NO_TOKENIZER = "its rows have no input_ids, and there is no tokenizer to encode them; packing needs one"
 
 
 @dataclass
 class Opened:
-    """A source, its columns with their types, what is held out of it, and what there is to say."""
+    """A source that was opened: its feed, the type of each column, its evaluation rows, and notes for the user."""
 
     feed: Feed
     columns: dict[str, str]
@@ -49,11 +49,11 @@ class Opened:
 
 
 def open_source(source: SourceConfig, config: MixtureConfig, tokenizer: Any, seed: int) -> Opened:
-    """A source, wherever it is and whatever its rows are; see `build_mixture`."""
+    """Open a source, wherever it is and whatever its rows are; see `build_mixture`."""
     try:
         if isinstance(source.path, str) and (Path(source.path) / MANIFEST).is_file():
             return _open_prepared(source, config, tokenizer, seed)
-        rows = _rows(source)
+        rows = _find_rows(source)
         if not hasattr(rows, "__iter__"):
             raise ConfigError(f"the dataset is {type(rows).__name__}; expected a dataset or rows")
         if isinstance(rows, OrderedStream):
@@ -71,27 +71,34 @@ def open_source(source: SourceConfig, config: MixtureConfig, tokenizer: Any, see
         raise ConfigError(f"source {source.name!r} cannot be read: {error}") from error
 
 
-def _rows(source: SourceConfig) -> Any:
-    """The rows of a source, wherever they are."""
+def _of_split(dataset: Any, split: str) -> Any:
+    """A split of a DatasetDict."""
+    if split not in dataset:
+        raise ConfigError(f"the dataset has no split {split!r}; expected one of {', '.join(map(str, dataset))}")
+    return dataset[split]
+
+
+def _is_on_hub(source: SourceConfig) -> bool:
+    return isinstance(source.path, str) and (is_hub_id(source.path) or source.data_files is not None)
+
+
+def _find_rows(source: SourceConfig) -> Any:
     if source.dataset is not None:
-        if isinstance(source.dataset, Mapping):  # a DatasetDict
-            known = ", ".join(map(str, source.dataset))
-            if source.split not in source.dataset:
-                raise ConfigError(f"the dataset has no split {source.split!r}; expected one of {known}")
-            return source.dataset[source.split]
-        return source.dataset
-    if isinstance(source.path, str) and (is_hub_id(source.path) or source.data_files is not None):
-        files = (
-            source.data_files
-            if source.data_files is None or isinstance(source.data_files, str)
-            else list(source.data_files)
-        )
+        is_dict = isinstance(source.dataset, Mapping)  # a DatasetDict
+        return _of_split(source.dataset, source.split) if is_dict else source.dataset
+    files = (
+        source.data_files if source.data_files is None or isinstance(source.data_files, str) else [*source.data_files]
+    )
+    if _is_on_hub(source):
         return load_dataset(source.path, data_files=files, split=source.split, streaming=source.streaming)
     if source.streaming:
         raise ConfigError("streaming is for datasets of the Hub; prepare large files with hf-objectives prepare")
-    where = source.path or source.data_files or ""
-    found = [load_rows(one) for one in ([where] if isinstance(where, str) else where)]
+    named = source.path or files or ""
+    found = [load_rows(name) for name in ([named] if isinstance(named, str) else named)]
     return found[0] if len(found) == 1 else [row for rows in found for row in rows]
+
+
+# -- prepared folders ------------------------------------------------------------------------------------------------
 
 
 def _open_prepared(source: SourceConfig, config: MixtureConfig, tokenizer: Any, seed: int) -> Opened:
@@ -103,77 +110,65 @@ def _open_prepared(source: SourceConfig, config: MixtureConfig, tokenizer: Any, 
         )
     if source.eval_share:
         raise ConfigError(f"{folder} holds out documents when it is prepared; expected eval_split='validation'")
-    held = list(manifest.sources)
-    if source.name not in held and len(held) > 1:
+    known = list(manifest.sources)
+    if source.name not in known and len(known) > 1:
         raise ConfigError(
-            f"{folder} holds {', '.join(held)}; expected a source named like one of them{nearest(source.name, held)}"
+            f"{folder} holds {', '.join(known)}; expected a source named like one of them{nearest(source.name, known)}"
         )
-    name = source.name if source.name in held else held[0]
+    name = source.name if source.name in known else known[0]
     expect = {"max_length": config.max_length} if config.max_length else {}
-    own = crc32(f"{seed} {source.name}".encode())
-    stream: Any = load_prepared(folder, tokenizer=tokenizer, expect=expect, sources=[name], streaming=True, seed=own)
+    own_seed = crc32(f"{seed} {source.name}".encode())
+    stream: Any = load_prepared(
+        folder, tokenizer=tokenizer, expect=expect, sources=[name], streaming=True, seed=own_seed
+    )
     feed = PreparedFeed(
         source.name,
         stream,
         tokens=sum(shard.tokens for shard in manifest.shards if shard.split == "train" and shard.source == name),
         unit=config.unit,
-        seed=seed,
         max_epochs=source.max_epochs,
         blocked=config.blocklist.get(source.name, ()),
     )
-    columns = dict.fromkeys(["input_ids", "seq_lengths", "sources", "rows"], INTEGERS)
-    if manifest.policy["labels"]:
-        columns["labels"] = INTEGERS
+    names = ["input_ids", "seq_lengths", "sources", "rows"] + ["labels"] * bool(manifest.policy["labels"])
     held_out: Any = load_prepared(folder, source.eval_split, sources=[name]) if source.eval_split else None
-    return Opened(feed, columns, held_out)
+    return Opened(feed, dict.fromkeys(names, INTEGERS), held_out)
 
 
-def _open_mapped(
-    source: SourceConfig, rows: Dataset | Sequence[Row], config: MixtureConfig, tokenizer: Any, seed: int
-) -> Opened:
+# -- mapped datasets and rows in memory ------------------------------------------------------------------------------
+
+
+def _open_mapped(source: SourceConfig, rows: Any, config: MixtureConfig, tokenizer: Any, seed: int) -> Opened:
     if not len(rows):
         raise DataError("it holds no row; expected one at least", source=source.name)
-    encoded = _check_format(source, rows[0])
-    held_out, out, ids = _eval_rows(source, rows, seed)
-    if ids is not None:
-        rows = rows.select(ids) if isinstance(rows, Dataset) else [rows[i] for i in ids]
+    encoded = _holds_ids(source, rows[0])
+    rows, ids, held_out, held_ids = _hold_out(source, rows, seed)
     notes: list[str] = []
     if tokenizer is not None and not encoded:
-        rows, notes = _encoded(source, rows, ids, config, tokenizer)
+        rows, notes = _encode(source, rows, ids, config, tokenizer)
         if held_out is not None:
-            held_out, _ = _encoded(source, held_out, out, config, tokenizer)
+            held_out, _ = _encode(source, held_out, held_ids, config, tokenizer)
         encoded, ids = True, None
     if held_out is not None and not isinstance(held_out, Dataset):
         held_out = Dataset.from_list(list(held_out))
     if config.packing and not encoded:
-        raise ConfigError("its rows have no input_ids, and there is no tokenizer to encode them; packing needs one")
+        raise ConfigError(_NO_TOKENIZER)
     table: RowTable | RowList = RowTable(rows) if isinstance(rows, Dataset) else RowList(rows)
     if (odd := table.odd(table.names)) is not None:
         raise DataError(
             f"columns {', '.join(odd[1])}; expected {', '.join(table.names)}, as in the first row", row=odd[0]
         )
-    packed = "seq_lengths" in table.names
-    if config.packing == "within" and not packed:
-        whole = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
-        if "row" not in whole.column_names:
-            whole = whole.add_column("row", list(range(len(whole)) if ids is None else ids))
-        pack = partial(
-            pack_dataset, max_length=config.max_length or 0, strategy=config.strategy, overflow=config.overflow
-        )
-        table, ids = RowTable(pack(whole)), None
-        if held_out is not None:
-            held_out = pack(held_out)
-    if config.packing == "across" and packed:
+    packed, across = "seq_lengths" in table.names, config.packing == "across"
+    if across and packed:
         raise ConfigError("its rows are packed already; expected packing 'within', or documents")
-    across = config.packing == "across"
-    left_out = None
+    if config.packing == "within" and not packed:
+        table, held_out = _pack(rows, ids, held_out, config)
+        ids = None
+    left_out = np.empty(0, np.int64)
     if across and config.overflow == "drop":
         left_out = np.flatnonzero(table.lengths("input_ids") > (config.max_length or 0))
-        if len(left_out):
-            notes.append(
-                f"source {source.name!r}: {len(left_out):,} of {len(table):,} documents are longer than "
-                f"{config.max_length} and left out"
-            )
+    if len(left_out):
+        found = f"{len(left_out):,} of {len(table):,} documents are longer than {config.max_length}"
+        notes.append(f"source {source.name!r}: {found} and left out")
     feed = TableFeed(
         source.name,
         table,
@@ -188,36 +183,46 @@ def _open_mapped(
     return Opened(feed, table.types(), held_out, notes)
 
 
-def _eval_rows(source: SourceConfig, rows: Any, seed: int) -> tuple[Any, list[int] | None, list[int] | None]:
-    """What is held out of a source, the numbers of those rows, and of the rows that are left; None for all."""
+def _hold_out(source: SourceConfig, rows: Any, seed: int) -> tuple[Any, list[int] | None, Any, list[int] | None]:
+    """The rows to train on, their numbers in the source (None for all), the held-out rows, and theirs."""
     if source.eval_split:
         if isinstance(source.dataset, Mapping):
-            if source.eval_split not in source.dataset:
-                raise ConfigError(
-                    f"the dataset has no split {source.eval_split!r}; expected one of {', '.join(source.dataset)}"
-                )
-            return source.dataset[source.eval_split], None, None
-        if not isinstance(source.path, str) or not (is_hub_id(source.path) or source.data_files is not None):
+            return rows, None, _of_split(source.dataset, source.eval_split), None
+        if not _is_on_hub(source):
             raise ConfigError("eval_split is for datasets of the Hub and prepared folders; expected eval_share")
-        return load_rows(source.path, split=source.eval_split), None, None
+        return rows, None, load_rows(str(source.path), split=source.eval_split), None
     if not source.eval_share:
-        return None, None, None
-    keep, out = hold_out(rows, source.eval_share, seed=seed)
-    return (rows.select(out) if isinstance(rows, Dataset) else [rows[i] for i in out]), out, keep
+        return rows, None, None, None
+    numbers = hold_out(rows, source.eval_share, seed=seed)
+    keep, out = (rows.select(n) if isinstance(rows, Dataset) else [rows[i] for i in n] for n in numbers)
+    return keep, numbers[0], out, numbers[1]
 
 
-def _encoded(
+def _encode(
     source: SourceConfig, rows: Any, ids: Sequence[int] | None, config: MixtureConfig, tokenizer: Any
 ) -> tuple[Dataset, list[str]]:
-    """Rows as token ids, and what was dropped of them."""
+    """Rows as token ids, and notes about what was dropped."""
     ledger = Ledger()
-    given = [{**row, "row": number} for number, row in zip(ids, rows, strict=True)] if ids is not None else rows
-    settings = config.row_settings()
-    table = encode_rows(given, tokenizer, settings, source=source.name, num_proc=config.num_proc, ledger=ledger)
+    numbered = rows if ids is None else [{**row, "row": number} for number, row in zip(ids, rows, strict=True)]
+    options = config.encoding()
+    table = encode_rows(numbered, tokenizer, options, source=source.name, num_proc=config.num_proc, ledger=ledger)
     named = table.column_names.index("source")
     table = table.set_column(named, "source", pa.array([source.name] * table.num_rows))  # whatever its rows say
-    notes = [line for line in ledger.lines() if ledger.total().dropped_tokens]
-    return Dataset(table), notes
+    return Dataset(table), ledger.lines() if ledger.total().dropped_tokens else []
+
+
+def _pack(
+    rows: Any, ids: Sequence[int] | None, held_out: Dataset | None, config: MixtureConfig
+) -> tuple[RowTable, Dataset | None]:
+    """Pack the documents of a source into rows; they keep their numbers in the source."""
+    whole = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
+    if "row" not in whole.column_names:
+        whole = whole.add_column("row", list(range(len(whole)) if ids is None else ids))
+    pack = partial(pack_dataset, max_length=config.max_length or 0, strategy=config.strategy, overflow=config.overflow)
+    return RowTable(pack(whole)), None if held_out is None else pack(held_out)
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
 
 
 def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokenizer: Any, seed: int) -> Opened:
@@ -230,14 +235,15 @@ def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokeniz
         raise DataError("it holds no row; expected one at least", source=source.name)
     if source.eval_share or source.eval_split:
         raise ConfigError("it is a stream, of which nothing is held out; give its evaluation data as eval_dataset")
-    if config.packing == "across" and config.overflow == "drop":
+    across = config.packing == "across"
+    if across and config.overflow == "drop":
         raise ConfigError("it is a stream, of which overflow='drop' would drop unseen; expected 'split' or 'truncate'")
-    encoded = _check_format(source, first)
+    encoded = _holds_ids(source, first)
     encode = None
     columns = dict.fromkeys(first, "")  # types are known when it is read
     if (tokenizer is not None and not encoded) or config.packing == "within":
         if tokenizer is None and not encoded:
-            raise ConfigError("its rows have no input_ids, and there is no tokenizer to encode them; packing needs one")
+            raise ConfigError(_NO_TOKENIZER)
         encode = StreamEncoder(source.name, config, None if encoded else tokenizer)
         columns = dict.fromkeys(["input_ids", "labels"] + ["seq_lengths"] * (config.packing == "within"), INTEGERS)
     feed = StreamFeed(
@@ -249,17 +255,17 @@ def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokeniz
         buffer_size=config.buffer_size,
         encode=encode,
         columns=None if encode else list(first),
-        longest=config.max_length if config.packing == "across" and config.overflow == "truncate" else None,
+        longest=config.max_length if across and config.overflow == "truncate" else None,
         blocked=config.blocklist.get(source.name, ()),
     )
     return Opened(feed, columns)
 
 
-def _check_format(source: SourceConfig, row: Row) -> bool:
+def _holds_ids(source: SourceConfig, row: Row) -> bool:
     """Whether rows hold token ids already.
 
     Raises:
-        ConfigError: they are not what the configuration says.
+        ConfigError: they are not of the format that the configuration names.
     """
     if "seq_lengths" in row or source.format is None:
         return "input_ids" in row
@@ -272,22 +278,21 @@ def _check_format(source: SourceConfig, row: Row) -> bool:
 
 
 class StreamEncoder:
-    """Rows of a stream as they are read to encoded, or packed, ones; goes to loader workers.
+    """Turns rows of a stream, as they are read, into encoded or packed ones; goes to loader workers.
 
     Args:
         name: the source.
         config: the mixture's.
-        tokenizer: encodes them; None for rows that hold token ids.
+        tokenizer: encodes rows; None for rows that hold token ids.
     """
 
     def __init__(self, name: str, config: MixtureConfig, tokenizer: Any) -> None:
-        self._name, self._tokenizer = name, tokenizer
-        self._settings = config.row_settings()
+        self._name, self._tokenizer, self._options = name, tokenizer, config.encoding()
         self._pack = (config.max_length, config.strategy, config.overflow) if config.packing == "within" else None
 
     @cached_property
     def _encoder(self) -> BatchEncoder:
-        return BatchEncoder(self._tokenizer, self._settings)
+        return BatchEncoder(self._tokenizer, self._options)
 
     def __call__(self, rows: Sequence[Row], first: int) -> pa.Table:
         """Encode rows, of which the first has this number."""

@@ -1,4 +1,4 @@
-"""The weights of a mixture: published ones, temperature, and weights that change as a run goes on."""
+"""The weights of a mixture: as they are given, published or tempered, and as they change during a run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.mixture.schedule import normalised
-
-#: GPT-3's mixture (Brown et al., arXiv 2005.14165, table 2.2) as commonly rounded; it adds to 1.04.
-DATA_MIXTURE = {"common_crawl": 0.60, "books": 0.16, "wikipedia": 0.03, "github": 0.03, "webtext": 0.22}
-#: An approximation of Llama 3's.
-LLAMA3_MIXTURE = {"web": 0.82, "code": 0.08, "math": 0.04, "books": 0.03, "other": 0.03}
-PRESETS = {"gpt3": DATA_MIXTURE, "llama3": LLAMA3_MIXTURE}
+from hf_objectives.mixture.config import PRESETS, MixtureConfig, StageConfig, number
+from hf_objectives.mixture.schedule import Schedule, normalised
+from hf_objectives.types import check_keys, check_one_of
 
 _RAMP_PIECES = 1024
+_NAMED = 12  # sources that a line names
 
 
 def tempered(weights: ArrayLike, temperature: float) -> NDArray[np.float64]:
-    """Weights p_i^(1/T), normalised, float64 [sources]: above 1 they move towards equal ones (mT5, arXiv 2010.11934,
+    """Weights p_i^(1/T), normalised, float64 [sources]; a T above 1 moves them towards equal ones (mT5, arXiv 2010.11934,
     section 3.2, with alpha = 1/T).
 
     Raises:
-        ConfigError: a temperature that is not above 0, or weights that mean nothing.
+        ConfigError: the temperature is not above 0, or the weights cannot be normalised.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}; expected more than 0")
@@ -36,7 +33,7 @@ def tempered(weights: ArrayLike, temperature: float) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Stage:
-    """Weights from some point of the run on.
+    """Other weights from some point of the run on.
 
     Attributes:
         begin: units of the mixture (tokens, by default) after which the weights change.
@@ -53,29 +50,29 @@ class WeightPlan:
     """The weights at every point of a run.
 
     Args:
-        weights: at the begin, [sources].
-        stages: later ones, in order, each beginning where the one before is complete, or later.
+        weights: at the beginning, [sources].
+        stages: later ones, in order; each begins where the one before is complete, or later.
 
     Raises:
-        ConfigError: weights that mean nothing, or stages out of order.
+        ConfigError: the weights cannot be normalised, or stages overlap.
     """
 
     def __init__(self, weights: ArrayLike, stages: Sequence[Stage] = ()) -> None:
         self.weights, self.stages = normalised(weights), tuple(stages)
         complete = 0
-        for number, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.stages):
             if stage.begin < complete or stage.end < stage.begin:
                 raise ConfigError(
-                    f"stage {number} goes from {stage.begin} to {stage.end}, and what comes before is complete at "
+                    f"stage {i} goes from {stage.begin} to {stage.end}, and what comes before is complete at "
                     f"{complete}; expected stages one after the other"
                 )
             complete = stage.end
 
     def pieces(self) -> list[tuple[int, NDArray[np.float64]]]:
-        """Where the weights change, and to which, float64 [sources]; what `Schedule` takes as `later`.
+        """The units at which the weights change, and the new weights, float64 [sources].
 
-        A straight line is walked in 1,024 steps, each with the weights of its middle, so that what is due at its end is
-        what the line would give.
+        A straight line becomes at most 1,024 steps, each with the weights of its middle. So at the end of the line every
+        source is due exactly what the line gives.
         """
         pieces, before = [], self.weights
         for stage in self.stages:
@@ -88,18 +85,73 @@ class WeightPlan:
             pieces.append((stage.end, before))
         return pieces
 
-    def due(self, units: float) -> NDArray[np.float64]:
-        """What each source should have had after so many units, float64 [sources]."""
-        due, at, weights = np.zeros(len(self.weights)), 0.0, self.weights
-        for stage in self.stages:
-            due += weights * (min(stage.begin, units) - at)
-            if units <= stage.begin:
-                return due
-            length, end = stage.end - stage.begin, min(stage.end, units)
-            if length:  # the middle of the part of the line that is walked
-                share = (end - stage.begin) / length / 2
-                due += (weights + share * (stage.weights - weights)) * (end - stage.begin)
-            if units <= stage.end:
-                return due
-            at, weights = stage.end, stage.weights
-        return due + weights * (units - at)
+    def schedule(self) -> Schedule:
+        """A new schedule under these weights."""
+        return Schedule(self.weights, self.pieces())
+
+
+def plan_weights(config: MixtureConfig, sizes: Sequence[int | None]) -> tuple[WeightPlan, list[str]]:
+    """The weights of a mixture over the run, and notes about them for the user.
+
+    Args:
+        config: the mixture.
+        sizes: what an epoch of each source counts in the mixture's unit, where known; used where no weights are given.
+
+    Raises:
+        ConfigError: weights cannot be normalised, or are given for some sources only.
+    """
+    notes: list[str] = []
+    weights = _preset_weights(config, notes) if config.preset else _given_weights(config, sizes, notes)
+    shares, total = normalised(weights, config.names), sum(weights)
+    if abs(total - 1) > 1e-9 and any(source.weight is not None for source in config.sources) | bool(config.preset):
+        notes.append(f"weights add to {total:g}, normalised: {_in_words(config.names, shares)}")
+    if config.temperature != 1:
+        shares = tempered(shares, config.temperature)
+        notes.append(f"at temperature {config.temperature:g}: {_in_words(config.names, shares)}")
+    return WeightPlan(shares, [_stage(i, stage, config.names) for i, stage in enumerate(config.stages)]), notes
+
+
+def _given_weights(config: MixtureConfig, sizes: Sequence[int | None], notes: list[str]) -> list[float]:
+    given = {source.name: source.weight for source in config.sources}
+    weightless = [name for name, weight in given.items() if weight is None]
+    if 0 < len(weightless) < len(given):
+        raise ConfigError(f"source {weightless[0]!r} has no weight, and others do; give every source one, or none")
+    if not weightless:
+        return [weight or 0.0 for weight in given.values()]
+    for name, size in zip(config.names, sizes, strict=True):
+        if size is None:
+            raise ConfigError(f"source {name!r} is a stream of unknown size; give every source a weight")
+    notes.append(f"no weights given: each source by its {config.unit}")
+    return [float(size or 0) for size in sizes]
+
+
+def _preset_weights(config: MixtureConfig, notes: list[str]) -> list[float]:
+    preset, parts = f"preset {config.preset!r}", PRESETS[config.preset or ""]
+    bind = dict(config.bind) if config.bind is not None else {name: name for name in config.names}
+    for source in config.sources:
+        if source.weight is not None:
+            raise ConfigError(f"source {source.name!r} has a weight, and {preset} gives one; expected one of them")
+    check_keys(f"the parts of {preset}", bind, parts)
+    for part, name in bind.items():
+        check_one_of(f"the source that part {part!r} is bound to", name, config.names)
+    for name in config.names:
+        if name not in bind.values():
+            raise ConfigError(f"source {name!r} stands for no part of {preset}; bind it to one, or take it out")
+    if left := [part for part in parts if part not in bind]:
+        notes.append(f"preset {config.preset}: no source for {', '.join(left)}, whose share goes to the others")
+    return [sum(parts[part] for part, bound in bind.items() if bound == name) for name in config.names]
+
+
+def _stage(i: int, stage: StageConfig, names: Sequence[str]) -> Stage:
+    begin = int(number(f"stage {i}: begin", stage.begin))
+    end = begin if stage.end is None else int(number(f"stage {i}: end", stage.end))
+    weights = [number(f"stage {i}: weight of {name!r}", stage.weights.get(name, 0)) for name in names]
+    try:
+        return Stage(begin, normalised(weights, names), end)
+    except ConfigError as error:
+        raise ConfigError(f"stage {i}: {error}") from None
+
+
+def _in_words(names: Sequence[str], shares: NDArray[np.float64]) -> str:
+    words = [f"{name} {share:.2%}" for name, share in zip(names[:_NAMED], shares[:_NAMED], strict=True)]
+    return ", ".join(words) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")

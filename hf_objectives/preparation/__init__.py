@@ -34,6 +34,7 @@ from hf_objectives.preparation.readers import (
     load_rows,  # all rows of local files, or a dataset of the Hub
 )
 from hf_objectives.preparation.splits import (
+    check_share,  # check a share of rows that is held out
     hold_out,  # row numbers to train on and to evaluate on
 )
 from hf_objectives.preparation.stream import (

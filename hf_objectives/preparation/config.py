@@ -13,7 +13,7 @@ from hf_objectives.labels import ON_ERROR, EncodingConfig
 from hf_objectives.packing import check_packing
 from hf_objectives.preparation.files import DOCUMENTS
 from hf_objectives.preparation.shards import FORMATS
-from hf_objectives.preparation.splits import check_eval_share
+from hf_objectives.preparation.splits import check_share
 from hf_objectives.types import check_keys, check_one_of
 
 #: Version of prepared rows, raised when the same input gives other rows; folders of another version are refused.
@@ -86,7 +86,7 @@ class CorpusConfig(EncodingConfig):
     splits_documents: ClassVar[bool] = True  # type: ignore[misc]
     template_kwargs: ClassVar[Mapping[str, Any]] = {}  # type: ignore[misc]
 
-    max_length: int = field(default=2048, metadata={"help": "Tokens of a row."})  # type: ignore[assignment]
+    max_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
     strategy: str = field(default="best_fit", metadata={"help": "best_fit, first_fit or concat."})
     overflow: str = field(default="split", metadata={"help": "Texts longer than a row: split, truncate or drop."})
     eval_share: float = field(default=0.0, metadata={"help": "Share of the documents that is held out."})
@@ -107,7 +107,7 @@ class CorpusConfig(EncodingConfig):
         check_one_of("labels", self.labels, LABELS)
         check_one_of("on_error", self.on_error, ON_ERROR)
         check_one_of("file_format", self.file_format, FORMATS)
-        check_eval_share(self.eval_share)
+        check_share("eval_share", self.eval_share)
         if self.shard_bytes < 1:
             raise ConfigError(f"shard_bytes is {self.shard_bytes}; expected at least 1")
 

@@ -80,14 +80,14 @@ def prepare_dataset(
             raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
         check_packing(max_length, strategy, overflow)
     if output_dir is None:
-        config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)
+        config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]
         encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
         if not packing:
             return Dataset(encoded)
         return Dataset(pack_table(encoded, max_length or 0, strategy=strategy, overflow=overflow))
     if not packing or options.pop("template_kwargs", None) or ledger is not None:
         raise ConfigError("output_dir gets packed rows and a manifest: no packing=False, template_kwargs or ledger")
-    corpus = CorpusConfig(max_length or 0, strategy, overflow, num_proc=num_proc, engine=engine, **options)
+    corpus = CorpusConfig(max_length or 0, strategy, overflow, num_proc=num_proc, engine=engine, **options)  # type: ignore[arg-type]
     prepare_corpus(_named(dataset, source), tokenizer, output_dir, corpus)
     prepared = load_prepared(output_dir)
     assert isinstance(prepared, Dataset)  # not a stream

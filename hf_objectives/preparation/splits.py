@@ -18,14 +18,14 @@ _ROWS_READ = 2_000
 _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
 
-def check_eval_share(share: float) -> None:
-    """Check the share of rows that is held out.
+def check_share(name: str, share: float) -> None:
+    """Check a share of rows that is held out.
 
     Raises:
-        ConfigError: `share` is under 0, or 1 or more.
+        ConfigError: `share` is under 0, or 1 or more; names the setting.
     """
     if not 0 <= share < 1:
-        raise ConfigError(f"eval_share is {share}; expected 0 or more, under 1")
+        raise ConfigError(f"{name} is {share}; expected 0 or more, under 1")
 
 
 def draw_rows(rows: Iterable[Row], seed: int) -> NDArray[np.float64]:
@@ -50,24 +50,24 @@ def hold_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> t
 
     Args:
         rows: the rows.
-        share: the expected share of held-out rows. At least one row is held out unless the share is 0.
+        share: the expected share of held-out rows. Unless it is 0, at least one row is on each side.
         seed: another seed holds out other rows.
 
     Returns:
         The row numbers of both sides, each in ascending order.
 
     Raises:
-        ConfigError: `share` is under 0, or 1 or more, or nothing is left to train on.
+        ConfigError: `share` is under 0, or 1 or more, or there are not two rows to split.
     """
-    check_eval_share(share)
+    check_share("eval_share", share)
     if not share:
         return list(range(len(rows))), []
-    drawn = draw_rows(_read(rows), seed)
-    held = drawn < share
-    if len(held) and not held.any():
-        held[np.argmin(drawn)] = True
-    if held.all():
+    if len(rows) < 2:
         raise ConfigError(f"eval_share {share} of {len(rows)} rows leaves nothing to train on")
+    drawn = draw_rows(_read(rows), seed)
+    order = np.argsort(drawn, kind="stable")
+    held = drawn < share
+    held[order[0]], held[order[-1]] = True, False
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 

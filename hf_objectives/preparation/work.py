@@ -187,8 +187,14 @@ class Work:
     def _pack(self, documents: pa.Table, ledger: Ledger) -> pa.Table:
         """Pack documents, and count in the ledger what packing keeps and what it leaves out."""
         config = self.config
-        options = {"strategy": config.strategy, "overflow": config.overflow, "labels": self.with_labels}
-        rows = pack_table(documents, config.max_length, allow_empty=True, **options)
+        rows = pack_table(
+            documents,
+            config.max_length,
+            strategy=config.strategy,
+            overflow=config.overflow,
+            labels=self.with_labels,
+            allow_empty=True,
+        )
         kept = _count(rows, self._byte_lengths)
         sizes = np.diff(flat_column(documents, "input_ids")[1])
         too_long = np.maximum(sizes - config.max_length, 0)

@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -38,9 +38,9 @@ def run_local(function: Function, items: Iterable[Any], num_proc: int | None) ->
         WorkerError: a process died.
     """
     cores = count_cores()
-    workers = min(
-        num_proc or cores, len(items) if hasattr(items, "__len__") else cores if num_proc is None else num_proc
-    )
+    workers = num_proc or cores
+    if isinstance(items, Sized):
+        workers = min(workers, len(items))
     if workers <= 1 or not hasattr(os, "fork"):
         yield from map(function, items)
         return

@@ -88,7 +88,7 @@ A = {"dataset": source("a"), "weight": 1}
         ({"sources": {"a": {**A, "weight": "much"}}}, "source 'a': weight is 'much'; expected a number"),
         (
             {"sources": {"a": {**A, "weight": 0}, "b": {**A, "weight": 0}}},
-            "weights of a, b are all 0; expected one above",
+            "2 weights .a, b., none above 0; expected one at least",
         ),
         ({"sources": {"a": A, "b": {"dataset": source("b")}}}, "source 'b' has no weight, and others do"),
         ({"sources": {"a": {**A, "wieght": 1}}}, "source 'a': unknown key 'wieght'; did you mean 'weight'?"),
@@ -110,7 +110,7 @@ A = {"dataset": source("a"), "weight": 1}
             "unit 'rows' with packing across",
         ),
         ({"sources": {"a": A}, "temperature": 0}, "temperature is 0.0; expected more than 0"),
-        ({"sources": {"a": A}, "blocklist": {"b": [1]}}, "blocklist names source 'b'; expected one of a"),
+        ({"sources": {"a": A}, "blocklist": {"b": [1]}}, "the sources of the blocklist: unknown key 'b'; expected a"),
         (
             {"sources": {"a": A}, "blocklist": {"a": ["x"]}},
             "blocklist of source 'a' has .'x'.; expected a list of row numbers",
@@ -121,20 +121,20 @@ A = {"dataset": source("a"), "weight": 1}
         ),
         (
             {"sources": {"a": A}, "stages": [{"begin": 5, "weights": {"c": 1}}]},
-            "stage 0 names source 'c'; expected one of a",
+            "the sources of stage 0: unknown key 'c'; expected a",
         ),
         (
             {"sources": {"a": A}, "stages": [{"begin": 5, "weights": {"a": -1}}]},
-            "stage 0 has weight -1.0 for source 'a'",
+            "stage 0: weight 'a' is -1.0; expected a number, 0 or more",
         ),
-        ({"sources": {"a": A}, "stages": [{"begin": 5, "weights": {}}]}, "stage 0 has begin 5 and weights"),
+        ({"sources": {"a": A}, "stages": [{"begin": 5, "weights": {}}]}, "stage 0: 1 weights .a., none above 0"),
         ({"sources": {"a": A}, "stages": [{"begin": "soon", "weights": {"a": 1}}]}, "stage 0: begin is 'soon'"),
         ({"sources": {"a": A}, "stages": [{"start": 5}]}, "stage: unknown key 'start'"),
         ({"sources": {"a": A}, "sorces": 1}, "mixture: unknown key 'sorces'; did you mean 'sources'?"),
         ({"sources": {"a": A}, "preset": "gpt3"}, "source 'a' has a weight, and preset 'gpt3' gives one"),
         ({"sources": None}, "sources is None; expected a mapping of names to sources"),
         ({"sources": {"a": {"path": 5}}}, "source 'a': path is 5; expected a path"),
-        ({"sources": {1: {**A, "weight": 0}}}, "weights of 1 are all 0"),
+        ({"sources": {1: {**A, "weight": 0}}}, "1 weights .1., none above 0"),
         ({"sources": {"a": {**A, "max_epochs": float("inf")}}}, "source 'a': max_epochs is inf; expected a number"),
         ({"sources": {"a": {**A, "eval_share": "x"}}}, "source 'a': eval_share is 'x'; expected a number"),
         ({"sources": {"a": A}, "bind": ["web"]}, "bind is list; expected a mapping"),
@@ -160,11 +160,11 @@ def test_what_cannot_work_is_named(config, words):
     [
         (
             {"web": "fine"},
-            "bind gives part 'web' to source 'fine'; expected one of fineweb, stack; did you mean 'fineweb'?",
+            "the source that part 'web' is bound to is 'fine'; expected one of fineweb, stack; did you mean 'fineweb'?",
         ),
-        ({"wab": "fineweb"}, "preset 'llama3' has no part 'wab'; expected one of web, code.*did you mean 'web'?"),
+        ({"wab": "fineweb"}, "the parts of preset 'llama3': unknown key 'wab'; did you mean 'web'"),
         ({"web": "fineweb"}, "source 'stack' stands for no part of preset 'llama3'; bind it to one, or take it out"),
-        (None, "preset 'llama3' has no part 'fineweb'"),
+        (None, "the parts of preset 'llama3': unknown key 'fineweb'"),
     ],
 )
 def test_a_preset_that_is_bound_wrongly_is_named(bind, words):

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
-from hf_objectives.mixture.streams import _is_shuffled
+from hf_objectives.mixture.stream_feed import _is_shuffled
 
 ROWS = [{"ids": [i] * (i % 4), "text": f"row {i}" if i % 3 else None, "n": i, "share": i / 7} for i in range(23)]
 
@@ -95,5 +95,5 @@ def test_what_is_taken_from_datasets_that_is_not_public():
     )
     shuffled = dataset.to_iterable_dataset().shuffle(seed=1).map(lambda row: row)
     assert _is_shuffled(shuffled) and not _is_shuffled(dataset.to_iterable_dataset().map(lambda row: row)), (
-        "datasets keeps the shuffle buffer of a stream elsewhere; see _is_shuffled in mixture/streams.py"
+        "datasets keeps the shuffle buffer of a stream elsewhere; see _is_shuffled in mixture/stream_feed.py"
     )

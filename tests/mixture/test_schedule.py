@@ -95,7 +95,7 @@ def test_documents_of_any_length_stay_within_the_longest_of_their_share(sizes, d
     assert again[: len(order)] == order[: len(again)]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(sizes=SIZES, data=st.data())
 def test_a_state_goes_on_where_it_was_taken(sizes, data):
     weights = list(range(1, len(sizes) + 1))
@@ -149,7 +149,7 @@ def test_a_retired_sources_share_goes_to_the_others_in_proportion():
     assert not schedule.weights.any()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(weights=st.lists(st.floats(0.01, 1), min_size=2, max_size=6), draws=st.integers(0, 200), data=st.data())
 def test_whenever_a_source_retires_all_that_was_drawn_stays_due(weights, draws, data):
     schedule = Schedule(weights)

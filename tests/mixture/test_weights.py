@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.mixture.schedule import Schedule
-from hf_objectives.mixture.weights import DATA_MIXTURE, LLAMA3_MIXTURE, Stage, WeightPlan, tempered
+from hf_objectives.mixture.config import DATA_MIXTURE, LLAMA3_MIXTURE
+from hf_objectives.mixture.weights import Stage, WeightPlan, tempered
+from tests.support.mixtures import due_on_the_line
 
 
 def test_presets_are_those_of_the_document():
@@ -40,9 +41,9 @@ def test_steps_and_lines_by_hand():
     assert pieces[1][1].tolist() == pytest.approx([0.9 - 0.9 * 0.0005, 0.1 + 0.9 * 0.0005])
     assert pieces[-1][1].tolist() == [0, 1]
     # 50 + 810 + the triangle 0.9 * 1000 / 2 for the first source.
-    assert plan().due(2_500).tolist() == pytest.approx([50 + 810 + 450, 50 + 90 + 550 + 500])
-    assert plan().due(1_500)[0] == pytest.approx(50 + 810 + 500 * (0.9 + 0.45) / 2)
-    assert plan().due(60).tolist() == [30, 30]
+    assert due_on_the_line(plan(), 2_500).tolist() == pytest.approx([50 + 810 + 450, 50 + 90 + 550 + 500])
+    assert due_on_the_line(plan(), 1_500)[0] == pytest.approx(50 + 810 + 500 * (0.9 + 0.45) / 2)
+    assert due_on_the_line(plan(), 60).tolist() == [30, 30]
 
 
 @st.composite
@@ -61,14 +62,14 @@ def plans(draw):
     return WeightPlan(weights(), stages)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(made=plans())
 def test_every_source_within_one_draw_of_what_is_due_also_where_weights_change(made):
-    schedule = Schedule(made.weights, made.pieces())
+    schedule = made.schedule()
     ones = [np.ones(60, np.int64)] * len(made.weights)
     last = made.stages[-1].end if made.stages else 0
     while schedule.units < last + 200:
-        assert np.abs(schedule.due - made.due(schedule.units)).max() <= 0.01  # steps against the line
+        assert np.abs(schedule.due - due_on_the_line(made, schedule.units)).max() <= 0.01  # steps against the line
         schedule.draw(ones, 1)
         assert np.abs(schedule.drawn - schedule.due).max() <= 1 + 1e-6
 

@@ -27,6 +27,7 @@ def test_a_share_is_held_out():
     assert hold_out(ROWS, 0.1) == (keep, out) != hold_out(ROWS, 0.1, seed=1)
     assert set(out) <= set(hold_out(ROWS, 0.2)[1])
     assert hold_out(ROWS[:3], 0.0) == ([0, 1, 2], []) and len(hold_out(ROWS[:3], 0.001)[1]) == 1
+    assert len(hold_out(ROWS[:3], 0.999)[0]) == 1 and len(hold_out([{}] * 9, 0.5)[1]) in (1, 8)
     drawn = draw_rows(ROWS, 7)
     assert drawn.dtype == np.float64 and 0 <= drawn.min() < 0.01 and 0.99 < drawn.max() < 1
 

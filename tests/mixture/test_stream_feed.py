@@ -123,7 +123,7 @@ class Shrinking(Counting):
 def test_a_pass_that_ends_early_is_named():
     made = build_mixture(config(Shrinking()))
     with pytest.raises(
-        DataError, match="source 's': pass 1 ended after 36 rows, the ones before had 37; expected the same"
+        DataError, match="source 's': epoch 1 ended after 36 rows, the ones before had 37; expected the same"
     ):
         taken(made, 100)
 
@@ -137,7 +137,7 @@ class Once(Counting):
 
 
 def test_a_source_that_gives_nothing_more_is_named():
-    with pytest.raises(DataError, match="source 's': 0 rows in pass 1, none of them usable"):
+    with pytest.raises(DataError, match="source 's': 0 rows in epoch 1, none of them usable"):
         taken(build_mixture(config(Once())), 100)
 
 
