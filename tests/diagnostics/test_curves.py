@@ -22,16 +22,6 @@ def state(folder, losses, *, when=None):
     return path
 
 
-def test_a_folder_gives_its_own_log_or_that_of_a_later_checkpoint(tmp_path):
-    state(tmp_path / "checkpoint-9", [1.0], when=1_000)
-    state(tmp_path / "checkpoint-10", [1.0, 2.0], when=1_001)
-    assert len(read_curves(tmp_path).get("loss").steps) == 2  # 10 comes after 9
-    state(tmp_path, [1.0, 2.0, 3.0], when=2_000)
-    assert len(read_curves(tmp_path).get("loss").steps) == 3
-    state(tmp_path / "checkpoint-20", [1.0] * 4, when=3_000)  # the run went on
-    assert len(read_curves(tmp_path).get("loss").steps) == 4
-
-
 def test_a_folder_of_runs_and_a_list_of_paths(tmp_path):
     state(tmp_path / "a", [1.0, 2.0])
     state(tmp_path / "b", [3.0, 4.0])
@@ -87,24 +77,6 @@ def test_units_that_do_not_belong_together_are_told(loss, words):
 def log(path, keys=("loss",), steps=40):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"step": i, **dict.fromkeys(keys, 2.0)}) + "\n" for i in range(1, steps)))
-
-
-def test_the_state_of_more_steps_counts_where_times_are_lost(tmp_path):
-    for folder, steps, when in ((tmp_path, 100, 1_000), (tmp_path / "checkpoint-50", 50, 2_000)):
-        path = state(folder, [1.0] * steps)
-        history = json.loads(path.read_text())["log_history"]
-        content = {"best_global_step": 7, "epoch": 1.0, "global_step": steps, "log_history": history}
-        path.write_text(json.dumps(content, indent=2))
-        os.utime(path, (when, when))
-    assert len(read_curves(tmp_path).get("loss").steps) == 100
-    newer = state(tmp_path / "checkpoint-150", [1.0] * 150)
-    newer.write_text(newer.read_text().replace('{"log', '{"global_step": 150, "log', 1))
-    os.utime(newer, (500, 500))
-    assert len(read_curves(tmp_path).get("loss").steps) == 150
-    # A state that does not say its step: a key of a log line is none, and the times decide.
-    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0, "global_step": 900}]}')
-    os.utime(tmp_path / "trainer_state.json", (100, 100))
-    assert len(read_curves(tmp_path).get("loss").steps) == 150
 
 
 def test_other_files_do_not_hide_the_log(tmp_path):

@@ -1,4 +1,4 @@
-"""What is left of a long curve shows what the whole one would."""
+"""Envelope and trend of long and noisy curves, and the file of a picture."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from hf_objectives.diagnostics.rewards import plot_rewards
@@ -25,9 +23,3 @@ def test_draws_whatever_the_log_has(tmp_path, log):
 def test_a_log_without_rewards_is_an_error(tmp_path):
     with pytest.raises(FileFormatError, match="no 'reward'"):
         plot_rewards([{"step": 1, "loss": 2.0}], tmp_path / "rewards.png")
-
-
-def test_json_lines_and_folders_are_logs(tmp_path):
-    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LOG))
-    for place in (tmp_path / "log.jsonl", tmp_path):
-        assert plot_rewards(place, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
