@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_objectives.inspection.findings import (
     SEVERITIES,  # Severities from harmless to fatal
     Finding,  # One thing that is noteworthy about a run
+    Severity,  # "info", "warning" or "error"
 )
 from hf_objectives.inspection.label_preview import (
     ENVIRONMENT,

@@ -50,7 +50,9 @@ class EncodingConfig:
     splits_documents: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "template_kwargs", dict(self.template_kwargs or {}))  # None is what an option left out is
+        object.__setattr__(
+            self, "template_kwargs", dict(self.template_kwargs or {})
+        )  # None is what an option left out is
         check_one_of("train_on", self.train_on, TRAIN_ON)
         check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
         check_one_of("overlength", self.overlength, OVERLENGTH)
