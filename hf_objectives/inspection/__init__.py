@@ -21,9 +21,10 @@ from hf_objectives.inspection.rows import (
     Inspection,  # What a look at rows found
     inspect_rows,  # Encode rows as `prepare_dataset` does and look at what comes of it
 )
-from hf_objectives.inspection.scripts import (
+from hf_objectives.inspection.safe_text import (
     script_hash,  # the hash by which a page allows one script
     script_json,  # JSON that may stand inside a script element
+    visible,  # text with its control characters shown as pictures
 )
 from hf_objectives.inspection.token_texts import (
     MASKS,  # Columns that mark trained tokens where a row or a batch has no labels, in order of preference
@@ -32,4 +33,3 @@ from hf_objectives.inspection.token_texts import (
 from hf_objectives.inspection.types import (
     InspectedRow,  # One row as it will be trained, or as it would have been
 )
-from hf_objectives.inspection.visible import visible  # characters that show nothing, made to be seen

@@ -12,9 +12,8 @@ import jinja2
 from markupsafe import Markup
 
 from hf_objectives.inspection.rows import QUANTILES, Inspection
-from hf_objectives.inspection.scripts import script_hash, script_json
+from hf_objectives.inspection.safe_text import script_hash, script_json, visible
 from hf_objectives.inspection.token_texts import Token
-from hf_objectives.inspection.visible import visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

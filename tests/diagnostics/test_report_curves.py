@@ -9,8 +9,8 @@ import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves, Series
 from hf_objectives.diagnostics.report_curves import bokeh_script, figures_of, rows_of
+from hf_objectives.inspection import script_hash, script_json
 from hf_objectives.inspection.findings import Finding
-from hf_objectives.inspection.scripts import script_hash, script_json
 
 
 def curves(loss: list[float]) -> Curves:
