@@ -67,8 +67,7 @@ def replay(folder: str | Path, model: str | Path | Any | None = None) -> Replay:
             "causal language model; nothing to compute"
         )
     where, exact = (model, False) if model is not None else _weights(folder, event)
-    by_name = isinstance(where, (str, Path))
-    loaded = _load(where, event) if by_name else where
+    loaded: Any = _load(where, event) if isinstance(where, (str, Path)) else where
     training = loaded.training
 
     def described(together: bool) -> list[dict[str, Any]]:
@@ -92,7 +91,7 @@ def replay(folder: str | Path, model: str | Path | Any | None = None) -> Replay:
     finally:
         loaded.train(training)
     examples = [{**then, "replayed": again["loss"]} for then, again in zip(event["examples"], now, strict=True)]
-    return Replay(event, str(where) if by_name else type(loaded).__name__, exact, examples, loss)
+    return Replay(event, str(where) if loaded is not where else type(loaded).__name__, exact, examples, loss)
 
 
 def _precision(event: dict[str, Any], model: Any) -> AbstractContextManager[Any]:

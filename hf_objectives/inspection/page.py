@@ -78,7 +78,7 @@ def page_data(inspection: Inspection, tokenizer: Any = None) -> dict[str, Any]:
         for row in inspection.examples
     ]
     packed = [
-        [{"s": visible(source), "r": number, **encoded(tokens)} for source, number, tokens in row.documents]
+        [{"s": visible(source), "r": number, **encoded(tokens)} for source, number, tokens in row]
         for row in inspection.packed
     ]
     return {"pieces": pieces, "examples": examples, "packed": packed}

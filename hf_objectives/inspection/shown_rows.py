@@ -115,10 +115,11 @@ def packed_to_show(
         tokens += len(row["input_ids"])
         if shown and tokens > show_tokens:
             break
-        documents, begin = [], 0
+        documents: PackedRow = []
+        begin = 0
         for source, number, length in zip(row["sources"], row["rows"], row["seq_lengths"], strict=True):
             ids, labels = (row[key][begin : begin + length] for key in ("input_ids", "labels"))
             documents.append((source, number, texts.tokens(ids, labels)))
             begin += length
-        shown.append(PackedRow(documents))
+        shown.append(documents)
     return shown, packed.num_rows, float(lengths.sum() / max(1, packed.num_rows * max_length))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from hf_objectives.labels import Example
 from hf_objectives.types import IGNORE_INDEX
 
 Place = tuple[str, int]  #: source and number of a row, for messages
+PackedRow = list[tuple[str, int, list[Token]]]  #: source, number and tokens of each document of a packed row
 _PLACES_NAMED = 5
 
 
@@ -107,18 +107,6 @@ class InspectedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRow:
-    """One packed row: source, number and tokens of each of its documents, in order."""
-
-    documents: list[tuple[str, int, list[Token]]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the row."""
-        return sum(len(token.ids) for _, _, tokens in self.documents for token in tokens)
-
-
-@dataclass(frozen=True, slots=True)
 class Statistics:
     """Figures over all rows.
 
@@ -150,7 +138,3 @@ class Statistics:
     def trained_share(self) -> float:
         """Share of the kept tokens that is trained."""
         return self.trained_tokens / max(1, self.kept_tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name, for JSON."""
-        return {**asdict(self), "trained_share": self.trained_share}

@@ -48,9 +48,8 @@ def test_packed_rows_name_their_documents(tokenizer):
     prepared = prepare_dataset(rows, tokenizer, max_length=400, packing=True)
     assert found.statistics.packed_rows == len(prepared) == len(found.packed)
     for shown, row in zip(found.packed, prepared, strict=True):
-        assert [number for _, number, _ in shown.documents] == row["rows"]
-        assert [i for _, _, tokens in shown.documents for token in tokens for i in token.ids] == row["input_ids"]
-        assert shown.num_tokens == len(row["input_ids"])
+        assert [number for _, number, _ in shown] == row["rows"]
+        assert [i for _, _, tokens in shown for token in tokens for i in token.ids] == row["input_ids"]
     assert found.statistics.fill == pytest.approx(sum(map(len, prepared["input_ids"])) / (400 * len(prepared)))
 
 
@@ -85,7 +84,7 @@ def test_rows_are_told_apart_whatever_their_numbers(tokenizer):
         (0, False, True),
     ]
     assert found.warnings == [] and found.statistics.kept_rows == 2
-    assert [number for row in found.packed for _, number, _ in row.documents] == [0, 0]
+    assert [number for row in found.packed for _, number, _ in row] == [0, 0]
 
 
 def test_repeats_are_shown_beside_what_they_repeat(tokenizer):
