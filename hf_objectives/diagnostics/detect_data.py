@@ -1,4 +1,4 @@
-"""Signatures of the data: order that repeats in every epoch, too few trained tokens, a mixture that drifts."""
+"""What the data show: an order that repeats in every epoch, too few trained tokens, a mixture that drifts."""
 
 from __future__ import annotations
 
@@ -8,125 +8,118 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from hf_objectives.diagnostics.curves import Curves
-from hf_objectives.diagnostics.detect_loss import finite, of_policy
-from hf_objectives.diagnostics.robust import noise
-from hf_objectives.inspection import Finding
+from hf_objectives.diagnostics.robust import Values
+from hf_objectives.diagnostics.run_view import RunView, Sign
 
 _BINS = 12  # of an epoch
-_CHANCE = 1e-4  # of a profile as clear as that without one
+_CHANCE = 1e-4  # of a profile as clear as that where there is none
 _FEW_EPOCHS = 3
 _ALIKE = 0.75  # correlation between the profiles of epochs
-_FEW = 0.01  # of the tokens
+_LEAST = 0.02  # of the loss: a smaller profile is none
+_FEW_TRAINED = 0.01  # of the tokens
 _OFF = 0.02  # of the whole: a share that is off by less is rounding
 _CORNERS = 500  # that are tried for the beginning of a drift
-_LOSS_SHARE = 0.02  # of the loss
 
 
-def sawtooth(run: Curves) -> Iterator[Finding]:
-    """sawtooth: the loss repeats one profile in every epoch, which well shuffled data has not."""
-    steps, values = finite(run.get("loss"))
-    epochs = finite(run.get("epoch"))
-    if of_policy(run) or len(epochs.steps) < 2 or not len(values):
+def sawtooth(run: RunView) -> Iterator[Sign]:
+    """The loss repeats one profile in every epoch. That of shuffled data does not."""
+    steps, values = run["loss"]
+    table = _loss_by_epoch(run)
+    if table is None:
         return
-    at = np.interp(steps, epochs.steps, epochs.values)
-    whole = int(np.floor(at.max() + 1e-6))
-    per_epoch = len(values) / max(at.max(), 1e-9)
-    bins = int(min(_BINS, per_epoch // 2))
-    if whole < 2 or bins < 4:
-        return
-    table = np.full((whole, bins), np.nan)
-    # A line is written at the end of the steps that it averages.
-    cell = np.clip(((at - 1e-9) * bins).astype(int), 0, None)
-    for k in range(whole * bins):
-        if (here := cell == k).any():
-            table[k // bins, k % bins] = np.median(values[here])
-    if np.isnan(table).any():
-        return
-    # What a falling loss explains (or a rising one) is no profile: only what goes against it. The first epoch falls too
-    # steeply to tell.
-    flat = table.ravel()
-    fits = [optimize.isotonic_regression(flat, increasing=up).x for up in (False, True)]
-    fit = min(fits, key=lambda x: float(((flat - x) ** 2).sum())).reshape(table.shape)
-    rest = (table - fit)[1:] if whole > 2 else table - fit
+    epochs, bins = table.shape
+    rest = _against_the_trend(table)
     profile = rest.mean(axis=0)
     amplitude = float(profile.max() - profile.min())
-    left = rest - profile
+    # The F-test of an analysis of variance: the profile against what is left of the epochs without it.
     free = (len(rest) - 1) * (bins - 1)
-    spread = max(float((left**2).sum()) / free, 1e-300)
+    spread = max(float(((rest - profile) ** 2).sum()) / free, 1e-300)
     ratio = len(rest) * float((profile**2).sum()) / (bins - 1) / spread
     chance = float(stats.f.sf(ratio, bins - 1, free))
-    # Two or three epochs say little by their variance; there the profile has to stand far out of the noise of a bin.
-    of_bin = 1.25 * noise(values) / max(1.0, len(values) / table.size) ** 0.5
-    alike = np.corrcoef(rest)[np.triu_indices(len(rest), 1)].mean() if (rest.std(axis=1) > 0).all() else 0.0
-    clear = chance < _CHANCE or (whole <= _FEW_EPOCHS and alike > _ALIKE and amplitude > 8 * of_bin)
-    if clear and amplitude > max(_LOSS_SHARE * abs(float(np.median(table))), 4 * of_bin):
-        high = int(profile.argmax()) / bins
-        yield Finding(
-            "sawtooth",
-            int(steps[0]),
-            "warning",
-            f"the loss repeats one profile in each of {whole} epochs, {amplitude:.3g} from low to high, highest "
-            f"{high:.0%} into the epoch (F = {ratio:.1f}, p = {chance:.0e}; correlation between epochs {alike:.2f})",
-            "The order of the data repeats: sorted by source or length, or shards read one after another. Shuffle over the "
-            "whole dataset, not in a buffer, with another seed in every epoch; mix sources (build_mixture).",
-            int(steps[-1]),
+    # The variance of two or three epochs says little. There the profile must stand far out of the noise of a bin.
+    deviation = 1.25 * run.noise / max(1.0, len(values) / table.size) ** 0.5
+    alike = np.asarray(np.corrcoef(rest))[np.triu_indices(len(rest), 1)].mean() if (rest.std(axis=1) > 0).all() else 0.0
+    clear = chance < _CHANCE or (epochs <= _FEW_EPOCHS and alike > _ALIKE and amplitude > 8 * deviation)
+    if clear and amplitude > max(_LEAST * abs(float(np.median(table))), 4 * deviation):
+        evidence = (
+            f"the loss repeats one profile in each of {epochs} epochs, {amplitude:.3g} from low to high, highest "
+            f"{int(profile.argmax()) / bins:.0%} into the epoch (F = {ratio:.1f}, p = {chance:.0e}; correlation between "
+            f"epochs {alike:.2f})"
         )
+        yield Sign("warning", int(steps[0]), int(steps[-1]), evidence)
 
 
-def few_supervised_tokens(run: Curves) -> Iterator[Finding]:
-    """few_supervised_tokens: less than 1 % of what the model reads is trained on."""
-    steps, trained = finite(run.get("num_supervised_tokens"))
-    _, seen = finite(run.get("num_tokens_seen"))
-    if not len(trained) or not len(seen) or seen[-1] <= 0:
-        return
-    share = trained[-1] / seen[-1]
-    if share < _FEW:
-        yield Finding(
-            "few_supervised_tokens",
-            int(steps[0]),
-            "warning",
-            f"{trained[-1]:,.0f} of {seen[-1]:,.0f} tokens are trained ({share:.2%})",
-            "Look at the labels (hf-objectives inspect): a template whose answers are not found, answers cut off by "
-            "max_length, or very long prompts.",
-            int(steps[-1]),
-        )
+def _loss_by_epoch(run: RunView) -> Values | None:
+    """Median loss of each part of each whole epoch, float64 [epochs, parts]; None where the log has too little."""
+    steps, values = run["loss"]
+    epochs = run.epochs_at(steps)
+    if run.is_policy or epochs is None or len(run["epoch"].steps) < 2 or not len(values):
+        return None
+    whole = int(np.floor(epochs.max() + 1e-6))
+    bins = int(min(_BINS, len(values) / max(epochs.max(), 1e-9) // 2))
+    if whole < 2 or bins < 4:
+        return None
+    # A line is written at the end of the steps that it averages.
+    cell = np.clip(((epochs - 1e-9) * bins).astype(int), 0, None)
+    parts = [values[cell == k] for k in range(whole * bins)]
+    return np.array([np.median(part) for part in parts]).reshape(whole, bins) if all(map(len, parts)) else None
+
+
+def _against_the_trend(table: Values) -> Values:
+    """What goes against the loss's rise or fall, [epochs, parts]; what a trend in one direction explains is no profile.
+
+    Without the first epoch, which falls too steeply, where there are others.
+    """
+    flat = table.ravel()
+    left = [flat - np.asarray(optimize.isotonic_regression(flat, increasing=up).x) for up in (False, True)]
+    rest = min(left, key=lambda values: float((values**2).sum())).reshape(table.shape)
+    return rest[1:] if len(rest) > 2 else rest
+
+
+def nothing_trained(run: RunView) -> Iterator[Sign]:
+    """The loss is exactly 0 from the first step on."""
+    steps, values = run.curves.get("loss")
+    norms = run.curves.get("grad_norm").values
+    if run.zero_from == 0 and np.isfinite(norms).all():  # else it is a NaN that was filtered
+        evidence = f"the loss is exactly 0 at all of {len(values)} logged steps"
+        evidence += ", and so is the gradient norm" if len(norms) and not norms.any() else ""
+        yield Sign("error", int(steps[0]), int(steps[-1]), evidence)
+
+
+def few_trained(run: RunView) -> Iterator[Sign]:
+    """Less than 1 % of what the model reads is trained."""
+    steps, trained = run["num_supervised_tokens"]
+    seen = run["num_tokens_seen"].values
+    if len(trained) and len(seen) and seen[-1] > 0 and (share := trained[-1] / seen[-1]) < _FEW_TRAINED:
+        evidence = f"{trained[-1]:,.0f} of {seen[-1]:,.0f} tokens are trained ({share:.2%})"
+        yield Sign("warning", int(steps[0]), int(steps[-1]), evidence)
+
+
+def mixture_drift(run: RunView) -> Iterator[Sign]:
+    """The share of a source that was given is not what was asked for."""
+    for key in sorted(run.curves.series):
+        source = key.removeprefix("mixture/").removesuffix("/share")
+        if key != f"mixture/{source}/share":
+            continue
+        steps, shares = run[key]
+        asked = run[f"mixture/{source}/asked"]
+        if len(shares) < 4 or not len(asked.values):
+            continue
+        off = shares - np.interp(steps, *asked)
+        late = off[-max(2, len(off) // 4) :]
+        worst = float(np.median(late))
+        if abs(worst) > _OFF and np.all(np.sign(late) == np.sign(worst)):
+            evidence = f"source {source!r}: {shares[-1]:.1%} given, {asked.values[-1]:.1%} asked"
+            yield Sign("warning", int(steps[_departure(off)]), int(steps[-1]), evidence)
 
 
 def _departure(off: NDArray[np.float64]) -> int:
     """Index at which a curve leaves 0: the corner of the line from 0 that fits it best (least squares)."""
-    at = np.arange(len(off))
-    best, where = np.inf, 0
-    for corner in np.unique(np.linspace(0, len(off) - 2, _CORNERS).astype(int)):
-        risen = np.maximum(at - corner, 0)
+    index = np.arange(len(off))
+
+    def error(corner: int) -> float:
+        risen = np.maximum(index - corner, 0)
         slope = float(risen @ off) / float(risen @ risen)
-        error = float(((off - slope * risen) ** 2).sum())
-        if error < best:
-            best, where = error, int(corner)
-    return where
+        return float(((off - slope * risen) ** 2).sum())
 
-
-def mixture_drift(run: Curves) -> Iterator[Finding]:
-    """mixture_drift: a source's share of what was given is not what was asked for."""
-    for key in sorted(run.series):
-        if not (key.startswith("mixture/") and key.endswith("/share")):
-            continue
-        steps, shares = finite(run.get(key))
-        asked = finite(run.get(key.removesuffix("share") + "asked"))
-        if len(shares) < 4 or not len(asked.values):
-            continue
-        off = shares - np.interp(steps, asked.steps, asked.values)
-        late = off[-max(2, len(off) // 4) :]
-        worst = float(np.median(late))
-        if abs(worst) > _OFF and np.all(np.sign(late) == np.sign(worst)):
-            begin = _departure(off)
-            yield Finding(
-                "mixture_drift",
-                int(steps[begin]),
-                "warning",
-                f"source {key.split('/', 1)[1].removesuffix('/share')!r}: {shares[-1]:.1%} given, "
-                f"{asked.values[-1]:.1%} asked",
-                "A source that is exhausted (max_epochs), rows of another length than the weights assume (unit='tokens'), or "
-                "a resume that lost the mixture's state.",
-                int(steps[-1]),
-            )
+    return int(min(np.unique(np.linspace(0, len(off) - 2, _CORNERS).astype(int)), key=error))

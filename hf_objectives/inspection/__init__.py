@@ -1,34 +1,36 @@
-"""What is trained, seen before training."""
+"""Show what is trained, before anything is trained."""
 
 from __future__ import annotations
 
 from hf_objectives.inspection.findings import (
-    SEVERITIES,  # Severities from harmless to fatal
-    Finding,  # One thing that is noteworthy about a run
+    SEVERITIES,  # the severities, from harmless to fatal
+    Finding,  # one thing that is noteworthy about a run
+    Severity,  # "info", "warning" or "error"
 )
 from hf_objectives.inspection.label_preview import (
-    ENVIRONMENT,
-    LABELS,
-    save_environment,  # Write versions, device, number of processes and settings as JSON, without secrets
-    save_label_preview,  # Write a few encoded rows as text, trained and untrained pieces apart
+    ENVIRONMENT,  # file name of versions and settings in an output folder
+    LABELS,  # file name of the label preview in an output folder
+    save_environment,  # write versions, device, number of processes and settings, without secrets
+    save_label_preview,  # write a few encoded rows as text, trained and untrained pieces apart
 )
 from hf_objectives.inspection.page import (
-    write_page,  # Write the page
+    write_page,  # write an inspection as one HTML page
 )
 from hf_objectives.inspection.rows import (
-    QUANTILES,
-    Inspection,  # What a look at rows found
-    inspect_rows,  # Encode rows as `prepare_dataset` does and look at what comes of it
+    QUANTILES,  # shares at which the lengths of rows are reported
+    Inspection,  # what a look at rows found
+    inspect_rows,  # encode rows as `prepare_dataset` does, and look at the result
 )
-from hf_objectives.inspection.scripts import (
+from hf_objectives.inspection.safe_text import (
     script_hash,  # the hash by which a page allows one script
     script_json,  # JSON that may stand inside a script element
+    visible,  # text with its control characters shown as pictures
 )
 from hf_objectives.inspection.token_texts import (
-    MASKS,  # Columns that mark trained tokens where a row or a batch has no labels, in order of preference
-    marked_runs,  # Texts of the runs of trained and of untrained tokens, in order; they join to the decoded row
+    MASKS,  # columns that mark trained tokens where a row or a batch has no labels
+    marked_runs,  # texts of the runs of trained and of untrained tokens
+    trained_runs,  # ranges of the runs of trained tokens
 )
 from hf_objectives.inspection.types import (
-    InspectedRow,  # One row as it will be trained, or as it would have been
+    InspectedRow,  # one row as it will be trained, or a row that is left out
 )
-from hf_objectives.inspection.visible import visible  # characters that show nothing, made to be seen

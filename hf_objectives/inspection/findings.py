@@ -1,4 +1,4 @@
-"""What a look at a run finds: one finding, and how bad it is."""
+"""One finding about a run, and how bad it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Finding:
     """One thing that is noteworthy about a run.
 
     Attributes:
-        kind: its name, see `diagnostics.detect`.
+        kind: its name; `diagnostics/detect.py` lists the kinds.
         step: the first optimizer step that it concerns.
         severity: "info" (worth knowing), "warning" (look before you go on) or "error" (the run is wrong).
         evidence: what was measured, in figures.

@@ -1,4 +1,4 @@
-"""What a run keeps for its report: a few rows with their trained tokens marked, its versions and its settings."""
+"""Write what a run's report shows beside its log: a few rows with their trained tokens marked, versions and settings."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def save_label_preview(tokenizer: Any, rows: Iterable[Mapping[str, Any]], path: 
 
     Args:
         tokenizer: decodes them.
-        rows: with `input_ids` and `labels` (unshifted, [length]) or a mask of trained tokens, and `source` where known.
-        path: the file; `labels.json` in the output folder is where a report looks for it.
+        rows: with `input_ids` and `labels` ([length], unshifted) or a mask of trained tokens, and `source` where known.
+        path: the file. A report looks for `labels.json` in the output folder.
         most: how many rows are written.
 
     Raises:
@@ -57,31 +57,8 @@ def save_label_preview(tokenizer: Any, rows: Iterable[Mapping[str, Any]], path: 
     return _write(path, content)
 
 
-def save_environment(path: str | Path, args: Any = ()) -> Path:
-    """Write versions, device, number of processes and settings as JSON, without secrets.
-
-    Left out are settings whose name says so (`hub_token`, `wandb_key`, `Authorization`), tokens of the Hub, and the user
-    and password in addresses.
-
-    Args:
-        path: the file; `environment.json` in the output folder is where a report looks for it.
-        args: a dataclass of settings, or several.
-    """
-    several = args if isinstance(args, Sequence) else [args]
-    settings = {
-        field.name: _plain(getattr(one, field.name))
-        for one in several
-        for field in dataclasses.fields(one)
-        if not _is_secret(field.name)
-    }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    content = {"versions": versions, "device": device, "world_size": world_size(), "settings": settings}
-    return _write(path, content)
-
-
 def _labels(row: Mapping[str, Any]) -> list[int]:
-    """The labels of a row, or 1 where its mask trains a token."""
+    """The labels of a row; where it has a mask instead, 1 for a trained token."""
     if row.get("labels") is not None:
         return [int(label) for label in row["labels"]]
     for name in MASKS:
@@ -90,26 +67,46 @@ def _labels(row: Mapping[str, Any]) -> list[int]:
     raise DataError(f"a row has the columns {sorted(row)}; expected labels or one of {', '.join(MASKS)}")
 
 
-def _is_secret(name: str) -> bool:
-    return _SECRET.search(name) is not None and _VOCABULARY.search(name) is None
+def save_environment(path: str | Path, args: Any = ()) -> Path:
+    """Write versions, device, number of processes and settings as JSON, without secrets.
+
+    Settings whose name says that they are secret (`hub_token`, `wandb_key`, `Authorization`), tokens of the Hub, and user
+    and password in addresses are left out.
+
+    Args:
+        path: the file. A report looks for `environment.json` in the output folder.
+        args: a dataclass of settings, or several.
+    """
+    several = args if isinstance(args, Sequence) else [args]
+    settings: dict[str, Any] = {}
+    for config in several:
+        settings |= _plain(config)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    content = {"versions": versions, "device": device, "world_size": world_size(), "settings": settings}
+    return _write(path, content)
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it; what JSON does not have as text."""
+    """A setting as a JSON value without secrets; what JSON does not have becomes text."""
     if isinstance(value, enum.Enum):
         return _plain(value.value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items() if not _is_secret(str(key))}
+        return {str(key): _plain(inner) for key, inner in value.items() if not _is_secret(str(key))}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(one) for one in value]
+        return [_plain(inner) for inner in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
     text = str(value)
     for pattern, instead in _SECRET_TEXTS:
         text = pattern.sub(instead, text)
     return text
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(name) is not None and _VOCABULARY.search(name) is None
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs nothing else: no network, no library, text from data never read as markup."""
+"""Write an inspection as one HTML page. It needs no network and no library, and text from data is never read as markup."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ import jinja2
 from markupsafe import Markup
 
 from hf_objectives.inspection.rows import QUANTILES, Inspection
-from hf_objectives.inspection.scripts import script_hash, script_json
+from hf_objectives.inspection.safe_text import script_hash, script_json, visible
 from hf_objectives.inspection.token_texts import Token
-from hf_objectives.inspection.visible import visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) -> Path:
-    """Write the page.
+    """Write an inspection as one HTML page, and return its path.
 
     Args:
         inspection: what was found.
         path: the page, .html.
-        tokenizer: gives the names of tokens in its vocabulary; without it only their texts and ids are shown.
-
-    Returns:
-        The path.
+        tokenizer: gives the names of tokens in its vocabulary. Without it only their texts and ids are shown.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -53,12 +49,12 @@ def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) 
 
 
 def page_data(inspection: Inspection, tokenizer: Any = None) -> dict[str, Any]:
-    """What the page draws, as JSON values: each piece of text once, rows as numbers of pieces.
+    """What the page draws, as JSON values. Each piece of text stands there once; rows are numbers of pieces.
 
     Returns:
-        `pieces`: text, ids and names of each piece. `examples`: source, row, fate, kinds of warnings, `x` tokens that are
-        left out here, pieces `p` and `m`, the lengths of runs of pieces in turn untrained and trained. `packed`: rows,
-        each a list of such documents.
+        `pieces`: text, ids and names of each. `examples`: source `s`, row `r`, fate `f`, kinds of warnings `w`, number `x` of
+        tokens that are not on the page, pieces `p`, and `m`, the lengths of runs of pieces, in turn untrained and trained.
+        `packed`: rows, each a list of such documents.
     """
     numbers: dict[tuple[str, tuple[int, ...]], int] = {}
     pieces: list[list[Any]] = []
@@ -82,14 +78,14 @@ def page_data(inspection: Inspection, tokenizer: Any = None) -> dict[str, Any]:
         for row in inspection.examples
     ]
     packed = [
-        [{"s": visible(source), "r": number, **encoded(tokens)} for source, number, tokens in row.documents]
+        [{"s": visible(source), "r": number, **encoded(tokens)} for source, number, tokens in row]
         for row in inspection.packed
     ]
     return {"pieces": pieces, "examples": examples, "packed": packed}
 
 
 def _names(tokenizer: Any, token: Token) -> str:
-    """Names of a piece's tokens in the vocabulary, and of what in its text cannot be seen."""
+    """Names of a piece's tokens in the vocabulary, and of characters in its text that cannot be seen."""
     names: Sequence[str | None] = tokenizer.convert_ids_to_tokens(list(token.ids)) if tokenizer is not None else []
     unseen = [c for c in dict.fromkeys(token.text) if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t"]
     told = [f"U+{ord(c):04X} {unicodedata.name(c, 'control character')}" for c in unseen]

@@ -1,11 +1,11 @@
-"""What a chat template does beside printing a conversation: text of its own, the date, tools that it leaves out."""
+"""Find what a chat template does beside printing a conversation: text of its own, the date, tools that it leaves out."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -25,9 +25,9 @@ from hf_objectives.labels import (
     template_of,
 )
 
-_BLANK = "\U0010abcd"  # a private code point that stands for what a message says
-_ADDED_CHARACTERS = 12  # shorter text that a template adds is a role's name or a label
-_ADDED_SHARE = 0.1  # of the rows that it could be in; rarer text comes of something in a message
+_BLANK = "\U0010abcd"  # a private code point in place of what a message says
+_ADDED_CHARACTERS = 12  # shorter text of a template is a role's name or a label
+_ADDED_SHARE = 0.1  # of the rows that it could be in; rarer text comes from something in a message
 _SHOWN = 160  # characters of a template's text
 _SYSTEM = ("system", "developer")
 _DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 20, 17, 18, 19)  # no field of the one is the other's
@@ -77,14 +77,14 @@ def template_warnings(rows: Sequence[WholeRow], tokenizer: Any, settings: Encodi
 def _look(
     row: WholeRow, found: _Found, tokenizer: Any, template: str, settings: EncodingConfig, markers: re.Pattern[str]
 ) -> None:
-    example = row.example
-    found.rows.append(row)
-    if not any(message.get("role") in _SYSTEM for message in example.messages):
-        found.bare.add(row.position)
-    tools = read_tools(example.tools)
+    """Render a row's conversation with its texts blanked, and book what is left of the render."""
+    example, tools = row.example, read_tools(row.example.tools)
     kwargs = {**settings.template_kwargs, **example.template_kwargs}
-    plain = Renderer(tokenizer, template, None, kwargs)
-    pieces = _pieces(_render(plain, example), markers)
+    system = [message for message in example.messages if message.get("role") in _SYSTEM]
+    found.rows.append(row)
+    if not system:
+        found.bare.add(row.position)
+    pieces = _pieces(_render(Renderer(tokenizer, template, None, kwargs), example), markers)
     for piece in pieces:
         found.added[piece].append(row)
     if tools:
@@ -96,56 +96,68 @@ def _look(
                 piece = piece.replace(known, "").strip()
             if len(piece) >= _ADDED_CHARACTERS:
                 found.of_tools[piece].append(row)
-        said = "\n".join(
-            t for m in example.messages if m.get("role") in _SYSTEM for t in content_texts(m.get("content"))
-        )
-        if text is not None and not all(_stands_in(name, text + said) for name in names):
+        told = "\n".join(part for message in system for part in content_texts(message.get("content")))
+        if text is not None and not all(_stands_in(name, text + told) for name in names):
             found.hidden.append(row)
     if "strftime_now" in template:
-        days = [
+        first, second = (
             _render(Renderer(tokenizer, template, tools, {"strftime_now": day.strftime, **kwargs}), example)
             for day in _DAYS
-        ]
-        if days[0] != days[1]:
+        )
+        if first != second:
             found.dated.append(row)
 
 
+def _common(
+    rows_of: Mapping[str, list[WholeRow]], possible: Callable[[list[WholeRow]], int]
+) -> dict[str, list[WholeRow]]:
+    """The pieces of text that enough of the rows have that could have them."""
+    return {
+        piece: rows
+        for piece, rows in rows_of.items()
+        if len(rows) >= max(min(2, n := possible(rows)), _ADDED_SHARE * n)
+    }
+
+
+def _by_position(rows_of: Mapping[str, list[WholeRow]]) -> list[WholeRow]:
+    """The rows of several pieces, each once, in order."""
+    rows = {row.position: row for rows in rows_of.values() for row in rows}
+    return [rows[position] for position in sorted(rows)]
+
+
 def _added_text(found: _Found) -> Iterator[LabelWarning]:
-    """Text that no message says, where enough of the rows have it that could have it."""
-    telling = {}
-    for piece, rows in found.added.items():
-        # A system prompt of the template's own goes into rows without one: of these it is to be a share.
-        of = len(found.bare) if all(row.position in found.bare for row in rows) else len(found.rows)
-        if len(rows) >= max(min(2, of), _ADDED_SHARE * of):
-            telling[piece] = rows
-    if not telling:
+    """Text that no message says."""
+
+    def possible(rows: list[WholeRow]) -> int:
+        # A system prompt of the template's own goes only into rows without one.
+        return len(found.bare) if all(row.position in found.bare for row in rows) else len(found.rows)
+
+    if not (added := _common(found.added, possible)):
         return
-    ordered = sorted(telling.items(), key=lambda one: -len(one[1]))
-    said = ", ".join(f"{_short(piece)!r} into {len(rows):,}" for piece, rows in ordered)
-    concerned = {row.position: row for rows in telling.values() for row in rows}
+    ordered = sorted(added.items(), key=lambda item: -len(item[1]))
+    words = ", ".join(f"{_short(piece)!r} into {len(rows):,}" for piece, rows in ordered)
     yield warn(
         "template_adds_text",
         "warning",
-        f"the chat template writes {said} of {len(found.rows):,} conversations; no message says so",
-        "The model is trained to expect it. Give the conversations a system message of their own, or change the "
-        "template, unless it is used in the same way at inference.",
-        [concerned[i] for i in sorted(concerned)],
+        f"the chat template writes {words} of {len(found.rows):,} conversations; no message says so",
+        "The model learns to expect it. Give the conversations a system message of their own, or change the template, "
+        "unless it is used in the same way at inference.",
+        _by_position(added),
     )
 
 
 def _tools(found: _Found) -> Iterator[LabelWarning]:
     """What a template writes about tools, and tools that it does not write."""
     count = len(found.with_tools)
-    common = [piece for piece, rows in found.of_tools.items() if len(rows) >= max(min(2, count), _ADDED_SHARE * count)]
-    if common:
-        concerned = {row.position: row for piece in common for row in found.of_tools[piece]}
+    if common := _common(found.of_tools, lambda rows: count):
+        concerned = _by_position(common)
         yield warn(
             "template_explains_tools",
             "info",
             f"beside the tools, the chat template writes {_short(' ... '.join(common))!r} into {len(concerned):,} of "
             f"{count:,} conversations with tools",
-            "This is how most templates tell of tools. Use the same template and tools at inference.",
-            [concerned[i] for i in sorted(concerned)],
+            "Most templates explain tools in this way. Use the same template and tools at inference.",
+            concerned,
         )
     if found.hidden:
         yield warn(
@@ -153,8 +165,8 @@ def _tools(found: _Found) -> Iterator[LabelWarning]:
             "warning",
             f"{len(found.hidden):,} of {count:,} conversations with tools are rendered without them: the chat template "
             "does not print tools",
-            "The model is trained to call what it is not told of. Use a chat template that takes tools, or describe them "
-            "in the system message.",
+            "The model learns to call what it was not shown. Use a chat template that takes tools, or describe them in "
+            "the system message.",
             found.hidden,
         )
 
@@ -186,7 +198,7 @@ def _blanked(message: Mapping[str, Any]) -> dict[str, Any]:
 def _names(render: Renderer) -> set[str]:
     """Names of a renderer's tools."""
     schemas = [tool.get("function", tool) for tool in render.tools or () if isinstance(tool, Mapping)]
-    return {str(one["name"]) for one in schemas if isinstance(one, Mapping) and one.get("name")}
+    return {str(schema["name"]) for schema in schemas if isinstance(schema, Mapping) and schema.get("name")}
 
 
 def _pieces(text: str | None, markers: re.Pattern[str], names: set[str] | frozenset[str] = frozenset()) -> list[str]:

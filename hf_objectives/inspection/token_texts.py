@@ -1,10 +1,13 @@
-"""Texts of tokens in their context, and runs of trained tokens as text."""
+"""Show tokens as text: each token in its context, and runs of trained tokens."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from hf_objectives.types import IGNORE_INDEX
 
@@ -22,7 +25,9 @@ class Token(NamedTuple):
 
 
 class TokenTexts:
-    """Texts of tokens in their context: what each adds to the decoded text, tokens that share a character together.
+    """Decodes tokens in their context: the text of a token is what it adds to the text before it.
+
+    Tokens that share a character have one text together.
 
     Args:
         tokenizer: a transformers tokenizer, or anything with its `decode`.
@@ -34,7 +39,7 @@ class TokenTexts:
         self._added: dict[tuple[tuple[int, ...], tuple[int, ...]], str | None] = {}
 
     def tokens(self, ids: Iterable[int], labels: Iterable[int]) -> list[Token]:
-        """Ids and labels (unshifted, -100 where not trained) as tokens whose texts join to the decoded row."""
+        """Tokens whose texts join to the decoded row; `labels` are unshifted, -100 where a token is not trained."""
         listed, trained = [int(i) for i in ids], [int(label) != IGNORE_INDEX for label in labels]
         tokens: list[Token] = []
         before: tuple[int, ...] = ()
@@ -64,8 +69,8 @@ class TokenTexts:
         return self._added[key]
 
     def _kept(self, before: tuple[int, ...], group: tuple[int, ...]) -> str:
-        """What all but the last of `group` adds, if the last changes nothing of it: then it was no part of a character,
-        but a replacement character that the text has, or bytes that are none."""
+        """What all but the last of `group` adds, if the last does not change it: then these tokens are no part of a
+        character, but a replacement character in the text, or invalid bytes."""
         alone, head, both = (self._decode(before + part) for part in ((), group[:-1], group))
         return head[len(alone) :] if both.startswith(head) and len(both) > len(head) else ""
 
@@ -77,15 +82,22 @@ class TokenTexts:
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
 
-def marked_runs(tokenizer: Any, ids: Iterable[int], labels: Iterable[int]) -> list[tuple[str, bool]]:
-    """Texts of the runs of trained and of untrained tokens, in order; they join to the decoded row.
+def trained_runs(labels: ArrayLike) -> list[tuple[int, int]]:
+    """Half-open ranges of the runs of trained tokens; `labels` [tokens] has -100 where a token is not trained."""
+    trained = np.asarray(labels) != IGNORE_INDEX
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], trained, [False])).astype(np.int8)))
+    return [(start, end) for start, end in edges.reshape(-1, 2).tolist()]
 
-    A run that is decoded alone loses the space before it with some tokenizers, and a character whose tokens two runs
-    share; here such a character is in one run, trained where any of its tokens is.
+
+def marked_runs(tokenizer: Any, ids: Iterable[int], labels: Iterable[int]) -> list[tuple[str, bool]]:
+    """Texts of the runs of trained and of untrained tokens, each with whether it is trained; they join to the decoded row.
+
+    Decoded alone, a run may lose the space before it, and a character whose tokens two runs share. Here such a character
+    is in one run, which is trained where any of its tokens is.
 
     Args:
-        tokenizer: as of `TokenTexts`.
-        ids, labels: of one row; labels unshifted, -100 where a token is not trained.
+        tokenizer: as for `TokenTexts`.
+        ids, labels: [tokens] of one row; labels are unshifted, -100 where a token is not trained.
     """
     runs = itertools.groupby(TokenTexts(tokenizer).tokens(ids, labels), key=lambda token: token.trained)
     return [("".join(token.text for token in run), trained) for trained, run in runs]

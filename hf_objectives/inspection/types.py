@@ -1,11 +1,10 @@
-"""What an inspection is made of: rows as they are and as they will be trained, what is wrong with them, figures."""
+"""What an inspection consists of: rows before and after the policies, warnings, figures."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +14,20 @@ from hf_objectives.inspection.token_texts import Token
 from hf_objectives.labels import Example
 from hf_objectives.types import IGNORE_INDEX
 
-Place = tuple[str, int]
+Place = tuple[str, int]  #: source and number of a row, for messages
+PackedRow = list[tuple[str, int, list[Token]]]  #: source, number and tokens of each document of a packed row
 _PLACES_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class WholeRow:
-    """One row before any policy on its length.
+    """One row before any limit on its length.
 
     Attributes:
-        position: its place among all rows looked at, which alone tells it from the others.
-        source, number: where it is from, in words; data may give two rows the same.
-        example: what it says.
-        ids, labels: int32 [tokens]; several pieces of one row (`expand_turns`) end to end.
+        position: index among all rows looked at. Source and number may be those of several rows, this is not.
+        source, number: where the row is from, for messages.
+        example: the row in one form.
+        ids, labels: int32 [tokens]; the pieces of one row (`expand_turns`) stand end to end.
         sizes: tokens of each piece.
     """
 
@@ -40,9 +40,9 @@ class WholeRow:
     sizes: tuple[int, ...]
 
     @property
-    def place(self) -> Place:
-        """Source and number."""
-        return self.source, self.number
+    def trains_nothing(self) -> bool:
+        """Whether no token of the row is trained."""
+        return not (self.labels != IGNORE_INDEX).any()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class LabelWarning:
 
     Attributes:
         kind: its name.
-        severity: "info", "warning" or "error", as of a finding.
+        severity: "info", "warning" or "error", as of a `Finding`.
         evidence: what was found, in figures.
         advice: what to do.
         rows: source and number of every row that it concerns.
-        positions: of the rows that show it, among all rows looked at; of repeats, the rows that they repeat as well.
+        positions: indices of the rows that show it; of duplicates also those of the rows that they repeat.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class LabelWarning:
 
     @property
     def places(self) -> str:
-        """The first rows in words: "alpaca 3, 17, 20, dolly 4 and 12 more"."""
+        """The first rows in words: "alpaca 3, 17, 20; dolly 4 and 12 more"."""
         named: defaultdict[str, list[str]] = defaultdict(list)
         for source, row in self.rows[:_PLACES_NAMED]:
             named[source].append(str(row))
@@ -76,16 +76,23 @@ class LabelWarning:
         return f"{words} and {more:,} more" if more > 0 else words
 
 
+def warn(kind: str, severity: Severity, evidence: str, advice: str, rows: Iterable[WholeRow]) -> LabelWarning:
+    """Make a warning about rows."""
+    rows = tuple(rows)
+    places, positions = tuple((row.source, row.number) for row in rows), tuple(row.position for row in rows)
+    return LabelWarning(kind, severity, evidence, advice, places, positions)
+
+
 @dataclass(frozen=True, slots=True)
 class InspectedRow:
-    """One row as it will be trained, or as it would have been.
+    """One row as it will be trained, or a row that is left out.
 
     Attributes:
         source, row: where it is from.
-        fate: "" where the row is trained whole, else what becomes of it: "left out: ...", "cut ...", "part 1 of 3".
+        fate: "" where the row is trained whole; else "left out: ...", "cut ..." or "part 1 of 3".
         input_ids, labels: int32 [tokens].
-        tokens: the same with texts, in order; of a very long row the first ones.
-        more: tokens that these leave out.
+        tokens: the tokens with their texts; of a very long row the first ones.
+        more: how many tokens `tokens` leaves out.
         warnings: kinds of the warnings about it.
     """
 
@@ -100,30 +107,18 @@ class InspectedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRow:
-    """One packed row: source, number and tokens of each of its documents, in order."""
-
-    documents: list[tuple[str, int, list[Token]]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the row."""
-        return sum(len(token.ids) for _, _, tokens in self.documents for token in tokens)
-
-
-@dataclass(frozen=True, slots=True)
 class Statistics:
-    """The rows in figures.
+    """Figures over all rows.
 
     Attributes:
-        rows: rows looked at, those that cannot be used among them.
+        rows: rows looked at, including rows that cannot be used.
         kept_rows: rows that are trained, before packing.
-        tokens: tokens of the rows as they are; with `expand_turns` of the rows that are made of them, as below.
-        kept_tokens, trained_tokens: tokens that are left under the policies, and those of them that are trained.
-        shortest, mean, longest: tokens of a row as it is.
-        quantiles: tokens of a row at the shares of `QUANTILES`.
+        tokens: tokens of the whole rows; with `expand_turns` of the rows made of them, and so below.
+        kept_tokens, trained_tokens: tokens that the policies keep, and how many of them are trained.
+        shortest, mean, longest: tokens of a whole row.
+        quantiles: tokens of a whole row at the shares of `QUANTILES`.
         too_long: rows longer than max_length.
-        packed_rows, fill: rows after packing and the share of their room that is used; None without packing.
+        packed_rows, fill: rows after packing, and the share of their room that is used; None without packing.
     """
 
     rows: int
@@ -143,20 +138,3 @@ class Statistics:
     def trained_share(self) -> float:
         """Share of the kept tokens that is trained."""
         return self.trained_tokens / max(1, self.kept_tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name, for JSON."""
-        return {**asdict(self), "trained_share": self.trained_share}
-
-
-def warn(kind: str, severity: Severity, evidence: str, advice: str, rows: Iterable[WholeRow]) -> LabelWarning:
-    """A warning about rows."""
-    rows = tuple(rows)
-    places, positions = tuple(row.place for row in rows), tuple(row.position for row in rows)
-    return LabelWarning(kind, severity, evidence, advice, places, positions)
-
-
-def trained_runs(labels: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Half-open ranges of the runs of trained tokens in int32 [tokens] labels."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], labels != IGNORE_INDEX, [False])).astype(np.int8)))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

@@ -1,4 +1,4 @@
-"""What is wrong with rows before anything is trained on them: each warning with its rows and what to do."""
+"""Find what is wrong with rows before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from hf_objectives.inspection.findings import SEVERITIES
 from hf_objectives.inspection.template_warnings import template_warnings
-from hf_objectives.inspection.types import LabelWarning, WholeRow, trained_runs, warn
+from hf_objectives.inspection.token_texts import trained_runs
+from hf_objectives.inspection.types import LabelWarning, WholeRow, warn
 from hf_objectives.labels import (
     ControlTokens,
     EncodingConfig,
@@ -18,12 +19,11 @@ from hf_objectives.labels import (
     read_tools,
     template_of,
 )
-from hf_objectives.types import IGNORE_INDEX
 
 _FEW_TRAINED = 0.01
 _OVERLENGTH = {
     "drop": "They are left out. Raise max_length, or keep a part of each with overlength split_turns or cut.",
-    "split_turns": "They become rows of whole user turns; a single turn that is too long is left out.",
+    "split_turns": "They become rows of whole user turns. A single turn that is too long is left out.",
     "cut": "They are cut, and a turn that the cut goes through is not trained. Raise max_length where that is too much.",
 }
 
@@ -35,7 +35,7 @@ def find_warnings(
     trained_share: float,
     stops: Collection[int] = (),
 ) -> list[LabelWarning]:
-    """All warnings about rows, the worst first.
+    """Find everything that is wrong with rows; the worst comes first.
 
     Args:
         rows: the rows, encoded whole.
@@ -46,101 +46,89 @@ def find_warnings(
     """
     found = [
         *_stops(rows, tokenizer, stops),
-        *_untrained(rows),
+        *_nothing_trained(rows),
         *_doubled_bos(rows, tokenizer),
-        *_control_in_text(rows, tokenizer, settings),
+        *_control_tokens_in_text(rows, tokenizer, settings),
         *_duplicates(rows),
         *template_warnings(rows, tokenizer, settings),
         *_too_long(rows, settings),
     ]
     if 0 < trained_share < _FEW_TRAINED:
-        found.append(
-            LabelWarning(
-                "few_trained_tokens",
-                "warning",
-                f"{trained_share:.2%} of the tokens are trained",
-                "Nearly all compute goes into context. Check train_on, and whether long prompts can be shortened.",
-            )
-        )
-    return sorted(found, key=lambda one: -SEVERITIES.index(one.severity))
+        evidence = f"{trained_share:.2%} of the tokens are trained"
+        advice = "Nearly all compute goes into context. Check train_on, and whether long prompts can be shortened."
+        found.append(LabelWarning("few_trained_tokens", "warning", evidence, advice))
+    return sorted(found, key=lambda warning: -SEVERITIES.index(warning.severity))
 
 
 def _stops(rows: Sequence[WholeRow], tokenizer: Any, known: Collection[int]) -> Iterator[LabelWarning]:
-    """Turns whose last trained token, white space aside, is no control token, or one at which nothing stops."""
-    eos = tokenizer.eos_token_id
-    stopping = {*known} if eos is None else {eos, *known}
+    """Trained turns whose last token, white space aside, is no control token, or one at which nothing stops."""
+    stopping = {*known} | ({tokenizer.eos_token_id} - {None})
     control = set(tokenizer.added_tokens_decoder) | stopping
     blank: dict[int, bool] = {}
-    turns, stops, others = 0, Counter[int](), Counter[int]()
+    stops = Counter[int]()
+    turns = 0
     without: dict[int, tuple[WholeRow, int]] = {}
     beside: dict[int, WholeRow] = {}
     for row in rows:
-        for k, (start, end) in enumerate(trained_runs(row.labels)):
+        for turn, (start, end) in enumerate(trained_runs(row.labels)):
             turns += 1
-            last = end - 1
-            while last > start and blank.setdefault(int(row.ids[last]), _is_blank(tokenizer, int(row.ids[last]))):
-                last -= 1
-            token = int(row.ids[last])
-            if token not in control:
-                without.setdefault(row.position, (row, k))
+            ids = row.ids[start:end].tolist()
+            while len(ids) > 1 and blank.setdefault(ids[-1], _is_blank(tokenizer, ids[-1])):
+                ids.pop()
+            if ids[-1] not in control:
+                without.setdefault(row.position, (row, turn))
                 continue
-            stops[token] += 1
-            if token not in stopping:
-                others[token] += 1
+            stops[ids[-1]] += 1
+            if ids[-1] not in stopping:
                 beside[row.position] = row
+
+    def names(ids: Collection[int]) -> str:
+        return ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(ids))))
+
     if missing := turns - stops.total():
-        names = _names(tokenizer, stops)
-        row, k = next(iter(without.values()))
+        row, turn = next(iter(without.values()))
+        others = f" (the others with {names([token for token, _ in stops.most_common()])})" if stops else ""
         yield warn(
             "no_stop_token",
             "error" if 2 * missing > turns else "warning",
-            f"{missing:,} of {turns:,} trained turns end without a control token"
-            + (f" (the others with {names})" if names else "")
-            + f"; the first is trained turn {k} of {row.source} {row.number}",
-            "The model is not taught to stop there. Use a chat template that prints the end of a turn after the "
+            f"{missing:,} of {turns:,} trained turns end without a control token{others}; the first is trained turn {turn} "
+            f"of {row.source} {row.number}",
+            "The model does not learn to stop there. Use a chat template that prints the end of a turn after the "
             "assistant's text, and end documents with the EOS token.",
             [row for row, _ in without.values()],
         )
-    if others:
+    if beside:
+        unknown = [token for token, _ in stops.most_common() if token not in stopping]
         yield warn(
             "stop_is_not_eos",
             "warning",
-            f"{others.total():,} of {turns:,} trained turns end with {_names(tokenizer, others)}, at which generation does "
-            f"not stop: it stops at {_names(tokenizer, dict.fromkeys(sorted(stopping))) or 'no token'}",
+            f"{sum(stops[token] for token in unknown):,} of {turns:,} trained turns end with {names(unknown)}, at which "
+            f"generation does not stop: it stops at {names(sorted(stopping)) or 'no token'}",
             "If this is the end of a turn, make it the EOS token or put it into eos_token_id of the generation config (the "
-            "trainers of hf_objectives do that when they save); if not, let the template print the end of a turn behind it.",
+            "trainers of hf_objectives do that when they save). If not, let the template print the end of a turn after it.",
             beside.values(),
         )
-
-
-def _names(tokenizer: Any, tokens: Collection[int]) -> str:
-    """Tokens by name, the most frequent first where they are counted."""
-    ordered = [token for token, _ in tokens.most_common()] if isinstance(tokens, Counter) else list(tokens)
-    return ", ".join(map(str, tokenizer.convert_ids_to_tokens(ordered)))
 
 
 def _is_blank(tokenizer: Any, token: int) -> bool:
     return token not in tokenizer.added_tokens_decoder and not tokenizer.decode([token]).strip()
 
 
-def _untrained(rows: Sequence[WholeRow]) -> Iterator[LabelWarning]:
-    none = [row for row in rows if not (row.labels != IGNORE_INDEX).any()]
+def _nothing_trained(rows: Sequence[WholeRow]) -> Iterator[LabelWarning]:
+    none = [row for row in rows if row.trains_nothing]
     if none:
         yield warn(
             "nothing_trained",
             "error" if len(none) == len(rows) else "warning",
             f"{len(none):,} of {len(rows):,} rows have no trained token",
-            "They are left out. Check that each has an assistant message that is to be trained (train, weight), and "
-            "train_on.",
+            "They are left out. Check train_on, and that each has an assistant message to train on (train, weight).",
             none,
         )
 
 
 def _doubled_bos(rows: Sequence[WholeRow], tokenizer: Any) -> Iterator[LabelWarning]:
     bos = tokenizer.bos_token_id
-    if bos is None:
-        return
-    doubled = [row for row in rows if ((row.ids[1:] == bos) & (row.ids[:-1] == bos)).any()]
+    doubled = [row for row in rows if bos is not None and ((row.ids[1:] == bos) & (row.ids[:-1] == bos)).any()]
     if doubled:
         yield warn(
             "doubled_bos",
@@ -152,53 +140,53 @@ def _doubled_bos(rows: Sequence[WholeRow], tokenizer: Any) -> Iterator[LabelWarn
         )
 
 
-def _control_in_text(rows: Sequence[WholeRow], tokenizer: Any, settings: EncodingConfig) -> Iterator[LabelWarning]:
-    """Control tokens that a document or somebody in a conversation wrote; the assistant may write its own markup."""
-    finders: dict[str | None, ControlTokens] = {}
+def _control_tokens_in_text(
+    rows: Sequence[WholeRow], tokenizer: Any, settings: EncodingConfig
+) -> Iterator[LabelWarning]:
+    """Control tokens in a document or a message. The assistant may write its own markup, but no BOS or EOS."""
+    finders: dict[str, ControlTokens] = {}
     own = ControlTokens(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
     hits: dict[int, tuple[WholeRow, str]] = {}
     tokens: Counter[str] = Counter()
     for row in rows:
-        template = None if row.example.kind == "tokens" or row.example.is_plain else _template(row, tokenizer, settings)
+        plain_text = row.example.kind == "tokens" or row.example.is_plain
+        template = "" if plain_text else template_of(tokenizer, settings.chat_template, read_tools(row.example.tools))
         if template not in finders:
-            finders[template] = ControlTokens(control_tokens(tokenizer, template or ""))
-        for role, who, text in _said(row.example, tokenizer.eos_token):
+            finders[template] = ControlTokens(control_tokens(tokenizer, template))
+        for role, writer, text in _written(row.example, tokenizer.eos_token):
             finder = own if role == "assistant" else finders[template]
             for token in set(finder.pattern.findall(text)):
                 tokens[token] += 1
-                hits.setdefault(row.position, (row, who))
+                hits.setdefault(row.position, (row, writer))
     if not hits:
         return
-    first, who = next(iter(hits.values()))
+    first, writer = next(iter(hits.values()))
     names = ", ".join(token for token, _ in tokens.most_common(4))
     plain = settings.control_tokens == "plain"
     yield warn(
         "control_tokens_in_text",
         "warning" if plain else "error",
-        f"{len(hits):,} rows hold control tokens in their own text ({names}), the first {first.source} {first.number}, "
-        f"by {who}",
-        "They are encoded as plain text, so no turn can be forged. If the data was rendered by a template before, take "
-        "that out."
+        f"{len(hits):,} rows hold control tokens in their own text ({names}), the first {first.source} {first.number}, by "
+        f"{writer}",
+        "They are encoded as plain text, so no turn can be forged. If the data was rendered by a template before, take that "
+        "out."
         if plain
         else "With control_tokens allow they act as if the template had printed them. Set control_tokens to plain.",
         [row for row, _ in hits.values()],
     )
 
 
-def _said(example: Example, eos: str | None) -> Iterator[tuple[str, str, str]]:
-    """Role, place in words and text of everything written by hand."""
+def _written(example: Example, eos: str | None) -> Iterator[tuple[str, str, str]]:
+    """Role, writer in words and text of everything that a row says."""
     if example.is_plain:
-        for who, text in (("the text", example.text), ("the rejected text", example.rejected_text)):
-            # The EOS that ends an answer of a pair is read as its end, not as text.
-            yield "", who, (text or "").removesuffix(eos or "" if example.kind == "preference" else "")
+        # The EOS that ends an answer of a pair is read as its end, not as text.
+        end = eos or "" if example.kind == "preference" else ""
+        yield "", "the text", (example.text or "").removesuffix(end)
+        yield "", "the rejected text", (example.rejected_text or "").removesuffix(end)
     for side, messages in (("", example.messages), (" of the rejected answer", example.rejected)):
         for turn, message in enumerate(messages):
             role = str(message.get("role"))
             yield role, f"the {role} of turn {turn}{side}", "\n".join(content_texts(message.get("content")))
-
-
-def _template(row: WholeRow, tokenizer: Any, settings: EncodingConfig) -> str:
-    return template_of(tokenizer, settings.chat_template, read_tools(row.example.tools))
 
 
 def _duplicates(rows: Sequence[WholeRow]) -> Iterator[LabelWarning]:
@@ -214,26 +202,23 @@ def _duplicates(rows: Sequence[WholeRow]) -> Iterator[LabelWarning]:
             "warning",
             f"{len(again):,} of {len(rows):,} rows repeat an earlier one token for token, one of them {largest:,} times in "
             f"all; the first is {first.source} {first.number}, again as {second.source} {second.number}",
-            "Take them out, or they weigh more than you mean and leak from training into evaluation.",
-            tuple(row.place for row in again),
+            "Take them out. Otherwise they weigh more than you mean, and leak from training into evaluation.",
+            tuple((row.source, row.number) for row in again),
             tuple(row.position for same in repeated for row in same),
         )
 
 
 def _too_long(rows: Sequence[WholeRow], settings: EncodingConfig) -> Iterator[LabelWarning]:
     limit = settings.max_length
-    if limit is None:
-        return
-    longer = [row for row in rows if max(row.sizes) > limit]
+    longer = [row for row in rows if limit is not None and max(row.sizes) > limit]
     if not longer:
         return
     texts = settings.splits_documents and all(row.example.kind == "text" for row in longer)
-    longest = max(max(row.sizes) for row in longer)
     yield warn(
         "longer_than_max_length",
         "info" if texts or settings.overlength == "split_turns" else "warning",
         f"{len(longer):,} of {len(rows):,} rows {'have parts that ' if settings.expand_turns else ''}are longer than "
-        f"max_length {limit:,}, the longest {longest:,} tokens",
+        f"max_length {limit:,}, the longest {max(max(row.sizes) for row in longer):,} tokens",
         "Packing cuts the texts and goes on in the next row; no token is lost."
         if texts
         else _OVERLENGTH[settings.overlength],

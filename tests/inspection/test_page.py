@@ -128,9 +128,7 @@ def test_a_search_shows_what_is_far_behind_and_goes_on(long_page, browser_page):
     assert page.inner_text("#head").startswith("2 of 2: data 1") and seen(page, "#tokens .here")
     page.press("#search", "Shift+Enter")
     assert page.inner_text("#head").startswith("1 of 2: data 0") and "place 2 of 2" in page.inner_text("#head")
-    drawn = page.locator("#tokens span").count()
-    page.locator("#tokens button").first.click()  # tokens before
-    assert page.locator("#tokens span").count() > drawn and browser_page.errors == []
+    assert browser_page.errors == []
 
 
 @pytest.mark.parametrize("width", [1200, 390])

@@ -111,8 +111,3 @@ def test_a_doubled_bos():
     found = warnings(sound(2), twice)["doubled_bos"]
     assert found.severity == "error" and len(found.rows) == 2
     assert "doubled_bos" not in warnings(sound(2), "{{ bos_token }}" + corpus.CHATML)
-
-
-def test_places_in_words():
-    found = warnings([chat("same", "same")] * 9)["duplicates"]
-    assert found.places == "data 1, 2, 3, 4, 5 and 3 more"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_objectives.inspection.visible import visible
+from hf_objectives.inspection.safe_text import visible
 
 
 def test_control_characters_are_shown():

@@ -1,0 +1,22 @@
+"""What kind of a run a log is of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.support.curves_by_hand import N, kinds, log
+
+
+def test_kto_is_no_policy_run():
+    """It logs a kl beside the rewards of its pairs, and a loss that means something."""
+    loss = np.full(N, 0.5) + 0.01 * np.random.default_rng(1).standard_normal(N)
+    loss[150:] = 50
+    curves = {"kl": np.full(N, 0.1), "rewards__chosen": np.linspace(0, 1, N), "rewards__margins": np.linspace(0, 1, N)}
+    assert "spike_sustained" in kinds(log(loss, **curves))
+
+
+def test_classifiers_and_evaluated_preferences_are_not_too_good():
+    for key in ("eval_accuracy", "eval_f1", "eval_rewards/margins"):
+        history = log(eval_loss=[0.5, 0.2, 0.05])
+        history.append({"step": 300, key: 0.97})
+        assert not kinds(history)
