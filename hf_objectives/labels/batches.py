@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError, FormatError, nearest
+from hf_objectives.labels.config import ON_ERROR
 from hf_objectives.labels.framing import make_room
 from hf_objectives.labels.ledger import Ledger
 from hf_objectives.labels.rows import UNSUPERVISED, EncodingConfig, RowEncoder
@@ -18,7 +19,6 @@ from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder
 from hf_objectives.types import Row
 
-ON_ERROR = ("raise", "skip")
 _TEXT = operator.itemgetter("text")
 # Columns that make a row something other than a plain text, when `text` is there too.
 _FORMAT_COLUMNS = frozenset(
