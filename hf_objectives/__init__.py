@@ -5,49 +5,14 @@ Public names are imported when they are first used, so that `import hf_objective
 
 from __future__ import annotations
 
+import ast
+import sys
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-#: The room of each public name.
-_HOMES = {
-    "encode_chat": "labels",
-    "encode_chats": "labels",
-    "encode_row": "labels",
-    "DataCollatorForAssistantOnlyLM": "collators",
-    "DataCollatorWithEosPacking": "collators",
-    "DataCollatorForPreferencePairs": "collators",
-    "pack_lengths": "packing",
-    "pack_dataset": "packing",
-    "prepare_dataset": "preparation",
-    "CorpusConfig": "preparation",
-    "CorpusSettings": "preparation",
-    "prepare_corpus": "preparation",
-    "load_prepared": "preparation",
-    "mixture_schedule": "mixture",
-    "build_mixture": "mixture",
-    "MixtureConfig": "mixture",
-    "SourceConfig": "mixture",
-    "StageConfig": "mixture",
-    "DatasetMixture": "mixture",
-    "compute_perplexity": "evaluation",
-    "probe_isolation": "trainers",
-    "OrderedStreamCallback": "trainers",
-    "PPOConfig": "trainers",
-    "PPOTrainer": "trainers",
-    "RewardModelTrainer": "trainers",
-    "RewardModelConfig": "trainers",
-    "PerplexityDPOConfig": "trainers",
-    "PerplexityDPOTrainer": "trainers",
-    "PerplexityTrainer": "trainers",
-    "PerplexityTrainingArguments": "trainers",
-    "plot_training_metrics": "diagnostics",
-    "plot_mixture": "diagnostics",
-    "diagnose": "diagnostics",
-    "DiagnosticsCallback": "diagnostics",
-    "Finding": "inspection",
-}
 
 __all__ = [
     "CorpusConfig",
@@ -121,11 +86,32 @@ if TYPE_CHECKING:
     )
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"hf_objectives.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'hf_objectives' has no attribute {name!r}")
+def import_on_use(module: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a module that imports a name when the name is first used.
+
+    The names and their modules are those that the file imports from this package under `if TYPE_CHECKING`, where editors
+    and type checkers read them.
+
+    Args:
+        module: the module's `__name__`.
+        file: its `__file__`.
+    """
+    nodes = [
+        node for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+    ]
+    homes = {
+        alias.name: str(n.module) for n in nodes for alias in n.names if str(n.module).startswith("hf_objectives.")
+    }
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = getattr(import_module(homes[name]), name)
+        setattr(sys.modules[module], name, value)
+        return value
+
+    return load, lambda: sorted({*vars(sys.modules[module]), *homes})
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = import_on_use(__name__, __file__)

@@ -3,23 +3,23 @@
 Everything is a pure function of a seed; nothing is downloaded. The quickstart and the tests run on it.
 """
 
-from hf_objectives.demo.accuracy import exact_match  # share of questions that a model answers rightly
-from hf_objectives.demo.corpus import SYSTEM, TOOLS, answer_reward, chats, preferences, questions, texts, write
-from hf_objectives.demo.model import CHAT_TEMPLATE, build_model, build_tokenizer
-from hf_objectives.demo.skills import SKILLS, Question
-
-__all__ = [
-    "CHAT_TEMPLATE",
-    "SKILLS",
-    "SYSTEM",
-    "TOOLS",
-    "Question",
-    "answer_reward",
-    "build_model",
-    "build_tokenizer",
-    "chats",
-    "preferences",
-    "questions",
-    "texts",
-    "write",
-]
+from hf_objectives.demo.corpus import (
+    SYSTEM,  # The system message of every conversation
+    TOOLS,  # The schema of the calculator
+    answer_reward,  # Reward right answers, with TRL's signature
+    chats,  # Make conversations, some of which call the calculator
+    preferences,  # Make preference pairs
+    questions,  # Make questions of a split
+    texts,  # Make documents
+    write,  # Write the corpus to files
+)
+from hf_objectives.demo.model import (
+    CHAT_TEMPLATE,  # ChatML with tools
+    build_model,  # Make a tiny Llama with random weights
+    build_tokenizer,  # Train a byte-level BPE on the corpus
+    exact_match,  # Measure the share of questions that a model answers rightly
+)
+from hf_objectives.demo.skills import (
+    SKILLS,  # The generators of questions, by name
+    Question,  # A question with its right and its wrong answer
+)

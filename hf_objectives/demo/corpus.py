@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_objectives.demo.skills import SKILLS, Question
-from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.types import check_one_of
 
 Split = Literal["train", "test"]
 SYSTEM = "Answer briefly."
@@ -32,31 +33,22 @@ _TEST_SHARE = 0.15
 
 
 def questions(n: int, *, seed: int = 0, split: Split = "train", skills: Sequence[str] | None = None) -> list[Question]:
-    """`n` questions of a split; a question is in one split or the other by its text, so no test question was trained.
+    """`n` questions of a split. The text of a question decides its split, so no test question was trained.
 
     Raises:
         ConfigError: an unknown split or skill.
     """
-    stream = _checked(random.Random(f"{seed} {split}"), skills, split)
-    return [next(stream) for _ in range(n)]
+    return list(itertools.islice(_stream(random.Random(f"{seed} {split}"), split, skills), n))
 
 
-def _checked(rng: random.Random, skills: Sequence[str] | None, split: Split) -> Iterator[Question]:
-    """The stream of questions, once split and skills are known to exist."""
-    if split not in ("train", "test"):
-        raise ConfigError(f"split is {split!r}; expected 'train' or 'test'")
+def _stream(rng: random.Random, split: Split, skills: Sequence[str] | None = None) -> Iterator[Question]:
+    """Questions without end; split and skills are checked at once."""
+    check_one_of("split", split, ("train", "test"))
     names = list(skills or SKILLS)
     for name in names:
-        if name not in SKILLS:
-            raise ConfigError(f"unknown skill {name!r}; expected one of {', '.join(SKILLS)}{nearest(name, SKILLS)}")
-    return _questions(rng, names, split)
-
-
-def _questions(rng: random.Random, names: list[str], split: Split) -> Iterator[Question]:
-    while True:
-        question = SKILLS[rng.choice(names)](rng)
-        if _is_test(question.question) == (split == "test"):
-            yield question
+        check_one_of("skill", name, SKILLS)
+    drawn = (SKILLS[rng.choice(names)](rng) for _ in itertools.count())
+    return (question for question in drawn if _is_test(question.question) == (split == "test"))
 
 
 def _is_test(question: str) -> bool:
@@ -67,13 +59,13 @@ def _is_test(question: str) -> bool:
 def texts(
     n: int, *, seed: int = 0, split: Split = "train", skills: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """`n` documents, `text`: a few questions with their answers each, of all skills or of some.
+    """`n` documents (`text`) of two to five questions with their answers, of all skills or of some.
 
     Raises:
         ConfigError: an unknown split or skill.
     """
     rng = random.Random(f"{seed} {split} texts")
-    stream = _checked(rng, skills, split)
+    stream = _stream(rng, split, skills)
     return [
         {"text": "\n".join(f"{q.question} {q.answer}" for q in (next(stream) for _ in range(rng.randint(2, 5))))}
         for _ in range(n)
@@ -81,9 +73,9 @@ def texts(
 
 
 def chats(n: int, *, seed: int = 0, split: Split = "train") -> list[dict[str, Any]]:
-    """`n` conversations of two to six questions: `messages`, `source` ("chat", or "tool" with a call) and `tools` then."""
+    """`n` conversations of two to six questions: `messages` and `source`, "chat" or, with `tools` and a call, "tool"."""
     rng = random.Random(f"{seed} {split} chats")
-    stream = _questions(rng, list(SKILLS), split)
+    stream = _stream(rng, split)
     rows = []
     for _ in range(n):
         asked = [next(stream) for _ in range(rng.randint(2, 6))]
@@ -112,7 +104,7 @@ def _exchange(question: Question) -> list[dict[str, Any]]:
 
 
 def preferences(n: int, *, seed: int = 0, split: Split = "train") -> list[dict[str, Any]]:
-    """`n` preference pairs, conversational `prompt`, `chosen` and `rejected`, and the right `answer`."""
+    """`n` preference pairs: `prompt`, `chosen` and `rejected` as messages, and the right `answer`."""
     plain = [name for name in SKILLS if name != "multiplication"]
     return [
         {
@@ -126,19 +118,19 @@ def preferences(n: int, *, seed: int = 0, split: Split = "train") -> list[dict[s
 
 
 def answer_reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 for each completion that is the right answer to the letter, else 0.0; TRL's signature for reward functions.
+    """The reward of each completion: 1.0 for the right answer to the letter, else 0.0. The signature is TRL's.
 
     Args:
-        prompts: not looked at.
+        prompts: not used.
         completions: texts, or conversations whose last message is the answer.
         answer: the right answers, a column of the dataset.
     """
-    said = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+    said = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [float(text.strip() == right) for text, right in zip(said, answer, strict=True)]
 
 
 def write(folder: str | Path, *, n: int = 8000, n_test: int = 400, seed: int = 0) -> Path:
-    """Write the corpus as JSON lines, `chats`, `texts` and `preferences` of both splits, as a user's own files would be."""
+    """Write `chats`, `texts` and `preferences` of both splits as JSON lines, as a user's own files would be."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sizes: dict[Split, int] = {"train": n, "test": n_test}

@@ -1,14 +1,17 @@
-"""A byte-level BPE tokenizer trained on the corpus, and a tiny Llama."""
+"""A byte-level BPE tokenizer that is trained on the corpus, a tiny Llama, and the share of questions that a model answers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_objectives.demo.corpus import SYSTEM, TOOLS, texts
+from hf_objectives.demo.skills import Question
 
 #: ChatML with tools: the shape of most templates in use, small enough to read.
 CHAT_TEMPLATE = """\
@@ -76,3 +79,31 @@ def build_model(tokenizer: Any, *, hidden_size: int = 128, num_layers: int = 4, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def exact_match(
+    model: nn.Module, tokenizer: Any, asked: Sequence[Question], *, max_new_tokens: int = 32
+) -> tuple[float, list[tuple[Question, str]]]:
+    """Answer questions greedily.
+
+    Returns:
+        The share of answers that are right to the letter, and each question with its answer.
+    """
+    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q.question}] for q in asked]
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    device = next(model.parameters()).device
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    was_training = model.training
+    model.eval()
+    out = model.generate(  # type: ignore[operator]
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.train(was_training)
+    said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = [(question, text.strip()) for question, text in zip(asked, said, strict=True)]
+    return sum(text == question.answer for question, text in answers) / len(answers), answers

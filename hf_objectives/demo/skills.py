@@ -142,9 +142,6 @@ def multiplication(rng: random.Random) -> Question:
 
 #: The skills, by name; only multiplication calls a tool.
 SKILLS: dict[str, Callable[[random.Random], Question]] = {
-    skill.__name__: skill
-    for skill in (
-        *(arithmetic, conversion, dates, sorting, spelling, counting, lookup, comparison),
-        multiplication,
-    )
+    f.__name__: f
+    for f in (arithmetic, conversion, dates, sorting, spelling, counting, lookup, comparison, multiplication)
 }

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hf_objectives.errors import DataError, FormatError
-from hf_objectives.labels.config import EncodingConfig
+from hf_objectives.labels.config import ON_ERROR, EncodingConfig
 from hf_objectives.labels.formats import NOT_TEXT
 from hf_objectives.labels.framing import frame_documents
 from hf_objectives.labels.ledger import Ledger, account_rows
@@ -21,7 +21,6 @@ from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder
 from hf_objectives.types import Row, check_one_of
 
-ON_ERROR = ("raise", "skip")
 _TEXT = operator.itemgetter("text")
 
 

@@ -58,7 +58,7 @@ class ChatEncoder:
         self.tokenizer, self.train_on, self.control_tokens = tokenizer, train_on, control_tokens
         self._chat_template, self._kwargs = chat_template, dict(template_kwargs or {})
         self._templates: dict[str, _Template] = {}
-        self._form = as_given
+        self._form: Form = as_given
         template_of(tokenizer, chat_template, None)
 
     def render(self, messages: Any, tools: Any = None, *, require_trained: bool = True) -> Rendered:

@@ -13,6 +13,7 @@ TRAIN_ON = ("assistant", "last_assistant", "all")
 CONTROL_TOKENS = ("plain", "allow")
 Overlength = Literal["drop", "split_turns", "cut"]
 OVERLENGTH = ("drop", "split_turns", "cut")
+ON_ERROR = ("raise", "skip")  # of a batch job: what happens at a broken row
 
 
 @dataclass(kw_only=True)

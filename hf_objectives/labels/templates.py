@@ -53,8 +53,8 @@ def template_of(tokenizer: Any, chat_template: str | None, tools: Sequence | Non
         TemplateError: the tokenizer has no chat template and none was given.
     """
     own = getattr(tokenizer, "chat_template", None)
-    if not isinstance(own, dict) and (chat_template or own):
-        return chat_template or own
+    if not isinstance(own, dict) and (template := chat_template or own):
+        return template
     if chat_template is None and own is None:
         raise TemplateError(
             "the tokenizer has no chat template; set tokenizer.chat_template, pass chat_template=..., or start from an "
@@ -149,6 +149,11 @@ class Renderer:
         other = copy.copy(self)
         other._context = {**self._context, "tools": None if tools is None else [tool_schema(tool) for tool in tools]}
         return other
+
+    @property
+    def tools(self) -> list[Mapping[str, Any]] | None:
+        """The tools as JSON schemas, as the template gets them."""
+        return self._context["tools"]
 
     @property
     def has_tools(self) -> bool:

@@ -98,9 +98,9 @@ class TurnEnds:
                 break
             openers.add(found.group())
             place = found.end()
-        opening = [self.markers.match(self.starts.header.lstrip())]
+        opening: list[re.Match[str] | None] = [self.markers.match(self.starts.header.lstrip())]
         if not self.starts.header:
-            opening = list(self.markers.finditer(turn.text, 0, start))[-1:]  # type: ignore[arg-type]
+            opening = list[re.Match[str] | None](self.markers.finditer(turn.text, 0, start))[-1:]
         return openers | {found.group() for found in opening if found}
 
     def _own_tail(self, messages: list[dict], rest: str, *, last: bool, turn: int = -1) -> str:

@@ -1,80 +1,103 @@
-"""Arguments of a recipe: one YAML file, overridden by the command line, every value with where it came from."""
+"""Arguments of a program: one YAML file, overridden by the command line. Every value knows where it came from."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from transformers import HfArgumentParser
 
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
+from hf_objectives.labels import EncodingConfig
 
+BUILT_IN = "builtin"  # the name of the built-in model, tokenizer and data
 COMMAND_LINE, DEFAULT = "command line", "default"
 
 
-def parse_config(classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple[list[Any], dict[str, str]]:
-    """Parse `--config file.yaml` and overrides into dataclasses, as transformers' own parser would.
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options: its default, what `--help` says of it, and what else a parser wants to know."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(kw_only=True)
+class EncodingArguments(EncodingConfig):
+    """`EncodingConfig` as options of a program; those that a command line cannot say are left out."""
+
+    template_kwargs: ClassVar[Mapping[str, Any]] = {}  # type: ignore[misc]
+    splits_documents: ClassVar[bool] = False  # type: ignore[misc]
+
+    def encoding(self) -> EncodingConfig:
+        """These options alone, as the functions that encode rows take them."""
+        return EncodingConfig(**{f.name: getattr(self, f.name) for f in fields(EncodingConfig)})
+
+
+def parse_config(
+    classes: Sequence[type], argv: Sequence[str] | None = None, *, parser: ArgumentParser | None = None
+) -> tuple[list[Any], dict[str, str]]:
+    """Parse `--config file.yaml` and the options after it into dataclasses.
 
     Args:
-        classes: dataclasses whose fields are the known keys.
-        argv: the arguments; the program's own by default.
+        classes: dataclasses; their fields are the known keys.
+        argv: the arguments; None for those of the program.
+        parser: a parser that has these fields as options; None for transformers' `HfArgumentParser`.
 
     Returns:
-        One instance per class, and where each value came from: "command line", the YAML's name, or "default".
+        One instance per class, and the origin of each value: "command line", the name of the YAML file, or "default".
 
     Raises:
-        ConfigError: a YAML that cannot be read, an unknown key or option (with the nearest known one), or a value that
-            a dataclass refuses.
+        ConfigError: a YAML file that cannot be read, an unknown key or option (with the nearest known one), or a value
+            that a dataclass refuses.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    config, given = _take_config(given)
-    parser = HfArgumentParser(list(classes))  # type: ignore[arg-type]
-    known = {action.dest for action in parser._actions} - {"help"}
+    before = ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", nargs="?", const="")
+    found, words = before.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if (config := found.config) == "":
+        raise ConfigError("--config needs the path of a YAML file")
+    if parser is None:
+        from transformers import HfArgumentParser  # takes seconds to import
+
+        parser = HfArgumentParser(list(classes))  # type: ignore[arg-type]
     values = _read_yaml(config) if config else {}
+    known = {action.dest for action in parser._actions} - {"help"}
     for key in values:
         if key not in known:
             raise ConfigError(f"{config}: unknown key {key!r}{nearest(key, known)}")
-    parser.set_defaults(**{key: _as_argument(value) for key, value in values.items()})
+    # A mapping becomes JSON text, as on the command line. `1e-4`, which YAML reads as text, is parsed as a default.
+    parser.set_defaults(**{key: json.dumps(v) if isinstance(v, dict) else v for key, v in values.items()})
     for action in parser._actions:
-        if action.dest in values:
-            action.required = False
-    typed = {option: action.dest for action in parser._actions for option in action.option_strings}
-    on_line = set()
-    for word in given:
-        if word.startswith("--"):
-            option = word.split("=", 1)[0]
-            if option not in typed:
-                known_options = [name for name in typed if name.startswith("--")]
-                raise ConfigError(f"unknown option {option}{nearest(option, known_options)}")
-            on_line.add(typed[option])
+        action.required = action.required and action.dest not in values
+    typed = _options_of(words, parser)
+    parsed, left = parser.parse_known_args(words)
+    if left:
+        raise ConfigError(f"unexpected argument {left[0]!r}; expected --option value")
     try:
-        parsed = parser.parse_args_into_dataclasses(args=given)
+        built = [cls(**{f.name: getattr(parsed, f.name) for f in fields(cls) if f.init}) for cls in classes]
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
-    origin = {}
-    for instance in parsed:
-        for field in dataclasses.fields(instance):
-            yaml_name = Path(config).name if config and field.name in values else DEFAULT
-            origin[field.name] = COMMAND_LINE if field.name in on_line else yaml_name
-    return list(parsed), origin
+    origin = {
+        **{f.name: DEFAULT for cls in classes for f in fields(cls)},
+        **dict.fromkeys(values, Path(config or "").name),
+        **dict.fromkeys(typed, COMMAND_LINE),
+    }
+    return built, origin
 
 
-def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 >= len(argv):
-                raise ConfigError("--config needs the path of a YAML file")
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-        if word.startswith("--config="):
-            return word.split("=", 1)[1], argv[:i] + argv[i + 1 :]
-    return None, argv
+def _options_of(words: Sequence[str], parser: ArgumentParser) -> set[str]:
+    """The names of the values that a command line sets; an unknown option is an error."""
+    names = {option: action.dest for action in parser._actions for option in action.option_strings}
+    typed = set()
+    for option in (word.split("=", 1)[0] for word in words if word.startswith("--")):
+        if option not in names:
+            raise ConfigError(f"unknown option {option}{nearest(option, [n for n in names if n.startswith('--')])}")
+        typed.add(names[option])
+    return typed
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -89,33 +112,38 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _as_argument(value: Any) -> Any:
-    """A YAML value as the parser takes a default: mappings as JSON text; `1e-4`, a string to YAML, is parsed there."""
-    return json.dumps(value) if isinstance(value, dict) else value
+def read_mapping(name: str, text: str) -> dict[str, Any]:
+    """Read an option whose value is a mapping as JSON text.
+
+    Raises:
+        ConfigError: the text is no JSON, or no mapping.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name} is not a mapping of names to paths ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name} is not a mapping of names to paths")
+    return found
 
 
 def named_sources(sources: str | None, dataset_name: str | None) -> Mapping[str, Any]:
-    """Sources by name from `sources` (JSON) or the one `dataset_name`.
+    """The sources by name: those of `sources` (JSON), or the one of `dataset_name`, named after its file.
 
     Raises:
         ConfigError: none or both were given, or `sources` is not a mapping.
     """
     if bool(sources) == bool(dataset_name):
         raise ConfigError("give dataset_name or sources, one of the two")
-    if not sources:
-        assert dataset_name is not None
-        return {Path(dataset_name).name.split(".")[0].strip("*-_") or "data": dataset_name}
-    try:
-        named = json.loads(sources)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"sources is not a mapping of names to paths ({error})") from error
-    if not isinstance(named, dict) or not named:
-        raise ConfigError("sources is not a mapping of names to paths")
-    return named
+    if sources:
+        if not (named := read_mapping("sources", sources)):
+            raise ConfigError("sources is an empty mapping; expected names and paths")
+        return named
+    return {Path(str(dataset_name)).name.split(".")[0].strip("*-_") or "data": dataset_name}
 
 
 def read_template(template: str | None) -> str | None:
-    """A chat template, read where a .jinja file is named.
+    """A chat template: the text of the .jinja file that is named, or the text itself.
 
     Raises:
         FileFormatError: there is no such file.

@@ -1,4 +1,4 @@
-"""What a launch will really do, resolved and said before it starts."""
+"""The plan of a launch: what it will really do, resolved and printed before it starts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
@@ -20,8 +19,7 @@ from hf_objectives.errors import ConfigError
 ACCELERATE = "accelerate's config"
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One setting of the plan: its name, its value, and where that came from."""
 
     name: str
@@ -34,56 +32,56 @@ def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mappin
 
     Args:
         args: TrainingArguments.
-        data: the recipe's data arguments (`max_length`, `packing`, `strategy`, `overlength`, `train_on`).
+        data: the recipe's data arguments; they or `args` have `max_length` (None for no limit), `train_on`, `overlength`,
+            `packing` and, for packed rows, `strategy`.
         model: the loaded model.
         num_rows: rows to train on, after preparation.
         origin: where each value came from, see `parse_config`.
-
-    Raises:
-        ConfigError: settings that contradict each other or this machine.
     """
-    check_launch(args)
     processes = world_size()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     per_epoch = max(1, -(-num_rows // rows))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
 
-    def of(*names: str) -> str:
+    def source(*names: str) -> str:
         return ", ".join(dict.fromkeys(origin.get(name, "this launch") for name in names))
 
-    weights = str(model.dtype).removeprefix("torch.")
-    # Not args.bf16: accelerate's config sets it as well.
-    precision = weights if args.mixed_precision == "no" else f"{args.mixed_precision} autocast of {weights}"
-    if args.bf16 or args.fp16:
-        precision_from = of("bf16" if args.bf16 else "fp16")
-    else:
-        precision_from = of("dtype") if args.mixed_precision == "no" else ACCELERATE
+    max_length, train_on = (getattr(data, name, getattr(args, name, None)) for name in ("max_length", "train_on"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-
-    batch = of("per_device_train_batch_size", "gradient_accumulation_steps")
+    limit = "as long as it is" if max_length is None else f"{max_length} tokens"
+    sizes = (
+        f"{args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} accumulated x {processes}"
+    )
+    most = []
+    if max_length is not None:
+        most = [Line("global batch", f"up to {rows * max_length:,} tokens", source("max_length"))]
     return [
         Line("processes", f"{processes} ({_backend(args)})", "this launch"),
         Line("device", str(args.device), "this machine"),
-        Line("precision", precision, precision_from),
-        Line("attention", str(getattr(model.config, "_attn_implementation", "unknown")), of("attn_implementation")),
-        Line("parameters", f"{trained:,} trained of {total:,}", of("use_peft")),
-        Line("row", f"{data.max_length} tokens, {_packing(data)}", of("max_length", "packing", "strategy")),
-        Line("over-length", data.overlength, of("overlength")),
-        Line("trained tokens", data.train_on, of("train_on")),
-        Line("global batch", f"{rows} rows = {args.per_device_train_batch_size} per device x "
-             f"{args.gradient_accumulation_steps} accumulated x {processes}", batch),
-        Line("global batch", f"up to {rows * data.max_length:,} tokens", of("max_length")),
-        Line("steps", f"{steps} ({num_rows} rows, {per_epoch} steps an epoch)", of("max_steps", "num_train_epochs")),
+        Line("precision", *_precision(args, model, source)),
+        Line("attention", str(getattr(model.config, "_attn_implementation", "unknown")), source("attn_implementation")),
+        Line("parameters", f"{trained:,} trained of {total:,}", source("use_peft")),
+        Line("row", f"{limit}, {_packing(data)}", source("max_length", "packing", "strategy")),
+        Line("over-length", data.overlength, source("overlength")),
+        Line("trained tokens", str(train_on), source("train_on")),
+        Line("global batch", f"{rows} rows = {sizes}",
+             source("per_device_train_batch_size", "gradient_accumulation_steps")),
+        *most,
+        Line("steps", f"{steps} ({num_rows} rows, {per_epoch} steps an epoch)", source("max_steps", "num_train_epochs")),
         Line("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
-             of("learning_rate", "lr_scheduler_type")),
-        Line("seed", str(args.seed), of("seed")),
-        Line("output", str(args.output_dir), of("output_dir")),
+             source("learning_rate", "lr_scheduler_type")),
+        Line("seed", str(args.seed), source("seed")),
+        Line("output", str(args.output_dir), source("output_dir")),
     ]  # fmt: skip
 
 
 def check_launch(args: Any) -> None:
-    """Raise ConfigError for a launch that would not do what it says."""
+    """Check that a launch will do what it says.
+
+    Raises:
+        ConfigError: settings that contradict each other, this machine or accelerate's configuration.
+    """
     if args.n_gpu > 1:
         line = f"accelerate launch --num_processes {args.n_gpu} {' '.join(sys.argv)}"
         raise ConfigError(
@@ -98,8 +96,8 @@ def check_launch(args: Any) -> None:
     launched = args.distributed_state.distributed_type
     if sharding and launched in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ConfigError(
-            f"{where} asks for {sharding}, and this launch ({world_size()} process(es) on {args.device.type}) would go on "
-            "without a word and without it; launch it on accelerators with accelerate launch or torchrun, or drop it"
+            f"{where} asks for {sharding}, but this launch ({world_size()} process(es) on {args.device.type}) would train "
+            f"without it; launch it on accelerators with accelerate launch or torchrun, or leave {sharding} out"
         )
     accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
     if accumulation not in (1, args.gradient_accumulation_steps):
@@ -107,6 +105,25 @@ def check_launch(args: Any) -> None:
             f"{ACCELERATE} says {accumulation} gradient accumulation steps, the training arguments "
             f"{args.gradient_accumulation_steps}, and only the latter count; set gradient_accumulation_steps there"
         )
+
+
+def print_plan(lines: list[Line], console: Console) -> None:
+    """Print the plan as a table."""
+    table = Table(title="The plan", title_justify="left", header_style="bold")
+    for column in ("", "value", "from"):
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+def _precision(args: Any, model: Any, source: Any) -> tuple[str, str]:
+    """The dtype of the computation, and its origin."""
+    weights = str(model.dtype).removeprefix("torch.")
+    if args.mixed_precision == "no":  # not args.bf16: accelerate's config sets it as well
+        return weights, source("dtype")
+    name = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    return f"{args.mixed_precision} autocast of {weights}", source(name) if name else ACCELERATE
 
 
 def _sharding(args: Any) -> tuple[str, str]:
@@ -122,16 +139,6 @@ def _sharding(args: Any) -> tuple[str, str]:
     return "", ""
 
 
-def print_plan(lines: list[Line], console: Console) -> None:
-    """The plan as a table."""
-    table = Table(title="The plan", title_justify="left", header_style="bold")
-    for column in ("", "value", "from"):
-        table.add_column(column, overflow="fold")
-    for line in lines:
-        table.add_row(line.name, line.value, line.origin)
-    console.print(table)
-
-
 def _backend(args: Any) -> str:
     sharding, _ = _sharding(args)
     if world_size() == 1:
@@ -140,4 +147,7 @@ def _backend(args: Any) -> str:
 
 
 def _packing(data: Any) -> str:
-    return f"packed ({data.strategy}), documents isolated" if data.packing else "one row each, padded"
+    if not data.packing:
+        return "one row each, padded"
+    isolated = "isolated" if getattr(data, "isolate_documents", True) else "not isolated"
+    return f"packed ({data.strategy}), documents {isolated}"

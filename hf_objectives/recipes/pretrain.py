@@ -7,71 +7,50 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from datasets import Dataset
-from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_objectives import DataCollatorWithEosPacking, DiagnosticsCallback, demo
+from hf_objectives import demo
+from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
-from hf_objectives.mixture import DatasetMixture, build_mixture
+from hf_objectives.mixture import build_mixture
 from hf_objectives.preparation import CorpusSettings, Manifest, OrderedStream, load_prepared, prepare_corpus
-from hf_objectives.recipes.arguments import named_sources, parse_config
-from hf_objectives.recipes.mixture_rows import HELP, of_folder, read_mixture
-from hf_objectives.recipes.plan import check_launch, print_plan, resolve_plan
+from hf_objectives.recipes.arguments import BUILT_IN, DEFAULT, named_sources, option
+from hf_objectives.recipes.mixtures import HELP, mix_folder, read_mixture
+from hf_objectives.recipes.models import PretrainModel, load_or_draw
 from hf_objectives.recipes.preview import highlight
-from hf_objectives.recipes.run import (
-    BUILT_IN,
-    RecipeModel,
-    finish,
-    for_report,
-    load_model,
-    on_main,
-    print_mixture,
-    resume_point,
-)
+from hf_objectives.recipes.run import Recipe, run
+from hf_objectives.recipes.tables import figures_table
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
 _WSD = "warmup_stable_decay"
 
 
 @dataclass
-class PretrainModel(RecipeModel):
-    """The model: a checkpoint to go on from, or a configuration whose weights are drawn at random."""
-
-    model_config: str | None = field(
-        default=None, metadata={"help": "From scratch: a config.json, or a mapping with model_type (JSON)."}
-    )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer of a model from scratch."})
-
-
-@dataclass
 class PretrainData(CorpusSettings):
     """The data: a prepared folder, or raw sources that are prepared first."""
 
-    eval_share: float = field(default=0.01, metadata={"help": "Share of the documents that is held out."})
-    prepared: str | None = field(default=None, metadata={"help": "A folder made by hf-objectives prepare."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A path, a glob, a Hub id or 'builtin'."})
-    sources: str | None = field(default=None, metadata={"help": "A mapping of names to paths or mappings (JSON)."})
-    mixture: str | None = field(default=None, metadata={"help": HELP})
-    prepared_dir: str | None = field(default=None, metadata={"help": "Where raw sources are prepared."})
-    streaming: bool = field(default=False, metadata={"help": "Stream the shards instead of mapping them."})
-    isolate_documents: bool = field(default=True, metadata={"help": "No document sees another of its row."})
+    eval_share: float = option(0.01, "Share of the documents that is held out.")
+    prepared: str | None = option(None, "A folder made by hf-objectives prepare.")
+    dataset_name: str | None = option(None, "A path, a glob, a Hub id or 'builtin'.")
+    sources: str | None = option(None, "A mapping of names to paths or mappings (JSON).")
+    mixture: str | None = option(None, HELP)
+    prepared_dir: str | None = option(None, "Where raw sources are prepared.")
+    streaming: bool = option(False, "Stream the shards instead of mapping them.")
+    isolate_documents: bool = option(True, "No document sees another of its row.")
     packing = True  # what the plan and the model card say
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.prepared and not (self.mixture and not self.dataset_name and not self.sources):
-            self.named_sources()
-        elif self.prepared and (self.dataset_name or self.sources):
+        if self.prepared and (self.dataset_name or self.sources):
             raise ConfigError("give prepared, or dataset_name or sources, not both")
+        if not self.prepared and not (self.mixture and self.is_mixture_alone):
+            self.named_sources()
 
     def named_sources(self) -> Mapping[str, Any]:
         """Raw sources by name."""
@@ -79,7 +58,7 @@ class PretrainData(CorpusSettings):
 
     @property
     def is_mixture_alone(self) -> bool:
-        """Whether a mixture says where its sources are."""
+        """Whether only a mixture can say where its sources are."""
         return not (self.prepared or self.dataset_name or self.sources)
 
 
@@ -87,10 +66,8 @@ class PretrainData(CorpusSettings):
 class PretrainArguments(PerplexityTrainingArguments):
     """How long to train, and how the learning rate ends."""
 
-    max_tokens: int | None = field(default=None, metadata={"help": "Tokens to train on, instead of steps or epochs."})
-    decay_share: float = field(
-        default=0.2, metadata={"help": "Last share of the steps, over which warmup_stable_decay decays."}
-    )
+    max_tokens: int | None = option(None, "Tokens to train on, instead of steps or epochs.")
+    decay_share: float = option(0.2, "Last share of the steps, over which warmup_stable_decay decays.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,175 +79,78 @@ class PretrainArguments(PerplexityTrainingArguments):
             raise ConfigError(f"decay_share is {self.decay_share}; expected more than 0, at most 1")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns the held-out metrics before and after."""
-    classes = (PretrainModel, PretrainData, PretrainArguments)
-    (model_config, data, args), origin = parse_config(classes, argv)
-    console = Console(stderr=False, soft_wrap=False)
-    check_launch(args)
-    set_seed(args.seed)
-    model, tokenizer = build_model(model_config, args)
-    loaded = load(data, tokenizer, args, origin)
-    set_length(args, loaded)
-    if args.max_tokens is not None:
-        origin = {**origin, "max_steps": f"max_tokens, {origin['max_tokens']}"}
-    collator = DataCollatorWithEosPacking(
-        tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents
-    )
-    if on_main():
-        print_plan(resolve_plan(args, data, model, loaded.num_rows, origin), console)
-        first_look(next(iter(loaded.train)), collator, loaded, console)
-        for_report(args, data, model_config)
-    wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
-    trainer = PerplexityTrainer(
-        model, args, collator, train_dataset=loaded.train, eval_dataset=loaded.held_out, processing_class=tokenizer
-    )
-    trainer.add_callback(DiagnosticsCallback(trainer))
-    before = trainer.evaluate() if loaded.held_out is not None else {}
-    trainer.train(resume_from_checkpoint=resume_point(args))
-    after = trainer.evaluate() if loaded.held_out is not None else {}
-    trainer.save_model()
-    trainer.save_state()
-    results = {"before": before, "after": after, "ledger": ledger(loaded.manifest) if loaded.manifest else {}}
-    if isinstance(loaded.train, DatasetMixture):
-        report = loaded.train.report(trainer.rows_taken)
-        results["mixture"] = report.to_dict()
-    if on_main():
-        if isinstance(loaded.train, DatasetMixture):
-            print_mixture(report, trainer, console)
-        base = None if model_config.model_config else model_config.model_name_or_path
-        finish(trainer, results, base, data, console, wants_push, objective="pretraining")
-    trainer.accelerator.wait_for_everyone()
-    return results
+class Pretrain(Recipe):
+    """Pretraining."""
 
+    arguments = (PretrainModel, PretrainData, PretrainArguments)
+    objective = "pretraining"
+    figures: ClassVar[dict[str, str]] = {}
+    manifest: Manifest | None = None  # of the prepared folder, where there is one
 
-def build_model(config: PretrainModel, args: Any) -> tuple[Any, Any]:
-    """Model and tokenizer: those of a checkpoint, or random weights of a configuration.
-
-    Raises:
-        ConfigError: no model, a configuration that names none, or one whose vocabulary is smaller than the tokenizer's.
-    """
-    if not config.model_config:
-        return load_model(config, use_cpu=args.device.type == "cpu")
-    name = config.tokenizer_name or config.model_name_or_path
-    if not name:
-        raise ConfigError(
-            "tokenizer_name is missing; a model from scratch needs a tokenizer (a Hub id, folder or 'builtin')"
+    def build_trainer(self) -> PerplexityTrainer:
+        """Load the model and the data, and turn tokens into steps."""
+        data, args = self.data, self.args
+        model, tokenizer = load_or_draw(self.model_config, use_cpu=self.use_cpu)
+        train, held_out, num_tokens = self.load(tokenizer)
+        set_length(args, self.num_rows, num_tokens, endless=isinstance(train, OrderedStream))
+        if args.max_tokens is not None:
+            self.origin = {**self.origin, "max_steps": f"max_tokens, {self.origin['max_tokens']}"}
+        self.collator = DataCollatorWithEosPacking(
+            tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents
         )
-    tokenizer: Any = demo.build_tokenizer() if name == BUILT_IN else AutoTokenizer.from_pretrained(name)
-    given = config.model_config
-    if given.lstrip().startswith("{"):
-        values = json.loads(given)
-        if "model_type" not in values:
-            raise ConfigError("model_config names no model_type; expected 'llama', say, beside its sizes")
-        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        settings = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **values})
-    else:
-        settings = AutoConfig.from_pretrained(given)
-    if settings.get_text_config().vocab_size < len(tokenizer):
-        raise ConfigError(
-            f"the model's vocabulary has {settings.get_text_config().vocab_size} ids, the tokenizer {len(tokenizer)}; "
-            "raise vocab_size, or use the tokenizer that the configuration was made for"
+        return PerplexityTrainer(
+            model, args, self.collator, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
-    settings.use_cache = True
-    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **attention), tokenizer
 
+    def load(self, tokenizer: Any) -> tuple[Any, Any, int]:
+        """Rows to train on (mapped, a stream, or a mixture), rows held out, and the tokens of `num_rows` rows to train on.
 
-@dataclass
-class Loaded:
-    """What a run reads.
+        Raises:
+            ConfigError: a mixture that cannot be.
+            PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
+        """
+        data, seed = self.data, self.args.seed
+        if data.is_mixture_alone:
+            settings = {"packing": "within", "max_length": data.max_length, **(read_mixture(data.mixture, {}) or {})}
+            self.mixture = build_mixture(settings, tokenizer=tokenizer, seed=seed)
+            held_out = self.mixture.eval_dataset
+        else:
+            folder = prepare(data, tokenizer, seed, Path(self.args.output_dir), self.origin)
+            self.manifest = manifest = Manifest.read(folder)
+            self.results["ledger"] = ledger(manifest)
+            sources = dict.fromkeys(manifest.sources) if data.prepared else data.named_sources()
+            has_held_out = any(shard.split == "validation" for shard in manifest.shards)
+            held_out = load_prepared(folder, "validation") if has_held_out else None
+            weights = read_mixture(data.mixture, sources)
+            if weights is None:
+                shards = [shard for shard in manifest.shards if shard.split == "train"]
+                self.num_rows = sum(shard.rows for shard in shards)
+                rows = load_prepared(folder, streaming=data.streaming, seed=seed)
+                return rows, held_out, sum(shard.tokens for shard in shards)
+            self.mixture = mix_folder(weights, folder, tokenizer, seed)
+        self.num_rows, num_tokens = self.mixture.first_rows()  # it has no end; of its first thousands
+        return self.mixture, held_out, num_tokens
 
-    Attributes:
-        train: rows to train on: mapped, a stream, or a mixture.
-        held_out: rows to evaluate on, or None.
-        num_rows, num_tokens: rows to train on and their tokens; of an endless one, of its first thousands.
-        manifest: of the prepared folder, where there is one.
-    """
+    def introduce(self, trainer: Any) -> None:
+        """Print the plan, the beginning of a packed row, and what happened to every token."""
+        super().introduce(trainer)
+        batch = self.collator([next(iter(trainer.train_dataset))])
+        self.console.rule("A packed row (trained tokens marked)", align="left")
+        shown = [batch[name][0, :200].tolist() for name in ("input_ids", "labels")]
+        self.console.print(highlight(trainer.processing_class, *shown, brackets=not self.console.is_terminal))
+        for line in self.manifest.lines() if self.manifest else trainer.train_dataset.notes:
+            self.console.print(line, highlight=False, markup=False)
 
-    train: Any
-    held_out: Any
-    num_rows: int
-    num_tokens: int
-    manifest: Manifest | None
-
-
-def load(data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, str]) -> Loaded:
-    """The data of a run.
-
-    Raises:
-        ConfigError: a mixture that cannot be.
-        PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
-    """
-    if data.is_mixture_alone:
-        alone = {"packing": "within", "max_length": data.max_length, **(read_mixture(data.mixture, {}) or {})}
-        mixture = build_mixture(alone, tokenizer=tokenizer, seed=args.seed)
-        return Loaded(mixture, mixture.eval_dataset, *mixture.first_rows(), None)
-    folder, manifest = prepare(data, tokenizer, args, origin)
-    named = dict.fromkeys(manifest.sources) if data.prepared else data.named_sources()
-    settings = read_mixture(data.mixture, named)
-    held_out = load_prepared(folder, "validation") if any(s.split == "validation" for s in manifest.shards) else None
-    if settings is not None:
-        mixture = of_folder(settings, folder, tokenizer, args.seed)
-        return Loaded(mixture, held_out, *mixture.first_rows(), manifest)
-    train = [shard for shard in manifest.shards if shard.split == "train"]
-    rows, tokens = sum(shard.rows for shard in train), sum(shard.tokens for shard in train)
-    return Loaded(load_prepared(folder, streaming=data.streaming, seed=args.seed), held_out, rows, tokens, manifest)
-
-
-def prepare(data: PretrainData, tokenizer: Any, args: Any, origin: Mapping[str, str]) -> tuple[Path, Manifest]:
-    """The prepared folder and its manifest; raw sources are prepared by one process, the others wait on its lock.
-
-    Raises:
-        PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
-    """
-    if data.prepared:
-        folder = Path(data.prepared)
-        asked = {f.name for f in fields(CorpusSettings)} & {
-            name for name, source in origin.items() if source != "default"
-        }
-        expect = {name: getattr(data, name) for name in asked - {"num_proc", "engine", "on_error", "labels"}}
-        load_prepared(folder, tokenizer=tokenizer, expect={"max_length": data.max_length, **expect})
-        return folder, Manifest.read(folder)
-    folder = Path(data.prepared_dir or Path(args.output_dir) / "prepared")
-    sources: dict[str, Any] = dict(data.named_sources())
-    for name, where in sources.items():
-        if where == BUILT_IN:
-            sources[name] = Dataset.from_list(demo.texts(20_000, seed=args.seed))
-    settings = CorpusSettings(**{f.name: getattr(data, f.name) for f in fields(CorpusSettings)})
-    return folder, prepare_corpus(sources, tokenizer, folder, settings)
-
-
-def set_length(args: Any, loaded: Loaded) -> None:
-    """Turn tokens into steps, and give the schedule its decay.
-
-    Raises:
-        ConfigError: a stream without an end.
-    """
-    rows, endless = loaded.num_rows, isinstance(loaded.train, OrderedStream)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
-    if args.max_tokens is not None:
-        args.max_steps = max(1, -(-args.max_tokens * rows // (loaded.num_tokens * batch)))
-    if endless and args.max_steps <= 0:
-        raise ConfigError("a stream has no length; say how long with max_tokens (or max_steps)")
-    if args.lr_scheduler_type.value == _WSD:
-        steps = args.max_steps if args.max_steps > 0 else -(-rows // batch) * int(args.num_train_epochs)
-        given = dict(args.lr_scheduler_kwargs or {})
-        args.lr_scheduler_kwargs = {"num_decay_steps": max(1, round(steps * args.decay_share)), **given}
-
-
-def first_look(row: Mapping[str, Any], collator: Any, loaded: Loaded, console: Console) -> None:
-    """The begin of a packed row with its trained tokens marked, and what became of every token."""
-    batch = collator([row])
-    console.rule("A packed row (trained tokens marked)", align="left")
-    shown = [batch[name][0, :200].tolist() for name in ("input_ids", "labels")]
-    console.print(highlight(collator.tokenizer, *shown, brackets=not console.is_terminal))
-    for line in loaded.manifest.lines() if loaded.manifest else loaded.train.notes:
-        console.print(line, highlight=False, markup=False)
+    def print_figures(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Print the figures; bits per byte of each source, which compare models of different tokenizers."""
+        end = "_bits_per_byte"
+        sources = {key: f"bits per byte, {key[5 : -len(end)]}" for key in sorted(after) if key.endswith(end)}
+        figures = {**sources, f"eval{end}": "bits per byte", **self.figures}
+        self.console.print(figures_table(before, after, figures))
 
 
 def ledger(manifest: Manifest) -> dict[str, Any]:
-    """The manifest's accounts as the model card reads them."""
+    """The accounts of a manifest as the model card reads them."""
     return {
         name: {
             "rows_in": account.rows_in,
@@ -280,3 +160,50 @@ def ledger(manifest: Manifest) -> dict[str, Any]:
         }
         for name, account in manifest.sources.items()
     }
+
+
+def prepare(data: PretrainData, tokenizer: Any, seed: int, output_dir: Path, origin: Mapping[str, str]) -> Path:
+    """The prepared folder. Raw sources are prepared by one process, while the others wait on its lock.
+
+    Raises:
+        PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
+    """
+    if data.prepared:
+        asked = {f.name for f in fields(CorpusSettings) if origin.get(f.name, DEFAULT) != DEFAULT}
+        asked = {"max_length", *asked} - {"num_proc", "engine", "on_error", "labels"}
+        load_prepared(data.prepared, tokenizer=tokenizer, expect={name: getattr(data, name) for name in asked})
+        return Path(data.prepared)
+    folder = Path(data.prepared_dir or output_dir / "prepared")
+    sources: dict[str, Any] = {
+        name: Dataset.from_list(demo.texts(20_000, seed=seed)) if source == BUILT_IN else source
+        for name, source in data.named_sources().items()
+    }
+    prepare_corpus(sources, tokenizer, folder, data)
+    return folder
+
+
+def set_length(args: Any, num_rows: int, num_tokens: int, *, endless: bool) -> None:
+    """Turn tokens into steps, and give the learning rate its decay.
+
+    Args:
+        args: the training arguments; these change.
+        num_rows, num_tokens: rows to train on and their tokens, or those of a sample of them.
+        endless: the rows have no end.
+
+    Raises:
+        ConfigError: rows without an end, and no length of the run.
+    """
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+    if args.max_tokens is not None:
+        args.max_steps = max(1, -(-args.max_tokens * num_rows // (num_tokens * batch)))
+    if endless and args.max_steps <= 0:
+        raise ConfigError("a stream has no length; say how long with max_tokens (or max_steps)")
+    if args.lr_scheduler_type.value == _WSD:
+        steps = args.max_steps if args.max_steps > 0 else -(-num_rows // batch) * int(args.num_train_epochs)
+        decay = {"num_decay_steps": max(1, round(steps * args.decay_share))}
+        args.lr_scheduler_kwargs = {**decay, **(args.lr_scheduler_kwargs or {})}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns what `results.json` holds."""
+    return run(Pretrain, argv)

@@ -1,4 +1,4 @@
-"""A first look at what is trained: examples with the trained tokens marked, and where every token went."""
+"""A first look at what is trained: examples with the trained tokens marked, and what happened to every token."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from hf_objectives.inspection import marked_runs
 from hf_objectives.labels import Ledger
-from hf_objectives.mixture import MixtureReport
 from hf_objectives.types import ends_of_runs
 
-_CHARACTERS = 700
+_CHARACTERS = 700  # of an example
 
 
 def highlight(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], *, brackets: bool = False) -> Text:
-    """The text of a row with its trained tokens on green and the context dim.
+    """The text of a row: trained tokens on green, the context dim.
 
-    `brackets` puts trained runs between ⟦ and ⟧ as well, for logs without colour.
+    `brackets` also puts trained runs between ⟦ and ⟧, for logs without colour.
     """
     text = Text()
     for piece, trained in marked_runs(tokenizer, input_ids, labels):
@@ -37,17 +35,16 @@ def print_preview(
     """Print a few examples and the ledger.
 
     Args:
+        tokenizer: what encoded the rows.
         rows: encoded rows (`input_ids`, `labels`, `source`), before packing.
-        ledger: what became of every token.
+        ledger: what happened to every token.
+        console: where to print.
         examples: how many rows to show, one of each source first.
     """
-    shown: list[Mapping[str, Any]] = []
-    for row in rows:
-        if len(shown) < examples and row.get("source") not in {one.get("source") for one in shown}:
-            shown.append(row)
-    shown += [row for row in list(rows[:examples]) if row not in shown][: examples - len(shown)]
+    first = {row.get("source"): i for i, row in reversed(list(enumerate(rows)))}
+    order = [*sorted(first.values()), *(i for i in range(len(rows)) if i not in first.values())]
     console.rule("What is trained (marked)", align="left")
-    for row in shown:
+    for row in (rows[i] for i in order[:examples]):
         text = highlight(tokenizer, row["input_ids"], row["labels"], brackets=not console.is_terminal)
         if len(text) > _CHARACTERS:
             text = Text.assemble(text[:_CHARACTERS], (f" ... {len(text) - _CHARACTERS} characters more", "italic"))
@@ -62,7 +59,7 @@ def print_preview(
 
 
 def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print what share of the trained turns of encoded `rows` end with a control token, and with which."""
+    """Print how many of the trained turns end with a control token, and with which."""
     control = set(tokenizer.added_tokens_decoder)
     ends: Counter[int] = Counter()
     for row in rows:
@@ -76,18 +73,3 @@ def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Con
         console.print(Text(line, style="bold red"))
     else:
         console.print(line, highlight=False, markup=False)
-
-
-def mixture_table(report: MixtureReport) -> Table:
-    """What each source of a mixture was to give and gave."""
-    table = Table(
-        title=f"The mixture after {report.row:,} {report.counted}, shares of {report.unit}",
-        title_justify="left",
-        header_style="bold",
-    )
-    for column in ("", "asked", "share", "tokens", "examples", "epochs"):
-        table.add_column(column, justify="right" if column else "left")
-    for one in report:
-        shares = f"{one.asked:.2%}", f"{one.share:.2%}"
-        table.add_row(one.name, *shares, f"{one.tokens:,}", f"{one.examples:,}", f"{one.epochs:.2f}")
-    return table

@@ -14,25 +14,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from hf_objectives import demo
 from hf_objectives.demo import SYSTEM, exact_match
-from hf_objectives.errors import ConfigError, nearest
+from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import LanguageModelEvaluation
 from hf_objectives.recipes import dpo, ppo, pretrain, reward, sft
-from hf_objectives.recipes.arguments import parse_config
-from hf_objectives.recipes.run import BUILT_IN
+from hf_objectives.recipes.arguments import BUILT_IN, option, parse_config
+from hf_objectives.recipes.tables import figure, table
+from hf_objectives.types import check_one_of
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo")
-POLICIES = ("pretrain", "sft", "ppo", "dpo")
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 _PROMPTS = 200
 
 
@@ -40,24 +39,22 @@ _PROMPTS = 200
 class StackArguments:
     """Which stages, how long, and where to."""
 
-    output_dir: str = field(default="runs/stack", metadata={"help": "Folder of the stages, the table and the picture."})
+    output_dir: str = option("runs/stack", "Folder of the stages, the table and the picture.")
     skip: list[str] = field(default_factory=list, metadata={"help": f"Stages to leave out, of {', '.join(STAGES)}."})
-    length: float = field(default=1.0, metadata={"help": "Length of every stage, as a share of its usual steps."})
-    seed: int = field(default=0, metadata={"help": "Seed of every stage."})
+    length: float = option(1.0, "Length of every stage, as a share of its usual steps.")
+    seed: int = option(0, "Seed of every stage.")
 
     def __post_init__(self) -> None:
         for name in self.skip:
-            if name not in STAGES:
-                raise ConfigError(f"skip names {name!r}; expected of {', '.join(STAGES)}{nearest(name, STAGES)}")
+            check_one_of("skip", name, STAGES)
         if len(set(self.skip)) == len(STAGES):
             raise ConfigError("skip names every stage; nothing is left to run")
         if self.length <= 0:
             raise ConfigError(f"length is {self.length}; expected more than 0")
 
 
-@dataclass
-class Stage:
-    """A stage: the recipe, its config, how long it is, and the stages whose checkpoint it may start from, best first."""
+class Stage(NamedTuple):
+    """A stage: its recipe and config, its length, and the stages whose checkpoint it may start from, best first."""
 
     run: Callable[[list[str]], dict[str, Any]]
     config: str
@@ -78,31 +75,24 @@ STACK = {
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the stack; returns the rows of the table."""
     (args,), _ = parse_config((StackArguments,), argv)
-    console = Console(stderr=False, soft_wrap=False)
-    folder = Path(args.output_dir)
+    console, folder = Console(soft_wrap=False), Path(args.output_dir)
+    stages = [name for name in STAGES if name not in args.skip]
     seconds = {}
-    for name in [stage for stage in STAGES if stage not in args.skip]:
+    for name in stages:
         console.rule(name)
         began = time.perf_counter()
         STACK[name].run(arguments(name, args))
         seconds[name] = time.perf_counter() - began
-    judge = None if "reward" in args.skip else folder / "reward"
-    base = next((name for name in ("sft", "pretrain") if name not in args.skip), None)
-    rows = [
-        {
-            "stage": name,
-            **measure(folder / name, judge, folder / base if base and name in ("ppo", "dpo") else None, seed=args.seed),
-            "tokens": tokens_of(folder / name),
-            "seconds": seconds[name],
-        }
-        for name in POLICIES
-        if name not in args.skip
-    ]
-    if judge is not None:
-        rows.append({"stage": "reward", "tokens": tokens_of(judge), "seconds": seconds["reward"]})
-    rows.sort(key=lambda row: STAGES.index(row["stage"]))
+    judge = folder / "reward" if "reward" in stages else None
+    base = next((folder / name for name in ("sft", "pretrain") if name in stages), None)
+    rows: list[dict[str, Any]] = []
+    for name in stages:
+        compared = base if name in ("ppo", "dpo") else None
+        figures = {} if name == "reward" else measure(folder / name, judge, compared, seed=args.seed)
+        rows.append({"stage": name, **figures, "tokens": tokens_of(folder / name), "seconds": seconds[name]})
     (folder / "results.json").write_text(json.dumps(rows, indent=1))
-    print_table(rows, console)
+    lines = [(row["stage"], *(figure(row.get(key)) for key in COLUMNS)) for row in rows]
+    console.print(table("Held out, after each stage", ("stage", *COLUMNS.values()), lines))
     draw(rows, folder / "stack.png")
     console.print(f"Checkpoints, results.json and stack.png are in {folder}", highlight=False)
     return rows
@@ -111,11 +101,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def arguments(name: str, args: StackArguments) -> list[str]:
     """The command line of a stage."""
     stage = STACK[name]
-    start = next((one for one in stage.after if one not in args.skip), None)
-    model = str(Path(args.output_dir) / start) if start else BUILT_IN
+    start = next((Path(args.output_dir) / name for name in stage.after if name not in args.skip), BUILT_IN)
     given = {
         "config": CONFIGS / stage.config,
-        "model_name_or_path": model,
+        "model_name_or_path": start,
         "output_dir": Path(args.output_dir) / name,
         stage.unit: max(1, round(stage.length * args.length)),
         "eval_strategy": "no",
@@ -124,8 +113,7 @@ def arguments(name: str, args: StackArguments) -> list[str]:
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     if name == "ppo" and "reward" not in args.skip:
         # The small reward model is soon exploited when it rules alone; right answers outweigh it.
-        rewards = ["--reward_funcs", BUILT_IN, str(Path(args.output_dir) / "reward"), "--reward_weights", "1", "0.1"]
-        return [*words, *rewards]
+        words += ["--reward_funcs", BUILT_IN, str(Path(args.output_dir) / "reward"), "--reward_weights", "1", "0.1"]
     return words
 
 
@@ -222,23 +210,6 @@ TITLES = {
     "reward": "Mean reward",
     "kl": "KL to the fine-tuned model (nats per answer)",
 }
-
-
-def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """One line a stage."""
-    table = Table(title="Held out, after each stage", title_justify="left", header_style="bold")
-    table.add_column("stage")
-    for name in COLUMNS.values():
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row["stage"], *(_figure(row.get(key)) for key in COLUMNS))
-    console.print(table)
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -7,8 +7,12 @@ import json
 import pytest
 
 from hf_objectives import demo
-from hf_objectives.cli.inspect import inspect
+from hf_objectives.cli.main import run_command
 from hf_objectives.errors import ConfigError, FileFormatError
+
+
+def inspect(words: list[str]) -> int | None:
+    return run_command(["inspect", *words])
 
 
 def said(capsys) -> str:
@@ -99,7 +103,7 @@ def test_a_document_of_a_book_is_shown_in_part(capsys, tmp_path):
         ("--dataset_name none.jsonl --tokenizer builtin", FileFormatError, "none.jsonl"),
         ("--dataset_name builtin --tokenizer builtin --rows 0", ConfigError, "expected at least 1"),
         ("--dataset_name builtin --tokenizer builtin --train_on user", ConfigError, "train_on is 'user'"),
-        ("--dataset_name builtin --tokenizer builtin --chat_template no.jinja", ConfigError, "does not exist"),
+        ("--dataset_name builtin --tokenizer builtin --chat_template no.jinja", FileFormatError, "does not exist"),
         ("--dataset_name builtin --tokenizer builtin --max_len 3", ConfigError, "did you mean '--max_length'"),
         ('--sources {"a":{"path":"builtin","weigth":2}} --tokenizer builtin', ConfigError, "'weigth'.*mean 'weight'"),
     ],

@@ -1,50 +1,16 @@
-"""The command line, as a user types it."""
+"""The command line, as a user types it: commands, help and errors."""
 
 from __future__ import annotations
 
-import json
-import re
-from contextlib import contextmanager
+import subprocess
+import sys
 
 import pytest
-from datasets import load_dataset
 
-from hf_objectives import demo
 from hf_objectives.cli.main import main
+from hf_objectives.cli.options import COMMANDS
 
-
-@pytest.fixture
-def refused(capsys):
-    """One line on stderr that matches, and exit code 2."""
-
-    @contextmanager
-    def check(match):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            yield
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and re.search(match, said) and "Traceback" not in said, said
-
-    return check
-
-
-@pytest.fixture
-def files(tmp_path):
-    demo.build_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(50)))
-    (tmp_path / "b.txt").write_text("one line\nanother line\n")
-    (tmp_path / "corpus.yaml").write_text(
-        f"tokenizer: {tmp_path}/tokenizer\nmax_length: 128\noutput_dir: {tmp_path}/out\n"
-        f"sources:\n  a: {tmp_path}/*.jsonl\n  b: {{path: {tmp_path}/b.txt, documents: line, weight: 2}}\n"
-    )
-    return tmp_path
-
-
-def test_prepare(files, capsys):
-    main(["prepare", "--config", str(files / "corpus.yaml"), "--eval_share", "0.2"])
-    said = capsys.readouterr().out
-    assert "a: 50 documents" in said and "b: 2 documents" in said and "rows of 128 tokens" in said
-    assert set(load_dataset("parquet", data_dir=str(files / "out"))) == {"train", "validation"}
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "trl", "accelerate")
 
 
 @pytest.mark.parametrize(
@@ -65,63 +31,28 @@ def test_errors_are_one_line(words, message, refused):
         main(words)
 
 
-def test_sources_are_checked(files, refused):
-    config = ["prepare", "--config", str(files / "corpus.yaml")]
-    with refused("give dataset_name or sources, one of the two"):
-        main([*config, "--dataset_name", "x.jsonl"])
-    with refused("sources is not a mapping"):
-        main([*config, "--sources", "[1]"])
-    with refused("chat_template names a file that does not exist"):
-        main([*config, "--chat_template", "none.jinja"])
-
-
-def test_what_is_not_there_is_one_line(files, refused):
-    config = ["prepare", "--config", str(files / "corpus.yaml")]
-    with refused("OSError: .*nowhere"):
-        main([*config, "--tokenizer", "/nowhere"])
-    with refused("FileExistsError: .*b.txt"):
-        main([*config, "--output_dir", str(files / "b.txt")])
-
-
 def test_help(capsys):
     main([])
-    assert "hf-objectives prepare --config" in capsys.readouterr().out
-
-
-def test_mixture(files, capsys, tmp_path):
-    main(["prepare", "--config", str(files / "corpus.yaml")])
-    (files / "mixture.yaml").write_text(
-        f"sources:\n  a: {{path: {files}/out, weight: 0.9}}\n  b: {{path: {files}/out, weight: 0.2}}\nunit: rows\n"
-    )
-    capsys.readouterr()
-    main(["mixture", "--mixture", str(files / "mixture.yaml"), "--rows", "110", "--plot", str(tmp_path / "plan.png")])
     said = capsys.readouterr().out
-    assert (
-        "after 110 rows, shares of rows" in said
-        and "81.82%" in said
-        and "source 'b' will be repeated 20.0 times" in said
-    )
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
-    main(["mixture", "--mixture", str(files / "mixture.yaml"), "--tokens", "5e3"])
-    tokens = [int(line.split("│")[4].replace(",", "")) for line in capsys.readouterr().out.splitlines() if "%" in line]
-    assert sum(tokens) == pytest.approx(5_000, rel=0.1)
-    log = [{"step": 2, "loss": 1.0, "mixture/a/asked": 0.5, "mixture/a/share": 0.49, "mixture/a/tokens": 7,
-            "mixture/a/examples": 2, "mixture/a/epochs": 0.5}]  # fmt: skip
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    main(["mixture", "--run", str(tmp_path), "--plot", str(tmp_path / "run.svg")])
-    assert "after 2 steps" in capsys.readouterr().out and (tmp_path / "run.svg").exists()
+    assert "hf-objectives prepare --config" in said and ",".join(COMMANDS) in said
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "ConfigError: give mixture or run, one of the two"),
-        (["--mixture", "a", "--run", "b"], "ConfigError: give mixture or run, one of the two"),
-        (["--mixture", "none.yaml"], "ConfigError: cannot read none.yaml"),
-        (["--mixture", "a", "--rows", "0"], "ConfigError: rows is 0 and tokens None; expected at least 1"),
-        (["--run", "nowhere"], "FileFormatError: no log at nowhere"),
-    ],
-)
-def test_a_mixture_that_cannot_be_looked_at_is_a_line(words, message, refused):
-    with refused(message):
-        main(["mixture", *words])
+def test_help_imports_nothing_heavy():
+    """Every help in one process; what it has imported at the end."""
+    program = f"""
+import contextlib, sys
+from hf_objectives.cli import main
+for words in (["--help"], *([command, "--help"] for command in {list(COMMANDS)})):
+    with contextlib.suppress(SystemExit):
+        main(words)
+print("heavy:", [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "heavy: []", done.stdout[-500:] + done.stderr
+    assert all(f"usage: hf-objectives {command} " in done.stdout for command in COMMANDS)
+
+
+def test_the_package_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "hf_objectives", "inspct"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "unknown command 'inspct'" in done.stderr and "did you mean 'inspect'?" in done.stderr

@@ -81,7 +81,7 @@ def test_from_pairs_to_a_model(corpus, tmp_path, capsys):
     assert after["eval_mine_perplexity"] == pytest.approx(found.perplexity, rel=1e-4)
     assert after["eval_mine_perplexity_at_start"] == before["eval_mine_perplexity"]
     printed = capsys.readouterr().out
-    for words in ("6 held-out pairs", "reward accuracy", "95 % interval", "under the reference", "perplexity of mine"):
+    for words in ("6 held-out pairs", "reward accuracy", "95 % interval", "under the reference", "perplexity, mine"):
         assert words in printed, words
     assert "rewards/accuracies" in (tmp_path / "run" / "README.md").read_text()
 

@@ -200,7 +200,7 @@ def test_trials_on_other_data_are_not_taken(search, corpus):
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"evaluation": {"x": {"source": "wordz"}}}, ConfigError, "'x' names source 'wordz'.*did you mean 'words'"),
+        ({"evaluation": {"x": {"source": "wordz"}}}, ConfigError, "'x': source is 'wordz'.*did you mean 'words'"),
         ({"evaluation": {"x": {"weight": 1}}}, ConfigError, "'x': give a path or a source, one of the two"),
         ({"evaluation": {"x": {"path": "a.txt", "wieght": 1}}}, ConfigError, "unknown key 'wieght'; did you mean 'weight'"),
         ({"evaluation": {"x": {"path": "a.txt", "weight": -1}}}, ConfigError, "'x': weight is -1.0; expected a number, 0"),

@@ -49,7 +49,7 @@ def test_what_accelerate_adds_is_in_the_plan(tmp_path, monkeypatch):
     assert plan_of(args)["processes"][0] == "1 (FSDP)"
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ConfigError, match="says 4 gradient accumulation steps, the training arguments 1"):
-        plan_of(args)
+        check_launch(args)
 
 
 def test_an_epoch_and_a_half_is_rounded_up_as_the_trainer_does(tmp_path):

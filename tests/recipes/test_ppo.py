@@ -15,9 +15,8 @@ from trl import RLOOConfig
 
 from hf_objectives import PPOConfig, demo
 from hf_objectives.errors import ConfigError
-from hf_objectives.recipes.alignment_rows import lm_datasets, split_rows
-from hf_objectives.recipes.ppo import RewardArguments as Arguments
-from hf_objectives.recipes.ppo import as_config, main, read_reward
+from hf_objectives.recipes.data import WatchedArguments, split_rows
+from hf_objectives.recipes.ppo import PpoData, as_config, main, read_reward
 from hf_objectives.trainers.reward_functions import RewardError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +126,7 @@ def test_reward_functions_are_found_or_their_absence_named(corpus):
 
 
 def test_rows_held_out_are_not_trained(corpus):
-    data = Arguments(dataset_name=str(corpus / "asked.json"), eval_share=0.2)
+    data = PpoData(dataset_name=str(corpus / "asked.json"), eval_share=0.2)
     train, held_out = split_rows(data, seed=0, built_in=(1, 1))
     numbers = [row["row"] for row in train], [row["row"] for row in held_out]
     assert sorted(numbers[0] + numbers[1]) == list(range(60)) and 4 <= len(held_out) <= 20
@@ -143,7 +142,7 @@ def test_rows_held_out_are_not_trained(corpus):
 )
 def test_bad_lm_datasets(given, message):
     with pytest.raises(ConfigError, match=message):
-        lm_datasets(given)
+        WatchedArguments(lm_datasets=given).watched()
 
 
 def test_bad_settings(corpus, tmp_path):

@@ -7,12 +7,11 @@ import math
 
 import pytest
 import torch
-from rich.console import Console
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes import stack
-from hf_objectives.recipes.stack import StackArguments, arguments, divergence, draw, main, print_table, sample
+from hf_objectives.recipes.stack import StackArguments, arguments, divergence, draw, main, sample
 
 TOKENIZER = demo.build_tokenizer()
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Sort 3 1 2.", "Spell stone backwards.")]
@@ -44,7 +43,7 @@ def test_a_skipped_stage_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"skip": ["stf"]}, "skip names 'stf'.*did you mean 'sft'"),
+        ({"skip": ["stf"]}, "skip is 'stf'.*did you mean 'sft'"),
         ({"skip": list(stack.STAGES)}, "nothing is left to run"),
         ({"length": 0.0}, "length is 0.0"),
     ],
@@ -90,20 +89,17 @@ def test_divergence_is_the_sum_over_the_tokens_of_an_answer():
     assert divergence(ours, ours, ids, mask, answered) == 0
 
 
-def test_table_and_picture(tmp_path, capsys):
+def test_picture(tmp_path):
     rows = [
         {"stage": "sft", "texts": 10.0, "chats": 2.0, "exact_match": 0.25, "tokens": 1234, "seconds": 1.5},
         {"stage": "reward", "tokens": 99, "seconds": 2.0},
         {"stage": "ppo", "texts": 11.0, "chats": 2.1, "exact_match": 0.5, "kl": 0.7, "tokens": None, "seconds": 3.0},
     ]
-    print_table(rows, Console(width=100))
-    printed = capsys.readouterr().out
-    assert "1,234" in printed and "0.7" in printed and printed.count("│") > 20
     draw(rows, tmp_path / "stack.png")
     assert (tmp_path / "stack.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_from_fine_tuning_to_a_policy(tmp_path, monkeypatch):
+def test_from_fine_tuning_to_a_policy(tmp_path, monkeypatch, capsys):
     """Few and small: a fine-tuned model, and PPO from it; the other stages have recipes, and tests, of their own."""
     monkeypatch.setattr(demo, "chats", lambda n, *, of=demo.chats, **given: of(min(n, 60), **given))
     monkeypatch.setattr(demo, "preferences", lambda n, *, of=demo.preferences, **given: of(min(n, 300), **given))
@@ -114,3 +110,6 @@ def test_from_fine_tuning_to_a_policy(tmp_path, monkeypatch):
     assert rows[1]["kl"] >= 0 and "kl" not in rows[0] and all(row["seconds"] > 0 for row in rows)
     assert json.loads((tmp_path / "results.json").read_text()) == rows
     assert (tmp_path / "stack.png").exists()
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert f"{row['texts']:.4g}" in printed and f"{row['seconds']:.4g}" in printed

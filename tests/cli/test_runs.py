@@ -1,13 +1,16 @@
-"""hf-objectives diagnose, as a user types it."""
+"""hf-objectives diagnose, plot and report, as a user types them."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hf_objectives.cli.main import main
+from hf_objectives.cli.main import main, run_command
+from hf_objectives.diagnostics import plot as drawing
+from hf_objectives.errors import ConfigError, FileFormatError
 from hf_objectives.inspection.findings import Finding
 
 
@@ -100,7 +103,66 @@ def test_keys_do_not_steer_the_terminal(tmp_path, capsys):
 
 def test_findings_do_not_steer_the_terminal(logs, capsys, monkeypatch):
     found = [Finding("plateau", 1, "info", "a\x1b[2J", "b\x1b[2J", 2)]
-    monkeypatch.setattr("hf_objectives.cli.diagnose.find", lambda run: found)
+    monkeypatch.setattr("hf_objectives.diagnostics.diagnose", lambda run: found)
     main(["diagnose", str(logs / "good.jsonl")])
     said = capsys.readouterr().out
     assert "\x1b" not in said and "a␛[2J" in said and "b␛[2J" in said
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, level in (("good", 2.0), ("bad", float("nan"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [{"step": i, "loss": 1 / i + level} for i in range(1, 31)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": lines}))
+    return tmp_path
+
+
+def test_draws_several_runs_and_says_where(runs, capsys):
+    picture = runs / "new" / "both.svg"
+    run_command(["plot", str(runs / "good"), str(runs / "bad"), "--output", str(picture)])
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert picture.read_bytes().startswith(b"<?xml")
+
+
+def test_by_default_a_png_in_this_folder(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    run_command(["plot", "good"])
+    assert capsys.readouterr().out == "training_curves.png\n"
+    assert (runs / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_findings_can_be_left_out(runs, monkeypatch):
+    marked = []
+    monkeypatch.setattr(drawing, "_mark", lambda axes, found, **_: marked.append([one.kind for one in found]))
+    run_command(["plot", str(runs / "bad"), "--output", str(runs / "a.png")])
+    run_command(["plot", str(runs / "bad"), "--output", str(runs / "b.png"), "--no_findings"])
+    assert marked[0] == ["non_finite"] and marked[1] == []
+
+
+def test_errors_are_ours(runs):
+    with pytest.raises(ConfigError, match=r"\.png, \.svg, \.pdf; found 'gif'"):
+        run_command(["plot", str(runs / "good"), "--output", str(runs / "curves.gif")])
+    with pytest.raises(FileFormatError, match="no log at"):
+        run_command(["plot", str(runs / "none")])
+    assert not list(runs.glob("*.gif"))
+
+
+def saved(folder: Path) -> str:
+    folder.mkdir()
+    history = [{"step": step, "loss": 3 - step / 50} for step in range(1, 41)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return str(folder)
+
+
+def test_a_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.html"
+    run_command(["report", saved(tmp_path / "a"), "--output", str(output), "--compare", saved(tmp_path / "b")])
+    assert capsys.readouterr().out.strip() == str(output)
+    assert "compared with <bdi>b</bdi>" in output.read_text(encoding="utf-8")
+
+
+def test_a_folder_without_a_log_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="no log in"):
+        run_command(["report", str(tmp_path), "--output", str(tmp_path / "out.html")])

@@ -1,0 +1,49 @@
+"""`hf-objectives prepare` and `mixture`: rows on disk, and what a mixture of sources gives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from hf_objectives.cli.options import MixtureOptions, PrepareOptions
+from hf_objectives.diagnostics import plot_mixture, read_curves, report_of_log
+from hf_objectives.mixture import build_mixture
+from hf_objectives.preparation import prepare_corpus
+from hf_objectives.recipes import mixture_table, read_template
+
+_POINTS = 60  # of a curve
+
+
+def prepare(options: PrepareOptions) -> None:
+    """Prepare packed rows in a folder and say what happened to every token."""
+    settings = replace(options, chat_template=read_template(options.chat_template))
+    tokenizer, folder = AutoTokenizer.from_pretrained(options.tokenizer), str(options.output_dir)
+    manifest = prepare_corpus(options.named_sources(), tokenizer, folder, settings, overwrite=options.overwrite)
+    print("\n".join(manifest.lines()))
+    print(f"load_prepared({folder!r}) or load_dataset({options.file_format!r}, data_dir={folder!r})")
+
+
+def mixture(options: MixtureOptions) -> None:
+    """Say what a mixture will give, or has given, and draw it."""
+    console = Console()
+    if options.run is not None:
+        curves = read_curves(options.run)
+        console.print(mixture_table(report_of_log(curves)))
+        if options.plot:
+            print(plot_mixture(curves, options.plot))
+        return
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
+    made = build_mixture(options.mixture, tokenizer=tokenizer, seed=options.seed)  # type: ignore[arg-type]
+    rows = options.rows
+    if options.tokens is not None:
+        first, tokens = made.first_rows()
+        rows = math.ceil(options.tokens * first / tokens) if tokens else rows
+    reports = [made.report(rows * i // _POINTS) for i in range(1, _POINTS + 1)]
+    console.print(mixture_table(reports[-1]))
+    for line in made.expect(reports[-1].row):
+        console.print(line, highlight=False, markup=False)
+    if options.plot:
+        print(plot_mixture(reports, options.plot))

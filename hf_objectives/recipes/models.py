@@ -1,0 +1,174 @@
+"""The model and the tokenizer that a recipe starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+)
+from transformers.utils import find_adapter_config_file
+from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from hf_objectives import demo
+from hf_objectives.errors import ConfigError
+from hf_objectives.recipes.arguments import BUILT_IN, option
+
+
+@dataclass
+class RecipeModel(ModelConfig):
+    """TRL's model arguments; `model_name_or_path: builtin` is the tiny model of the built-in corpus."""
+
+
+@dataclass
+class PretrainModel(RecipeModel):
+    """The model of pretraining: a checkpoint to go on from, or a configuration whose weights are drawn at random."""
+
+    model_config: str | None = option(None, "From scratch: a config.json, or a mapping with model_type (JSON).")
+    tokenizer_name: str | None = option(None, "Tokenizer of a model from scratch.")
+
+
+def load_tokenizer(name: str, revision: str = "main") -> Any:
+    """A tokenizer: the built-in one, or that of a folder or a Hub id."""
+    return demo.build_tokenizer() if name == BUILT_IN else AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+    """Load a language model and its tokenizer.
+
+    Raises:
+        ConfigError: no model is named, or a 4-bit one for a CPU.
+    """
+    name = _checked_name(config, use_cpu)
+    tokenizer = load_tokenizer(name, config.model_revision)
+    if name == BUILT_IN:
+        return demo.build_model(tokenizer), tokenizer
+    # Adapters leave the weights as they are, so these may stay in the checkpoint's dtype; not on a CPU, which is slow then.
+    dtype = "auto" if config.use_peft and not use_cpu else "float32"
+    settings = _loading(config, dtype)
+    return AutoModelForCausalLM.from_pretrained(name, revision=config.model_revision, **settings), tokenizer
+
+
+def load_policy(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+    """Load a model to align, and its tokenizer. An adapter in the folder becomes part of the weights; all are trained."""
+    name = config.model_name_or_path
+    base = _base_of_adapter(config)
+    if name is None or base is None:
+        return load_model(config, use_cpu=use_cpu)
+    model, _ = load_model(replace(config, model_name_or_path=base, model_revision="main"), use_cpu=use_cpu)
+    return _with_adapter_merged(model, name), AutoTokenizer.from_pretrained(name)
+
+
+def load_scorer(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+    """Load a model with a score head, which is new where the folder has none, and its tokenizer.
+
+    Raises:
+        ConfigError: no model is named, or a 4-bit one for a CPU.
+    """
+    name = _checked_name(config, use_cpu)
+    tokenizer = load_tokenizer(name, config.model_revision)
+    if name == BUILT_IN:
+        settings = demo.build_model(tokenizer).config
+        settings.num_labels = 1
+        return LlamaForSequenceClassification(settings), tokenizer
+    base = _base_of_adapter(config)
+    with suppress_seqcls_warning():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base or name, revision=None if base else config.model_revision, num_labels=1, **_loading(config, "float32")
+        )
+    return _with_adapter_merged(model, name, generates=False) if base else model, tokenizer
+
+
+def _checked_name(config: ModelConfig, use_cpu: bool) -> str:
+    if not config.model_name_or_path:
+        raise ConfigError("model_name_or_path is missing; give a Hub id, a folder, or 'builtin'")
+    if config.load_in_4bit and use_cpu and config.model_name_or_path != BUILT_IN:
+        raise ConfigError(
+            "load_in_4bit on a CPU: bitsandbytes packs weights for evaluation there, and writing a checkpoint after it "
+            "leaves them wrong without an error (seen with 0.50.2); use a GPU, or leave it off"
+        )
+    return config.model_name_or_path
+
+
+def _loading(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`; `dtype` is taken unless the configuration names one.
+
+    transformers loads the checkpoint's dtype; weights that an optimizer moves want float32 unless asked otherwise.
+    """
+    return {
+        "attn_implementation": config.attn_implementation,
+        "dtype": dtype if config.dtype in (None, "auto") else config.dtype,
+        "quantization_config": get_quantization_config(config),
+    }
+
+
+def _base_of_adapter(config: ModelConfig) -> str | None:
+    """The model that an adapter was trained on, where a folder or Hub id holds an adapter."""
+    name = config.model_name_or_path
+    found = find_adapter_config_file(name, revision=config.model_revision) if name and name != BUILT_IN else None
+    return json.loads(Path(found).read_text())["base_model_name_or_path"] if found else None
+
+
+def _with_adapter_merged(model: Any, folder: str, *, generates: bool = True) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    lora = PeftConfig.from_pretrained(folder)
+    lora.task_type = lora.task_type if generates else None
+    merged: Any = PeftModel.from_pretrained(model, folder, config=lora).merge_and_unload()
+    return merged.requires_grad_(True)  # PEFT froze what was beneath the adapter
+
+
+def with_lora(model: Any, config: ModelConfig, *, gradient_checkpointing: bool) -> Any:
+    """The model with the adapters that TRL's flags ask for, or as it is."""
+    lora = get_peft_config(config)
+    if lora is None:
+        return model
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if config.load_in_4bit or config.load_in_8bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    elif gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, lora)
+
+
+def load_or_draw(config: PretrainModel, *, use_cpu: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of pretraining: those of a checkpoint, or random weights (float32) of a configuration.
+
+    Raises:
+        ConfigError: no model, a configuration that names none, or a vocabulary smaller than the tokenizer's.
+    """
+    if not config.model_config:
+        return load_model(config, use_cpu=use_cpu)
+    name = config.tokenizer_name or config.model_name_or_path
+    if not name:
+        raise ConfigError(
+            "tokenizer_name is missing; a model from scratch needs a tokenizer (a Hub id, folder or 'builtin')"
+        )
+    tokenizer = load_tokenizer(name)
+    if config.model_config.lstrip().startswith("{"):
+        values = json.loads(config.model_config)
+        if "model_type" not in values:
+            raise ConfigError("model_config names no model_type; expected 'llama', say, beside its sizes")
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        settings = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **values})
+    else:
+        settings = AutoConfig.from_pretrained(config.model_config)
+    vocabulary = settings.get_text_config().vocab_size
+    if vocabulary < len(tokenizer):
+        raise ConfigError(
+            f"the model's vocabulary has {vocabulary} ids, the tokenizer {len(tokenizer)}; "
+            "raise vocab_size, or use the tokenizer that the configuration was made for"
+        )
+    settings.use_cache = True
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **attention), tokenizer

@@ -1,0 +1,42 @@
+"""The built-in tokenizer and model, and the share of questions that a model answers."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from hf_objectives import demo
+from hf_objectives.labels import encode_row
+
+
+def test_tokenizer_and_model():
+    tokenizer = demo.build_tokenizer()
+    text = "What is 12 plus 7? naïve 日本"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("1234")["input_ids"]) == 4
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    a, b = demo.build_model(tokenizer), demo.build_model(tokenizer)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert 5e5 < sum(p.numel() for p in a.parameters()) < 2e6
+    for row in demo.chats(30):
+        encoded = encode_row(tokenizer, row)
+        trained = tokenizer.decode([label for label in encoded["labels"] if label != -100])
+        expected = "".join(
+            "<tool_call>calculator "
+            + json.dumps(m["tool_calls"][0]["function"]["arguments"])
+            + "</tool_call><|im_end|>"
+            if m.get("tool_calls")
+            else m["content"] + "<|im_end|>"
+            for m in row["messages"]
+            if m["role"] == "assistant"
+        )
+        assert trained == expected
+
+
+def test_exact_match_counts_letters():
+    tokenizer = demo.build_tokenizer()
+    model = demo.build_model(tokenizer)
+    asked = demo.questions(5, split="test", skills=["sorting"])
+    share, answers = demo.exact_match(model, tokenizer, asked, max_new_tokens=2)
+    assert share == 0 and [question for question, _ in answers] == asked
