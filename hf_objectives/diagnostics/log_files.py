@@ -70,7 +70,7 @@ def _is_state(path: Path) -> bool:
 
 
 def _read_csv(path: Path, notes: list[str]) -> Lines:
-    """Also the tables that Weights & Biases and TensorBoard export."""
+    """Yield the rows of a table; also of those that Weights & Biases and TensorBoard export."""
     unreadable: list[tuple[int, str]] = []  # number of the line, and why
     ragged: list[int] = []
     with path.open("rb") as raw:
@@ -84,9 +84,8 @@ def _read_csv(path: Path, notes: list[str]) -> Lines:
             names = [name.strip() for name in next(reader)]
         except csv.Error as error:
             raise FileFormatError(f"{path}, line 1: {error}; expected the names of columns") from error
-        if [name.lower() for name in names] == ["wall time", "step", "value"] and (
-            tagged := TAGGED.fullmatch(path.name)
-        ):
+        tagged = TAGGED.fullmatch(path.name)
+        if tagged and [name.lower() for name in names] == ["wall time", "step", "value"]:
             names[2] = _tag(tagged["tag"])
         side_by_side = len(names) > 1 and all(" - " in name for name in names[1:])
         to_lines = _wandb_lines if side_by_side else _table_lines

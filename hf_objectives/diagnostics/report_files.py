@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_objectives.inspection import ENVIRONMENT, LABELS
 
-_EVENT = "event.json"
+_EVENT = "event.json"  # as batch_record writes it, which is not imported here because it needs torch
 _EVENTS_AT_MOST, _EXAMPLES_AT_MOST, _ROWS_AT_MOST = 20, 12, 20
 _DEEPEST = 50  # levels of a JSON file
 _TEXT_AT_MOST = 4_000  # characters of a document
