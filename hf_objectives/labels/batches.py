@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hf_objectives.errors import DataError, FormatError
+from hf_objectives.errors import FormatError
 from hf_objectives.labels.config import ON_ERROR, EncodingConfig
 from hf_objectives.labels.formats import NOT_TEXT
 from hf_objectives.labels.framing import frame_documents
@@ -61,9 +61,8 @@ class BatchEncoder:
         columns = self._text_columns(rows)
         if columns is not None and (table := self._texts(rows, columns, source, numbers, ledger)) is not None:
             return table, ledger
-        refused: list[DataError] | None = [] if self.on_error == "skip" else None
         labelled, sources, kept = self._rows.encode(
-            rows, source=source, numbers=numbers, ledger=ledger, refused=refused
+            rows, source=source, numbers=numbers, ledger=ledger, skip=self.on_error == "skip"
         )
         table = labelled.to_table().append_column("source", pa.array(sources, pa.string()))
         return table.append_column("row", pa.array(kept, pa.int64())), ledger

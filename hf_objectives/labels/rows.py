@@ -44,7 +44,7 @@ class RowEncoder(PieceEncoder):
         self._formats: dict[str, str] = {}  # of each source
 
     def encode(
-        self, rows: Sequence[Row], *, source: str, ledger: Ledger, numbers: Numbers = None, refused: Errors = None
+        self, rows: Sequence[Row], *, source: str, ledger: Ledger, numbers: Numbers = None, skip: bool = False
     ) -> tuple[Labelled, list[str], list[int]]:
         """Encode rows, and leave out those that are too long or train nothing.
 
@@ -53,7 +53,7 @@ class RowEncoder(PieceEncoder):
             source: source of rows that name none in `source`.
             ledger: counts what happened to every token.
             numbers: number of each row that has none of its own in `row`; None counts from 0.
-            refused: gets the error of each row that cannot be used, and the row is left out; None raises the error.
+            skip: leave out and count a row that cannot be used, instead of raising its error.
 
         Returns:
             The kept rows, the source of each, and the number of the row that each came from.
@@ -61,17 +61,15 @@ class RowEncoder(PieceEncoder):
         Raises:
             DataError: a row that cannot be used; names source and row.
         """
-        errors: Errors = None if refused is None else []
-        pieces = self.render(rows, source, ledger, numbers, errors)
+        refused: Errors = [] if skip else None
+        pieces = self.render(rows, source, ledger, numbers, refused)
         try:
             labelled = self.tokenise(pieces)
         except FormatError:  # a character without a token, in one of the texts
-            pieces = self._with_tokens(pieces, errors)
+            pieces = self._with_tokens(pieces, refused)
             labelled = self.tokenise(pieces)
-        for error in sorted(errors or (), key=lambda error: error.row or 0):
+        for error in sorted(refused or (), key=lambda error: error.row or 0):
             ledger[error.source or source].drop(type(error).__name__ + SKIPPED, tokens=0, row=error.row)
-        if refused is not None:
-            refused += errors or ()
         pieces, labelled = self.split(pieces, self.frame(pieces, labelled))
         cut_off, fits = self.limit(pieces, labelled)
         sources, origins = [piece.source for piece in pieces], [piece.row for piece in pieces]
@@ -85,7 +83,10 @@ class RowEncoder(PieceEncoder):
     def render(
         self, rows: Sequence[Row], source: str, ledger: Ledger, numbers: Numbers = None, refused: Errors = None
     ) -> list[Piece]:
-        """Read rows and render them to text with trained spans; see `encode`. Rows that have ids come last."""
+        """Read rows and render them to text with trained spans; rows that have ids come last.
+
+        `refused` gets the error of each row that cannot be used; where it is None, the error is raised.
+        """
         pieces: list[Piece] = []
         for position, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
             columns = row if isinstance(row, Mapping) else {}
@@ -116,7 +117,7 @@ class RowEncoder(PieceEncoder):
         return [self.piece(turn, number, source) for turn in turns]
 
     def _with_tokens(self, pieces: Sequence[Piece], refused: Errors) -> list[Piece]:
-        """The pieces whose texts the tokenizer has tokens for; see `encode` for the others."""
+        """The pieces whose texts the tokenizer has tokens for; see `render` for the others."""
         kept = []
         for piece in pieces:
             try:

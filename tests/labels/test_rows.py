@@ -122,25 +122,24 @@ def test_a_long_conversation_without_an_answer_is_counted_not_lost():
     assert len(kept) == 1 and ledger["s"].dropped_rows == {TOO_LONG: 1} and ledger["s"].balance() == 0
 
 
-def test_every_row_that_cannot_be_used_is_given_back_in_order():
+def test_every_row_that_cannot_be_used_is_counted_in_order():
     rows = [{"text": "a"}, {"text": None}, {"text": "half \ud800"}, {"text": 7}]
-    refused: list = []
     ledger = Ledger()
     encoder = RowEncoder(TOKENIZER, EncodingConfig())
-    _, _, kept = encoder.encode(rows, source="s", ledger=ledger, refused=refused)
-    assert kept == [0] and sorted(error.row for error in refused) == [1, 2, 3]
+    _, _, kept = encoder.encode(rows, source="s", ledger=ledger, skip=True)
+    assert kept == [0]
     assert ledger["s"].dropped_examples == {"FormatError, skipped": [1, 2, 3]}
     with pytest.raises(FormatError, match="source 'mine', row 5: half of a surrogate pair"):
         encode_row(TOKENIZER, rows[2], source="mine", row_index=5)
 
 
 def test_rows_of_bad_ids_are_refused_one_by_one():
-    refused: list = []
+    ledger = Ledger()
     encoder = RowEncoder(TOKENIZER, EncodingConfig())
     labelled, _, kept = encoder.encode(
-        [{"input_ids": [5, 70_000]}, {"input_ids": [5, 6]}], source="s", ledger=Ledger(), refused=refused
+        [{"input_ids": [5, 70_000]}, {"input_ids": [5, 6]}], source="s", ledger=ledger, skip=True
     )
-    assert kept == [1] and labelled.ids.tolist() == [5, 6] and refused[0].row == 0
+    assert kept == [1] and labelled.ids.tolist() == [5, 6] and ledger["s"].dropped_rows == {"FormatError, skipped": 1}
 
 
 def test_mixed_formats_name_the_row():
