@@ -134,7 +134,9 @@ class TurnStarts:
         expected = self.markers.search(more)
         if (expected and expected.group() in between) or not frame[:in_frame].strip():
             return None
-        return turn.before + in_frame if not prompted or not more or between in more else None
+        if prompted and more and between not in more:
+            return None
+        return self._after_header(turn.text, turn.before + in_frame)
 
     @cached_property
     def header(self) -> str:

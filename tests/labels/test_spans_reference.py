@@ -21,10 +21,10 @@ TEXTS = os.environ.get("HF_OBJECTIVES_TEST_TEXTS")
 BLOCK_TEMPLATES = ("idefics3", "llava_next", "smolvlm")
 
 
-def outcome(render):
+def outcome(render, *arguments):
     """Text and spans, or the kind of error."""
     try:
-        rendered = render()
+        rendered = render(*arguments)
     except DataError as error:
         return type(error).__name__
     return rendered.text, [tuple(span) for span in rendered.spans]
@@ -36,8 +36,8 @@ def check(name, conversations):
     encoder = ChatEncoder(tokenizer)
     trained = 0
     for messages, tools in conversations:
-        found = outcome(lambda: encoder.render(messages, tools))
-        assert found == outcome(lambda: reference_render(tokenizer, messages, tools)), (name, messages)
+        found = outcome(encoder.render, messages, tools)
+        assert found == outcome(reference_render, tokenizer, messages, tools), (name, messages)
         trained += isinstance(found, tuple)
     return trained
 
@@ -45,12 +45,12 @@ def check(name, conversations):
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_generated_conversations(name):
     generated = []
-    for i in range(24):
+    for i in range(14):
         tools = i % 2 == 0
         messages = conversation(random.Random(i), tools=tools, reasoning=i % 3 == 0, longest=10 if i % 4 else 4)
         if any(message["role"] == "assistant" and message.get("train", True) for message in messages):
             generated.append((messages, TOOLS if tools else None))
-    assert check(name, generated) >= 4
+    assert check(name, generated) >= 2
 
 
 @pytest.mark.skipif(TEXTS is None, reason="needs HF_OBJECTIVES_TEST_TEXTS, a folder of example data")
@@ -67,7 +67,7 @@ def test_real_conversations(name):
 def long_conversation(turns, tools):
     messages = []
     for n in range(turns // 2):
-        messages.append({"role": "user", "content": f"question {n} "})
+        messages.append({"role": "user", "content": f"question {n}"})
         if tools and n % 3 == 1:
             call = {**CALL, "id": f"call{n:05}", "function": {"name": "run", "arguments": {"q": f"text {n}", "n": n}}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})

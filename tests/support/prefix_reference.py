@@ -402,7 +402,8 @@ class PrefixFinder:
         frame = window.removesuffix(own)
         held = self._held_of_prompt(messages[:k], prompt, frame, prompted=bool(generation))
         if held is not None:
-            return before + held
+            header = self._header() if self.markers.search(self._header()) else ""
+            return before + held + (len(header) if header and text.startswith(header, before + held) else 0)
         raise TemplateError(
             "cannot tell where this turn starts: the render of the conversation does not hold the generation prompt "
             f"{generation[-60:]!r} before it",
