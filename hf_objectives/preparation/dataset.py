@@ -19,7 +19,7 @@ from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.readers import load_rows
 from hf_objectives.preparation.work import concatenated
-from hf_objectives.preparation.workers import count_cores, run_local
+from hf_objectives.preparation.workers import ENGINES, count_cores, run_local
 from hf_objectives.types import Row, check_one_of
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def prepare_dataset(
         ConfigError: a setting is unknown.
         WorkerError: a worker process died.
     """
-    check_one_of("engine", engine, ("local", "ray"))
+    check_one_of("engine", engine, ENGINES)
     if engine != "local" and output_dir is None:
         raise ConfigError(f"engine={engine!r} writes shards; give it an output_dir that all machines see")
     if packing:
