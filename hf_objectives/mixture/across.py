@@ -57,34 +57,34 @@ def _balanced_order(packed: PackedRows, sources: Integers, units: Units, seed: i
 
 def packed_row(
     packed: PackedRows,
+    begins: Integers,
     pieces: Integers,
     rows: Mapping[int, Mapping[str, Any]],
-    units: Units,
+    numbers: Integers,
     sources: Sequence[str],
 ) -> dict[str, Any]:
     """One packed row.
 
     Args:
         packed: how documents lie in rows.
+        begins: int64 [pieces], where each piece begins in its document.
         pieces: numbers of the row's pieces.
         rows: the documents, by their numbers among the units.
-        units: the drawn documents.
+        numbers: int64 [documents], the number of each in its source.
         sources: the source of each piece.
     """
-    documents, lengths = packed.documents[pieces], packed.lengths[pieces]
-    begins = packed.starts[pieces] - (np.cumsum(units.tokens) - units.tokens)[documents]
+    documents, lengths = packed.documents[pieces].tolist(), packed.lengths[pieces]
     ids, labels = [], []
-    for document, begin, length in zip(documents.tolist(), begins.tolist(), lengths.tolist(), strict=True):
+    for document, begin, length in zip(documents, begins[pieces].tolist(), lengths.tolist(), strict=True):
         row, piece = rows[document], slice(begin, begin + length)
         ids.append(np.asarray(row["input_ids"][piece], np.int32))
         labels.append(ids[-1] if row.get("labels") is None else row["labels"][piece])
     trained = np.concatenate(labels).astype(np.int32)
     trained[np.cumsum(lengths) - lengths] = IGNORE_INDEX
-    numbers = units.numbers[documents].tolist()
     return {
         "input_ids": np.concatenate(ids),
         "labels": trained,
         "seq_lengths": lengths.astype(np.int32),
         "sources": list(sources),
-        "rows": [rows[d].get("row", number) for d, number in zip(documents.tolist(), numbers, strict=True)],
+        "rows": [rows[d].get("row", n) for d, n in zip(documents, numbers[documents].tolist(), strict=True)],
     }

@@ -122,15 +122,16 @@ class Order:
                 if labels and "labels" not in row:
                     row["labels"] = row["input_ids"]
             return found
-        bounds = block.packed.piece_offsets
+        packed, bounds = block.packed, block.packed.piece_offsets
         pieces = [np.arange(a, b) for a, b in zip(bounds[rows].tolist(), bounds[rows + 1].tolist(), strict=True)]
         if not pieces:
             return []
-        documents = np.unique(block.packed.documents[np.concatenate(pieces)])
+        documents = np.unique(packed.documents[np.concatenate(pieces)])
         units = dict(zip(documents.tolist(), self._units(block, documents), strict=True))
-        sources = block.sources[block.packed.documents]
+        sources = block.sources[packed.documents]
+        begins = packed.starts - (np.cumsum(block.drawn.tokens) - block.drawn.tokens)[packed.documents]
         return [
-            packed_row(block.packed, part, units, block.drawn, [names[i] for i in sources[part].tolist()])
+            packed_row(packed, begins, part, units, block.drawn.numbers, [names[i] for i in sources[part].tolist()])
             for part in pieces
         ]
 

@@ -19,7 +19,7 @@ from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.readers import load_rows
 from hf_objectives.preparation.work import concatenated
-from hf_objectives.preparation.workers import count_cores, run_local
+from hf_objectives.preparation.workers import ENGINES, count_cores, run_local
 from hf_objectives.types import Row, check_one_of
 
 logger = logging.getLogger(__name__)
@@ -72,13 +72,11 @@ def prepare_dataset(
         ConfigError: a setting is unknown.
         WorkerError: a worker process died.
     """
-    check_one_of("engine", engine, ("local", "ray"))
+    check_one_of("engine", engine, ENGINES)
     if engine != "local" and output_dir is None:
         raise ConfigError(f"engine={engine!r} writes shards; give it an output_dir that all machines see")
     if packing:
-        if max_length is None:
-            raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
-        check_packing(max_length, strategy, overflow)
+        _check_packing(max_length, strategy, overflow)
     if output_dir is None:
         config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]
         encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
@@ -92,6 +90,12 @@ def prepare_dataset(
     prepared = load_prepared(output_dir)
     assert isinstance(prepared, Dataset)  # not a stream
     return prepared
+
+
+def _check_packing(max_length: int | None, strategy: str, overflow: str) -> None:
+    if max_length is None:
+        raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
+    check_packing(max_length, strategy, overflow)
 
 
 def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset | Iterable[Row]:

@@ -42,12 +42,17 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
 
     @property
-    def sources(self) -> dict[str, Account]:
-        """The account of each source, over all splits."""
+    def ledger(self) -> Ledger:
+        """The account of each source, over both splits."""
         both = Ledger()
         for ledger in self.ledgers.values():
             both.merge(ledger)
-        return both.accounts
+        return both
+
+    @property
+    def sources(self) -> dict[str, Account]:
+        """The accounts of `ledger`, by source."""
+        return self.ledger.accounts
 
     @property
     def num_tokens(self) -> int:
@@ -99,11 +104,12 @@ class Manifest:
         return cls(**{**values, "ledgers": ledgers, "shards": [Shard(**shard) for shard in values["shards"]]})
 
     def lines(self) -> list[str]:
-        """One line a source and split, then the rows and the broken records; for a terminal or a log."""
-        lines = [f"{split}, {line}" for split, ledger in self.ledgers.items() for line in ledger.lines()]
+        """One line a source, the held-out rows, the packed rows and the broken records; for a terminal or a log."""
+        lines = self.ledger.lines()
         if self.policy["eval_share"]:
-            whole = [name for name in self.sources if name not in self.ledgers["validation"].accounts]
-            lines += [f"validation: no row of {', '.join(whole)} is held out"] if whole else []
+            held = {name: self.ledgers["validation"].accounts.get(name, Account()) for name in self.sources}
+            counts = [f"{n.rows_out:,} rows of {name} with {n.trained + n.masked:,} tokens" for name, n in held.items()]
+            lines.append(f"held out of these: {', '.join(counts)}")
         if room := self.num_rows * self.policy["max_length"]:
             lines.append(
                 f"{self.num_rows:,} rows of {self.policy['max_length']:,} tokens, {self.num_tokens / room:.2%} full, "

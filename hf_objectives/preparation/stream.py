@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,6 @@ from hf_objectives.preparation.shards import Shard
 Column = tuple[Any, NDArray[np.int64]]
 Numbers = NDArray[np.int64]
 WINDOW = 8  # row groups of some two million tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The place of a row: the epoch, the number of the shard, the row group in it, and the row in that group."""
-
-    epoch: int
-    shard: int
-    group: int
-    row: int
 
 
 class PreparedStream(OrderedStream):
@@ -63,12 +52,6 @@ class PreparedStream(OrderedStream):
         self._epoch: tuple[int, Numbers, Numbers] | None = None
         self._window: tuple[tuple[int, int], Numbers, Numbers] | None = None
         self._groups: dict[int, dict[str, Column]] = {}  # as many as a window has
-
-    def at(self, n: int) -> Place:
-        """The place of row n of the order."""
-        (epoch,), (group,), (row,) = (part.tolist() for part in self.order(n, n + 1))
-        shard = int(self._shard_of[group])
-        return Place(epoch, shard, int(group - self._first[shard]), row)
 
     def order(self, begin: int, end: int) -> tuple[Numbers, Numbers, Numbers]:
         """The places of rows `begin` to `end` of the order, int64 [rows] each: the epoch, the row group (counted through

@@ -143,7 +143,7 @@ def test_what_is_missing_is_said_before_training(prepared):
 
 def test_nothing_to_train_on(tmp_path):
     path = write_texts(tmp_path / "a.jsonl", ["", "  \n"])
-    with pytest.raises(NothingSupervisedError, match="no token would be trained; train, a: 2 rows"):
+    with pytest.raises(NothingSupervisedError, match="no token would be trained; a: 2 rows"):
         prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusConfig(**SMALL))
     with pytest.raises(ConfigError, match="no sources"):
         prepare_corpus({}, TOKENIZER, tmp_path / "out")

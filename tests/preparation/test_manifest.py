@@ -28,9 +28,9 @@ def test_the_summary_says_what_happened_to_every_token():
     manifest = Manifest({"eval_share": 0.1, "max_length": 64}, broken=2, broken_named=["x"])
     manifest.ledgers["train"].merge(ledger)
     assert manifest.lines() == [
-        "train, a: 1200 rows, 6000 tokens = 4000 trained (80.0%) + 1000 masked + 1000 dropped; "
+        "a: 1200 rows, 6000 tokens = 4000 trained (80.0%) + 1000 masked + 1000 dropped; "
         "1 rows and 1000 tokens dropped (longer than max_length; rows 7)",
-        "validation: no row of a is held out",
+        "held out of these: 0 rows of a with 0 tokens",
         "2 broken records skipped, such as x",
     ]
 

@@ -62,7 +62,7 @@ def test_any_row_is_found_at_once(folder):
     for n in (stream.num_rows + 49, 3, stream.num_rows - 1, 0, stream.num_rows):
         (row,) = load_prepared(folder, streaming=True).rows(n, n + 1)
         assert key(row) == rows[n]
-    assert [place.epoch for place in map(stream.at, (0, stream.num_rows - 1, stream.num_rows))] == [0, 0, 1]
+    assert stream.order(stream.num_rows - 2, stream.num_rows + 1)[0].tolist() == [0, 0, 1]  # epochs
 
 
 def test_the_order_is_the_seeds(folder):
@@ -81,7 +81,7 @@ def test_it_goes_to_another_process_as_it_is(folder):
 
 def test_a_shard_that_breaks_while_it_is_read_is_named(folder, tmp_path):
     stream = load_prepared(folder, streaming=True)
-    shard = stream.files[stream.at(0).shard]
+    shard = stream.files[stream._shard_of[stream.order(0, 1)[1][0]]]
     whole = shard.read_bytes()
     try:
         shard.write_bytes(b"x" * len(whole))

@@ -86,7 +86,7 @@ def test_raw_files_to_a_model_from_scratch(corpus, tmp_path, capsys):
         into = max(0, log["step"] - 1 - (steps - decay))
         assert log["learning_rate"] == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * into / decay)), abs=1e-9)
     printed = capsys.readouterr().out
-    for words in ("max_tokens, command", "A packed row", "a: 300 documents", "bits per byte, b", "in 4 shards"):
+    for words in ("max_tokens, command", "A packed row", "a: 300 rows", "bits per byte, b", "in 4 shards"):
         assert words in printed, words
     assert "Pretrained from scratch with hf_objectives" in (tmp_path / "run" / "README.md").read_text()
 
