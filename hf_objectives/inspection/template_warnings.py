@@ -90,7 +90,7 @@ def _look(
     if tools:
         found.with_tools.append(row)
         render = Renderer(tokenizer, template, tools, kwargs)
-        text, names = _render(render, example), _names(render)
+        text, names = _render(render, example), _names(tools)
         for piece in _pieces(text, markers, names):
             for known in pieces:
                 piece = piece.replace(known, "").strip()
@@ -195,9 +195,9 @@ def _blanked(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _BLANK if key in REASONING_FIELDS else value for key, value in blanked.items()}
 
 
-def _names(render: Renderer) -> set[str]:
-    """Names of a renderer's tools."""
-    schemas = [tool.get("function", tool) for tool in render.tools or () if isinstance(tool, Mapping)]
+def _names(tools: Sequence[Any]) -> set[str]:
+    """Names of tools."""
+    schemas = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
     return {str(schema["name"]) for schema in schemas if isinstance(schema, Mapping) and schema.get("name")}
 
 
