@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from hf_objectives.publishing.hub import (
-    push,  # Upload a finished run; a failure is said with the line to try again, and costs nothing but the upload
-    write_card,  # Write `README.md`: what was trained on how much of what, in which mixture, and the held-out figures
+    push,  # Upload a finished run; a failure costs nothing but the upload
+    write_card,  # Write the model card, with measured facts only
 )

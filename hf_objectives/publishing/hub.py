@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.console import Console
 
 from hf_objectives import __version__
-
-logger = logging.getLogger(__name__)
 
 
 # What a run of each objective did to its base model, and the task of the result.
@@ -33,19 +30,24 @@ _SETTINGS = (
 )
 
 
-# Of a run's folder: checkpoints, and the data that it was trained on, which is not ours to publish.
+# Files of a run's folder that are not pushed: checkpoints, and the training data, which is not ours to publish.
 _NOT_PUSHED = ["checkpoint-*", "prepared/*", "ref/*"]
 
 
 def write_card(
     folder: Path, *, results: Mapping[str, Any], base_model: str | None, data: Any, args: Any, objective: str = "sft"
 ) -> Path:
-    """Write `README.md`: what was trained on how much of what, in which mixture, and the held-out figures before and after.
+    """Write `README.md`: the tokens that were trained, the mixture, and the held-out figures before and after.
 
-    `objective` is a key of _MADE, a `base_model` of None stands for random weights. Beside perplexities the table holds the
-    figures that `results["figures"]` names; an account of tokens is given where there is a `ledger`.
+    The licence is that of the base model's card, where a local folder has one. Otherwise the card names none.
 
-    The licence is the base model's own card's, where a folder holds one; it is left out otherwise, not invented.
+    Args:
+        folder: the folder of the run.
+        results: the metrics `before` and `after`; `figures` names those that are shown beside perplexities; `ledger` and
+            `mixture` are shown where they are there.
+        base_model: the model that was trained, a folder or a Hub id; None for random weights.
+        data, args: the settings of the run.
+        objective: a key of `_MADE`.
     """
     local = Path(base_model or "")
     made, task = _MADE[objective]
@@ -99,7 +101,7 @@ def write_card(
 
 
 def push(folder: Path, repo_id: str | None, *, private: bool, console: Console) -> bool:
-    """Upload a finished run; a failure is said with the line to try again, and costs nothing but the upload.
+    """Upload a finished run. A failure is printed with the command that tries again; the run on disk stays as it is.
 
     Returns:
         Whether the run is on the Hub.

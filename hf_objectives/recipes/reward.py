@@ -92,6 +92,10 @@ class Reward(Recipe):
         """Draw the curves and the reliability diagrams."""
         return plot_reward_model([{"step": 0, **before}, *trainer.state.log_history], self.diagrams, path)
 
+    def print_figures(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Print all figures, also those that these pairs have no value of."""
+        super().print_figures(before, dict.fromkeys(self.figures) | dict(after))
+
 
 def encode(rows: Rows, tokenizer: Any, args: RewardModelConfig) -> Dataset:
     """Pairs as ids. From Python values, so that no Arrow struct mixes the keys of two rows."""

@@ -31,7 +31,7 @@ from hf_objectives.recipes.tables import figure, table
 from hf_objectives.types import check_one_of
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo")
-CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"  # of a checkout
 _PROMPTS = 200
 
 
@@ -43,8 +43,11 @@ class StackArguments:
     skip: list[str] = field(default_factory=list, metadata={"help": f"Stages to leave out, of {', '.join(STAGES)}."})
     length: float = option(1.0, "Length of every stage, as a share of its usual steps.")
     seed: int = option(0, "Seed of every stage.")
+    configs: str = option(str(CONFIGS), "Folder with the configs of the stages.")
 
     def __post_init__(self) -> None:
+        if not Path(self.configs).is_dir():
+            raise ConfigError(f"configs: no folder {self.configs}; give that of the repository, recipes/configs")
         for name in self.skip:
             check_one_of("skip", name, STAGES)
         if len(set(self.skip)) == len(STAGES):
@@ -103,7 +106,7 @@ def arguments(name: str, args: StackArguments) -> list[str]:
     stage = STACK[name]
     start = next((Path(args.output_dir) / name for name in stage.after if name not in args.skip), BUILT_IN)
     given = {
-        "config": CONFIGS / stage.config,
+        "config": Path(args.configs) / stage.config,
         "model_name_or_path": start,
         "output_dir": Path(args.output_dir) / name,
         stage.unit: max(1, round(stage.length * args.length)),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -101,24 +100,21 @@ def test_lora_on_what_lora_left(corpus, tmp_path):
     assert (tmp_path / "run" / "adapter_config.json").exists()
 
 
-def test_built_in_pairs_from_a_config(tmp_path):
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                str(ROOT / "recipes/dpo.py"),
-                "--config",
-                str(ROOT / "recipes/configs/dpo_quickstart.yaml"),
-            ),
-            *("--model_name_or_path", "builtin", "--max_steps", "1", "--output_dir", str(tmp_path / "run")),
-            *("--lm_datasets", "", "--eval_strategy", "no"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "400 held-out pairs" in done.stdout
+def test_built_in_pairs_from_a_config(tmp_path, monkeypatch, capsys):
+    """The program as it is launched, but in this process and on few of the pairs."""
+    asked = []
+
+    def few(n, *, of=demo.preferences, **given):
+        asked.append((n, given.get("split", "train")))
+        return of(min(n, 40), **given)
+
+    monkeypatch.setattr(demo, "preferences", few)
+    words = "--model_name_or_path builtin --max_steps 1 --eval_strategy no --lm_datasets".split()
+    config = ["--config", str(ROOT / "recipes/configs/dpo_quickstart.yaml"), "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["dpo.py", *config, *words, ""])
+    runpy.run_path(str(ROOT / "recipes/dpo.py"), run_name="__main__")
+    assert asked == [(16_000, "train"), (400, "test")]
+    assert "40 held-out pairs" in capsys.readouterr().out
 
 
 def test_what_it_says_when_something_is_wrong(corpus, tmp_path):

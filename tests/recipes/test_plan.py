@@ -52,6 +52,16 @@ def test_what_accelerate_adds_is_in_the_plan(tmp_path, monkeypatch):
         check_launch(args)
 
 
+def test_rows_without_a_limit_and_documents_that_see_each_other(tmp_path):
+    args = arguments(tmp_path)
+    unpacked = SimpleNamespace(packing=False, overlength="cut", max_length=None, train_on="all")
+    lines = [line for line in resolve_plan(args, unpacked, llama(), 100, {}) if line.name in ("row", "global batch")]
+    assert lines[0].value == "as long as it is, one row each, padded" and len(lines) == 2
+    packed = SimpleNamespace(**vars(DATA), isolate_documents=False)
+    row = next(line.value for line in resolve_plan(args, packed, llama(), 100, {}) if line.name == "row")
+    assert row == "128 tokens, packed (best_fit), documents not isolated"
+
+
 def test_an_epoch_and_a_half_is_rounded_up_as_the_trainer_does(tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=20, max_steps=-1, num_train_epochs=1.5)
     assert plan_of(args)["steps"][0] == "8 (100 rows, 5 steps an epoch)"

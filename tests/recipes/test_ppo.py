@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from trl import RLOOConfig
 
 from hf_objectives import PPOConfig, demo
 from hf_objectives.errors import ConfigError
-from hf_objectives.recipes.data import WatchedArguments, split_rows
-from hf_objectives.recipes.ppo import PpoData, as_config, main, read_reward
+from hf_objectives.recipes.ppo import as_config, main, read_reward
 from hf_objectives.trainers.reward_functions import RewardError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -125,26 +121,6 @@ def test_reward_functions_are_found_or_their_absence_named(corpus):
         read_reward(f"{corpus}/nothing.py:short")
 
 
-def test_rows_held_out_are_not_trained(corpus):
-    data = PpoData(dataset_name=str(corpus / "asked.json"), eval_share=0.2)
-    train, held_out = split_rows(data, seed=0, built_in=(1, 1))
-    numbers = [row["row"] for row in train], [row["row"] for row in held_out]
-    assert sorted(numbers[0] + numbers[1]) == list(range(60)) and 4 <= len(held_out) <= 20
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("[1]", "not a mapping"),
-        ("{", "not a mapping"),
-        ('{"poems": "builtin"}', "the built-in corpus has texts and chats"),
-    ],
-)
-def test_bad_lm_datasets(given, message):
-    with pytest.raises(ConfigError, match=message):
-        WatchedArguments(lm_datasets=given).watched()
-
-
 def test_bad_settings(corpus, tmp_path):
     with pytest.raises(ConfigError, match="algorithm is 'pp'.*did you mean 'ppo'"):
         main(arguments(corpus, tmp_path, "--algorithm", "pp"))
@@ -152,29 +128,6 @@ def test_bad_settings(corpus, tmp_path):
         main(arguments(corpus, tmp_path, "--critc", "none"))
     with pytest.raises(RewardError, match=r"'fails' raised ZeroDivisionError.*answer 0 of"):
         main(arguments(corpus, tmp_path, "--reward_funcs", f"{corpus}/rewards.py:fails"))
-
-
-def test_an_error_is_a_line_and_no_trace(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "ppo.py"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    ran = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True)
-    assert ran.returncode == 1 and "Traceback" not in ran.stderr
-    assert ran.stderr.strip().splitlines()[-1].startswith("ConfigError: model_name_or_path is missing")
-
-
-def test_from_an_adapter_that_fine_tuning_left(corpus, tmp_path):
-    """The adapter becomes part of the weights, of the reference too, and all of them are trained."""
-    base = AutoModelForCausalLM.from_pretrained(corpus / "model")
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    adapted.peft_config["default"].base_model_name_or_path = str(corpus / "model")
-    adapted.save_pretrained(tmp_path / "adapter")
-    demo.build_tokenizer().save_pretrained(tmp_path / "adapter")
-    given = ["--model_name_or_path", str(tmp_path / "adapter"), "--reward_funcs", f"{corpus}/rewards.py:short"]
-    results = main(arguments(corpus, tmp_path / "run", *given, "--max_steps", "1"))
-    assert results["before"]["eval_kl"] == 0
-    merged = adapted.merge_and_unload().state_dict()
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
-    moved = [(after[name] - merged[name]).abs().max() for name in merged]
-    assert 0 < max(moved) < 0.02  # one step of 1e-3, from the merged weights and not from the base
 
 
 def test_what_an_algorithm_has_no_setting_for_is_said(corpus, tmp_path, capsys):

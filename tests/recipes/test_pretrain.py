@@ -140,14 +140,6 @@ def test_tokens_seen_are_those_of_the_rows(corpus, tmp_path):
         (("--dataset_name", "x.jsonl"), (), ConfigError, "give prepared, or dataset_name or sources, not both"),
         ((), ("--dataset_name", "none.jsonl"), FileFormatError, "no such file: none.jsonl"),
         ((), ("--prepared", "nowhere"), PreparedDataError, "holds no manifest.json"),
-        (("--model_config", "{}", "--tokenizer_name", "builtin"), (), ConfigError, "names no model_type"),
-        (("--model_config", json.dumps(TINY)), (), ConfigError, "tokenizer_name is missing"),
-        (
-            ("--model_config", json.dumps({**TINY, "vocab_size": 99}), "--tokenizer_name", "builtin"),
-            (),
-            ConfigError,
-            "the model's vocabulary has 99 ids, the tokenizer 640",
-        ),
         (("--decay_share", "0"), (), ConfigError, "decay_share is 0"),
     ],
 )
@@ -178,7 +170,7 @@ from hf_objectives.preparation.work import Work
 whole = Work.__call__
 def slow(self, segment):
     print("PREPARING", flush=True)
-    time.sleep(45)
+    time.sleep(35)
     return whole(self, segment)
 Work.__call__ = slow
 from hf_objectives.recipes import pretrain
@@ -191,13 +183,12 @@ finally:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_path, streaming):
-    """45 seconds of preparation under a group whose collectives time out after 40; a busy machine needs some of these
+def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_path):
+    """35 seconds of preparation under a group whose collectives time out after 30; a busy machine needs some of these
     between two collectives of the training itself. Three are enough for preparation alone: tests/preparation/test_lock.py."""
     (tmp_path / "slow.py").write_text(SLOW)
     raw = ("--sources", json.dumps({"a": str(corpus / "a.jsonl")}), "--eval_share", "0.1", "--num_proc", "1")
-    more = ("--ddp_timeout", "40", "--max_steps", "3", "--streaming", streaming)
+    more = ("--ddp_timeout", "30", "--max_steps", "3", "--streaming", "true")
     words = arguments(corpus, tmp_path / "run", *more, data=raw)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -260,7 +251,6 @@ def test_a_mixture_may_bring_its_own_sources(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("mixture", "words"),
     [
-        ({"sources": {"c": {"weight": 1}}}, "mixture names source 'c'; expected one of a, b"),
         ({"sources": {"a": {"weight": 1}}}, "source 'b' has no weight, and others do"),
         ({"unit": "words"}, "unit is 'words'"),
         ({"preset": "llama3", "bind": {"web": "a"}}, "source 'b' stands for no part of preset 'llama3'"),
@@ -269,11 +259,6 @@ def test_a_mixture_may_bring_its_own_sources(corpus, tmp_path):
 def test_a_mixture_that_cannot_be_is_said_before_any_step(corpus, tmp_path, mixture, words):
     with pytest.raises(ConfigError, match=words):
         pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", json.dumps(mixture)))
-    for broken in ("{", '{"sources": ["a"]}', '{"sources": {"a": 3}}'):
-        with pytest.raises(ConfigError, match="mixture cannot be read|expected names with weight"):
-            pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", broken))
-    with pytest.raises(ConfigError, match="mixture names a file that does not exist"):
-        pretrain.main(arguments(corpus, tmp_path / "run", "--max_steps", "1", "--mixture", "none.yaml"))
     with pytest.raises(ConfigError, match="a stream has no length; say how long with max_tokens"):
         pretrain.main(arguments(corpus, tmp_path / "run", "--mixture", json.dumps(WEIGHTS)))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_objectives import demo
@@ -107,29 +106,19 @@ def test_lora(corpus, tmp_path, merge):
     assert any(abs(value - results["after"]["eval_min_reward"]) < 1e-5 for value in found)
 
 
-def test_starts_from_a_fine_tuned_adapter(corpus, tmp_path, capsys):
-    """What recipes/sft.py leaves with LoRA: the adapter's weights count."""
-    from transformers import AutoModelForCausalLM
+def test_the_built_in_pairs(tmp_path, monkeypatch):
+    asked = []
 
-    torch.manual_seed(0)
-    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(corpus / "model"), lora)
-    tuned.save_pretrained(tmp_path / "tuned")
-    AutoTokenizer.from_pretrained(corpus / "model").save_pretrained(tmp_path / "tuned")
-    merged = tuned.merge_and_unload().model.state_dict()
-    from_adapter = ("--model_name_or_path", str(tmp_path / "tuned"), "--learning_rate", "0")
-    main(arguments(corpus, tmp_path / "run", *from_adapter))
-    assert "33,920 trained of 33,920" in capsys.readouterr().out  # PEFT freezes what is beneath an adapter
-    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").model.state_dict()
-    assert merged.keys() == found.keys()
-    assert all(torch.allclose(merged[name], found[name], atol=1e-6) for name in merged)
+    def few(n, *, of=demo.preferences, **given):
+        asked.append((n, given.get("split", "train")))
+        return of(min(n, 24), **given)
 
-
-def test_the_built_in_pairs(tmp_path):
+    monkeypatch.setattr(demo, "preferences", few)
     results = main(
         arguments(tmp_path, tmp_path / "run", "--model_name_or_path", "builtin", "--dataset_name", "builtin")
     )
-    assert results["after"]["eval_num_pairs"] == 400 and results["num_pairs"] == 24_000
+    assert asked == [(24_000, "train"), (400, "test")]
+    assert results["after"]["eval_num_pairs"] == results["num_pairs"] == 24
 
 
 @pytest.mark.parametrize(
@@ -146,12 +135,6 @@ def test_the_built_in_pairs(tmp_path):
 def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, words):
     with pytest.raises(error, match=words):
         main(arguments(corpus, tmp_path / "run", *more))
-
-
-def test_a_failing_push_costs_nothing(corpus, tmp_path, capsys):
-    main(arguments(corpus, tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "org/name"))
-    assert "The push failed" in capsys.readouterr().out
-    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.distributed

@@ -46,6 +46,7 @@ def test_a_skipped_stage_is_passed_over(tmp_path):
         ({"skip": ["stf"]}, "skip is 'stf'.*did you mean 'sft'"),
         ({"skip": list(stack.STAGES)}, "nothing is left to run"),
         ({"length": 0.0}, "length is 0.0"),
+        ({"configs": "nowhere"}, "no folder nowhere"),
     ],
 )
 def test_bad_settings(given, message):

@@ -1,0 +1,88 @@
+"""The rows of a recipe: which are held out, and that each is encoded once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_objectives import demo
+from hf_objectives.errors import ConfigError
+from hf_objectives.preparation import hold_out, load_rows
+from hf_objectives.recipes import data as recipe_data
+from hf_objectives.recipes.data import DataArguments, RowArguments, WatchedArguments, prepare, split_rows
+
+TOKENIZER = demo.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in demo.chats(200)))
+    return path
+
+
+def test_rows_held_out_are_not_trained(tmp_path):
+    rows = [{"instruction": q.question, "output": q.answer} for q in demo.questions(60)]
+    (tmp_path / "asked.json").write_text(json.dumps(rows))
+    data = RowArguments(dataset_name=str(tmp_path / "asked.json"), eval_share=0.2)
+    train, held_out = split_rows(data, seed=0, built_in=(1, 1))
+    numbers = [row["row"] for row in train], [row["row"] for row in held_out]
+    assert numbers == hold_out(load_rows(str(tmp_path / "asked.json")), 0.2, seed=0) and 0 < len(held_out) < 60
+    train, held_out = split_rows(RowArguments(), seed=0, built_in=(5, 3))
+    assert [row["answer"] for row in train] == [row["answer"] for row in demo.preferences(5)]
+    assert [row["row"] for row in held_out] == [0, 1, 2] and {row["source"] for row in train} == {"builtin"}
+
+
+def test_every_row_is_encoded_once(chats, tmp_path, monkeypatch):
+    """Also those of the preview, which are the first and the last encoded rows; and packed rows hold the same tokens."""
+    seen = []
+    encode = recipe_data.encode_rows
+
+    def counted(rows, *given, **more):
+        seen.append(len(rows))
+        return encode(rows, *given, **more)
+
+    monkeypatch.setattr(recipe_data, "encode_rows", counted)
+    data = DataArguments(dataset_name=str(chats), max_length=256, eval_share=0.1)
+    prepared = prepare(data, TOKENIZER, seed=0, output_dir=str(tmp_path))
+    assert sum(seen) == 200 and len(seen) == 2 and len(prepared.examples) == 128
+    kept = sum(sum(row["seq_lengths"]) for row in prepared.train)
+    total = prepared.ledger.total()
+    assert kept == total.trained + total.masked and len(prepared.train) < seen[0]
+    plain = DataArguments(dataset_name=str(chats), max_length=256, eval_share=0.1, packing=False)
+    rows = list(prepare(plain, TOKENIZER, seed=0, output_dir=str(tmp_path)).train)
+    assert prepared.examples == rows[:64] + rows[-64:]
+
+
+def test_few_rows_are_shown_once(chats, tmp_path):
+    data = DataArguments(dataset_name=str(chats), max_length=256, eval_share=0.6)
+    prepared = prepare(data, TOKENIZER, seed=0, output_dir=str(tmp_path))
+    assert 64 < len(prepared.examples) == prepared.ledger.total().rows_out < 128
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[1]", "not a mapping"),
+        ("{", "not a mapping"),
+        ('{"poems": "builtin"}', "the built-in corpus has texts and chats"),
+    ],
+)
+def test_bad_lm_datasets(given, message):
+    with pytest.raises(ConfigError, match=message):
+        WatchedArguments(lm_datasets=given).watched()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset_name": "x.json", "sources": "{}"}, "dataset_name or sources, one of the two"),
+        ({"sources": "{"}, "sources is not a mapping"),
+        ({"sources": "{}"}, "one of the two|an empty mapping"),
+        ({"dataset_name": "x.json", "train_on": "user"}, "train_on is 'user'"),
+    ],
+)
+def test_bad_arguments(given, message):
+    with pytest.raises(ConfigError, match=message):
+        DataArguments(**given)

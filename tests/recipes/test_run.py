@@ -1,0 +1,71 @@
+"""The course of every recipe: resuming, errors as one line, and a push that cannot lose a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hf_objectives import demo
+from hf_objectives.errors import ConfigError
+from hf_objectives.recipes import dpo, mixture_search, ppo, pretrain, reward, sft, stack
+from hf_objectives.recipes.run import resume_point, run_program
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {"dpo": dpo, "mixture_search": mixture_search, "ppo": ppo, "pretrain": pretrain, "reward": reward, "sft": sft,
+            "stack": stack}  # fmt: skip
+
+
+def test_the_checkpoint_to_go_on_from(tmp_path):
+    def point(asked):
+        return resume_point(SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(tmp_path)))
+
+    assert [point(asked) for asked in (None, "", "false", "False", False)] == [None] * 5
+    assert point("runs/a/checkpoint-3") == "runs/a/checkpoint-3"
+    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        point("true")
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [point(asked) for asked in ("true", "True", True)] == [str(tmp_path / "checkpoint-10")] * 3
+
+
+def test_every_program_calls_its_recipe():
+    assert {path.stem for path in (ROOT / "recipes").glob("*.py")} == set(PROGRAMS)
+    for name in PROGRAMS:
+        source = (ROOT / "recipes" / f"{name}.py").read_text()
+        assert f"from hf_objectives.recipes.{name} import main\n" in source and "    run_program(main)\n" in source
+
+
+def test_an_error_of_ours_is_a_line_and_others_keep_their_trace():
+    def fails(error):
+        raise error
+
+    with pytest.raises(SystemExit, match="^ConfigError: words$"):
+        run_program(lambda: fails(ConfigError("words")))
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: fails(ZeroDivisionError()))
+
+
+def test_a_program_ends_with_the_line(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "ppo.py"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    ran = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True)
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert ran.stderr.strip().splitlines()[-1].startswith("ConfigError: model_name_or_path is missing")
+
+
+def test_a_failing_push_costs_nothing(tmp_path, monkeypatch, capsys):
+    """The course as a whole on a few built-in chats; what every recipe leaves in its folder, and prints."""
+    monkeypatch.setattr(demo, "chats", lambda n, *, of=demo.chats, **given: of(min(n, 40), **given))
+    words = "--model_name_or_path builtin --dataset_name builtin --max_steps 1 --use_cpu true --report_to none"
+    results = sft.main(
+        [*words.split(), "--push_to_hub", "true", "--hub_model_id", "org/name", "--output_dir", str(tmp_path)]
+    )
+    printed = capsys.readouterr().out
+    assert "The push failed" in printed and "exact match" in printed and "(wrong, it is" in printed
+    assert set(results) >= {"before", "after", "ledger"} and "eval_exact_match" in results["before"]
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "trainer_state.json", "environment.json", "labels.json", "README.md"} <= written
+    assert "from `builtin`" in (tmp_path / "README.md").read_text()
