@@ -91,7 +91,7 @@ def inspect_rows(
         refused[0].source, refused[0].row = places[0]
         raise refused[0]
     ledger = Ledger()
-    labelled, _, positions = RowEncoder(tokenizer, settings).encode(named, source=source, ledger=ledger, refused=[])
+    labelled, _, positions = RowEncoder(tokenizer, settings).encode(named, source=source, ledger=ledger, skip=True)
     for account in ledger.accounts.values():
         for examples in account.dropped_examples.values():
             examples[:] = [places[i][1] for i in examples]
@@ -148,7 +148,7 @@ def _whole_rows(
 ) -> tuple[list[WholeRow], dict[int, DataError]]:
     """Encode rows without a limit on their length. Return them, and by position why the others cannot be used."""
     encoder = RowEncoder(tokenizer, settings)
-    labelled, _, positions = encoder.encode(rows, source=places[0][0], ledger=Ledger(), refused=[])
+    labelled, _, positions = encoder.encode(rows, source=places[0][0], ledger=Ledger(), skip=True)
     pieces = pieces_by_position(labelled, positions)
     whole: list[WholeRow] = []
     refused: dict[int, DataError] = {}

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_objectives import demo
-from hf_objectives.collators.assistant_only import DataCollatorWithEosPacking
+from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, DataError, PreparedDataError
 from hf_objectives.mixture.build import build_mixture
 from hf_objectives.preparation.config import CorpusConfig

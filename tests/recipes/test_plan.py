@@ -10,8 +10,7 @@ from rich.console import Console
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes.plan import check_launch, print_plan, resolve_plan
-from tests.collators.test_assistant_only import llama
-from tests.trainers.test_causal_lm import arguments
+from tests.support.language_models import arguments, llama
 
 DATA = SimpleNamespace(max_length=128, packing=True, strategy="best_fit", overlength="drop", train_on="assistant")
 
