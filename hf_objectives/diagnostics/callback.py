@@ -24,7 +24,7 @@ from hf_objectives.diagnostics.batch_record import (
 )
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.monitor import Spike, SpikeMonitor
-from hf_objectives.diagnostics.replay import WEIGHTS
+from hf_objectives.diagnostics.replay_step import WEIGHTS
 from hf_objectives.diagnostics.suspects import BLOCKLIST, SUSPECTS, Blocked, Suspects, write_blocklist
 from hf_objectives.distributed import any_rank, gather_objects, rank
 from hf_objectives.errors import ConfigError, NonFiniteError

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from hf_objectives.evaluation.calibration import (
-    Reliability,  # confidence against accuracy, in bins
-)
-from hf_objectives.evaluation.counts import (
-    EvaluationCounts,  # the sums of an evaluation, in all and per source
-    TokenCount,  # nats, tokens and bytes; gives loss, perplexity and bits per byte
-)
-from hf_objectives.evaluation.documents import (
-    DocumentLoss,  # the loss, source and row of one document
-    document_losses,  # the loss of each document of a batch, packed or not
-)
-from hf_objectives.evaluation.language_model import (
-    EvaluatesLanguageModels,  # a mixin for Trainers: `evaluate` measures `eval_lm_datasets` too
-    LanguageModelEvaluation,  # named datasets, encoded once, and their perplexity under a model
-)
-from hf_objectives.evaluation.pair_rewards import (
-    PairRewards,  # rewards of preference pairs, and a reward model's metrics over them
-)
-from hf_objectives.evaluation.pair_scores import (
-    COLUMNS,  # columns of the figures of a pair
-    PairScores,  # log-probabilities of a batch of pairs under policy and reference
-    nats_per_token,  # mean loss of the tokens of both sides
-    pair_figures,  # metrics of an evaluation over pairs
-    unique_rows,  # the pairs of all ranks, each once
-)
-from hf_objectives.evaluation.perplexity import (
-    compute_perplexity,  # exact perplexity of texts
-    count_batch,  # nats, tokens and bytes of one batch
-)
-from hf_objectives.evaluation.selected_logits import (
-    selected_logits,  # logits of chosen positions only
-    split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
-    target_nll,  # negative log-likelihood of each target
-    unwrapped,  # the model inside wrappers for data parallelism
-)
+from typing import TYPE_CHECKING
+
+from hf_objectives import import_on_use
+
+if TYPE_CHECKING:
+    from hf_objectives.evaluation.calibration import (
+        Reliability,  # confidence against accuracy, in bins
+    )
+    from hf_objectives.evaluation.counts import (
+        EvaluationCounts,  # the sums of an evaluation, in all and per source
+        TokenCount,  # nats, tokens and bytes; gives loss, perplexity and bits per byte
+    )
+    from hf_objectives.evaluation.documents import (
+        DocumentLoss,  # the loss, source and row of one document
+        document_losses,  # the loss of each document of a batch, packed or not
+    )
+    from hf_objectives.evaluation.language_model import (
+        EvaluatesLanguageModels,  # a mixin for Trainers: `evaluate` measures `eval_lm_datasets` too
+        LanguageModelEvaluation,  # named datasets, encoded once, and their perplexity under a model
+    )
+    from hf_objectives.evaluation.logits import (
+        selected_logits,  # logits of chosen positions only
+        split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
+        target_nll,  # negative log-likelihood of each target
+        unwrapped,  # the model inside wrappers for data parallelism
+    )
+    from hf_objectives.evaluation.pair_rewards import (
+        PairRewards,  # rewards of preference pairs, and a reward model's metrics over them
+    )
+    from hf_objectives.evaluation.pair_scores import (
+        COLUMNS,  # columns of the figures of a pair
+        PairScores,  # log-probabilities of a batch of pairs under policy and reference
+        nats_per_token,  # mean loss of the tokens of both sides
+        pair_figures,  # metrics of an evaluation over pairs
+        unique_rows,  # the pairs of all ranks, each once
+    )
+    from hf_objectives.evaluation.perplexity import (
+        compute_perplexity,  # exact perplexity of texts
+        count_batch,  # nats, tokens and bytes of one batch
+    )
+else:
+    __getattr__, __dir__ = import_on_use(__name__, __file__)

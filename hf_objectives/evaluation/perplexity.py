@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
 from hf_objectives.evaluation.counts import EvaluationCounts, PerplexityResult, TokenCount
-from hf_objectives.evaluation.selected_logits import split_extra_columns, target_nll
+from hf_objectives.evaluation.logits import split_extra_columns, target_nll
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import next_token_targets
 from hf_objectives.types import IGNORE_INDEX, check_max_length, ends_of_runs

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_objectives.errors import ConfigError, DataError, FormatError
+from hf_objectives.errors import DataError, FormatError
 from hf_objectives.inspection.findings import SEVERITIES
 from hf_objectives.inspection.shown_rows import examples_to_show, packed_to_show, pieces_by_position
 from hf_objectives.inspection.token_texts import TokenTexts
@@ -81,8 +81,6 @@ def inspect_rows(
         ConfigError: an unknown setting.
     """
     if packing:
-        if max_length is None:
-            raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
         check_packing(max_length, strategy, "split")
     settings = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]  # None becomes {}
     named, places = _named(rows, source)
@@ -96,9 +94,9 @@ def inspect_rows(
         for examples in account.dropped_examples.values():
             examples[:] = [places[i][1] for i in examples]
     total = ledger.total()
-    kept_tokens = total.trained + total.masked
+    trained_share = total.trained / max(1, total.trained + total.masked)
     warnings = _refused_warning(refused, places)
-    warnings += find_warnings(whole, tokenizer, settings, total.trained / max(1, kept_tokens), stops)
+    warnings += find_warnings(whole, tokenizer, settings, trained_share, stops)
     warnings.sort(key=lambda warning: -SEVERITIES.index(warning.severity))
     texts = TokenTexts(tokenizer)
     shown = examples_to_show(whole, warnings, labelled, positions, settings, texts, show, show_tokens)
@@ -107,23 +105,31 @@ def inspect_rows(
         documents = [places[i] for i in positions]
         packed = packed_to_show(labelled, documents, max_length, strategy, texts, show, show_tokens)
     sizes = np.array([size for row in whole for size in row.sizes])
-    statistics = Statistics(
-        rows=len(named),
+    statistics = _statistics(sizes, len(named), ledger, max_length, packed[1:])
+    policies = {name: getattr(settings, name) for name in ("train_on", "overlength", "control_tokens")}
+    policies["packing"] = packing
+    return Inspection(shown, packed[0], statistics, histogram(sizes), warnings, ledger, max_length, policies)
+
+
+def _statistics(
+    sizes: np.ndarray, num_rows: int, ledger: Ledger, max_length: int | None, packed: tuple[int | None, float | None]
+) -> Statistics:
+    """Figures over all rows; `sizes` are tokens before any limit, int64 [encoded rows]."""
+    total = ledger.total()
+    return Statistics(
+        rows=num_rows,
         kept_rows=total.rows_out,
         tokens=int(sizes.sum()),
-        kept_tokens=kept_tokens,
+        kept_tokens=total.trained + total.masked,
         trained_tokens=total.trained,
         shortest=int(sizes.min()),
         mean=float(sizes.mean()),
         longest=int(sizes.max()),
         quantiles=tuple(map(int, np.quantile(sizes, QUANTILES, method="lower"))),
         too_long=0 if max_length is None else int((sizes > max_length).sum()),
-        packed_rows=packed[1],
-        fill=packed[2],
+        packed_rows=packed[0],
+        fill=packed[1],
     )
-    policies = {name: getattr(settings, name) for name in ("train_on", "overlength", "control_tokens")}
-    policies["packing"] = packing
-    return Inspection(shown, packed[0], statistics, histogram(sizes), warnings, ledger, max_length, policies)
 
 
 def _named(rows: Iterable[Row], source: str) -> tuple[list[Row], list[Place]]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from hf_objectives.losses.next_token import (
-    next_token_loss,  # summed cross-entropy, with label smoothing and z-loss
-    next_token_targets,  # the label that each position predicts
-    token_nll,  # -log softmax(logits)[target] of each token
-)
-from hf_objectives.losses.ppo import (
-    KL_ESTIMATORS,  # estimates of a KL divergence by name: k1, k2, k3
-    AdaptiveKL,  # the coefficient of the KL penalty, steered towards a target
-    Moments,  # count, sum and sum of squares; they add up over ranks
-    PolicyLoss,  # what `clipped_policy_loss` returns
-    ValueLoss,  # what `clipped_value_loss` returns
-    clipped_policy_loss,  # the clipped surrogate objective of PPO
-    clipped_value_loss,  # the clipped squared error of the critic
-    explained_variance,  # the share of the returns' variance that the critic explains
-    generalized_advantages,  # advantages and returns (GAE)
-    token_rewards,  # KL penalty of each token, and the score on the last one
-    whiten,  # scale values to variance 1
-)
+from typing import TYPE_CHECKING
+
+from hf_objectives import import_on_use
+
+if TYPE_CHECKING:
+    from hf_objectives.losses.next_token import (
+        next_token_loss,  # summed cross-entropy, with label smoothing and z-loss
+        next_token_targets,  # the label that each position predicts
+        token_nll,  # -log softmax(logits)[target] of each token
+    )
+    from hf_objectives.losses.ppo import (
+        KL_ESTIMATORS,  # estimates of a KL divergence by name: k1, k2, k3
+        AdaptiveKL,  # the coefficient of the KL penalty, steered towards a target
+        Moments,  # count, sum and sum of squares; they add up over ranks
+        PolicyLoss,  # what `clipped_policy_loss` returns
+        ValueLoss,  # what `clipped_value_loss` returns
+        clipped_policy_loss,  # the clipped surrogate objective of PPO
+        clipped_value_loss,  # the clipped squared error of the critic
+        explained_variance,  # the share of the returns' variance that the critic explains
+        generalized_advantages,  # advantages and returns (GAE)
+        token_rewards,  # KL penalty of each token, and the score on the last one
+        whiten,  # scale values to variance 1
+    )
+else:
+    __getattr__, __dir__ = import_on_use(__name__, __file__)

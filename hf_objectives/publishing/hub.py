@@ -64,23 +64,7 @@ def write_card(
         f"{made} with hf_objectives {__version__}.",
         "",
     ]
-    lines += ["| held out | tokens | before | after |", "|---|---|---|---|"]
-    for key, after in results["after"].items():
-        if key.endswith("_perplexity") or key in results.get("figures", ()):
-            tokens = results["after"].get(f"{key.removesuffix('_perplexity')}_num_tokens", "")
-            before = results["before"].get(key)
-            lines.append(f"| {key.removeprefix('eval_')} | {tokens} | {_number(before)} | {_number(after)} |")
-    if ledger := results.get("ledger"):
-        lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
-        for source, account in ledger.items():
-            dropped = sum(account["dropped_tokens"].values())
-            about = (source, account["rows_in"], account["tokens_in"], account["trained"], dropped)
-            lines.append(f"| {' | '.join(map(str, about))} |")
-    if mixture := results.get("mixture"):
-        lines += ["", f"| source | asked, {mixture['unit']} | given | tokens | epochs |", "|---|---|---|---|---|"]
-        for one in mixture["sources"]:
-            shares = f"{one['asked']:.2%} | {one['share']:.2%}"
-            lines.append(f"| {one['name']} | {shares} | {one['tokens']} | {one['epochs']:.2f} |")
+    lines += _tables(results)
     chosen = [(name, holder) for name in _SETTINGS for holder in (data, args) if hasattr(holder, name)]
     settings = {name: getattr(holder, name) for name, holder in chosen}
     lines += [
@@ -97,6 +81,28 @@ def write_card(
     path = folder / "README.md"
     path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines))
     return path
+
+
+def _tables(results: Mapping[str, Any]) -> list[str]:
+    """The figures, the ledger and the mixture of a run as tables of Markdown."""
+    lines = ["| held out | tokens | before | after |", "|---|---|---|---|"]
+    for key, after in results["after"].items():
+        if key.endswith("_perplexity") or key in results.get("figures", ()):
+            tokens = results["after"].get(f"{key.removesuffix('_perplexity')}_num_tokens", "")
+            before = results["before"].get(key)
+            lines.append(f"| {key.removeprefix('eval_')} | {tokens} | {_number(before)} | {_number(after)} |")
+    if ledger := results.get("ledger"):
+        lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
+        for source, account in ledger.items():
+            dropped = sum(account["dropped_tokens"].values())
+            cells = (source, account["rows_in"], account["tokens_in"], account["trained"], dropped)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    if mixture := results.get("mixture"):
+        lines += ["", f"| source | asked, {mixture['unit']} | given | tokens | epochs |", "|---|---|---|---|---|"]
+        for entry in mixture["sources"]:
+            shares = f"{entry['asked']:.2%} | {entry['share']:.2%}"
+            lines.append(f"| {entry['name']} | {shares} | {entry['tokens']} | {entry['epochs']:.2f} |")
+    return lines
 
 
 def push(folder: Path, repo_id: str | None, *, private: bool, console: Console) -> bool:

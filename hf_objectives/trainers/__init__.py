@@ -1,39 +1,33 @@
-"""Trainers of transformers and TRL with exact numbers.
-
-The names that need TRL are imported when they are first used: TRL's trainers take most of a second to import.
-"""
+"""Trainers of transformers and TRL with exact numbers."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hf_objectives.trainers.causal_lm import (
-    PerplexityTrainer,  # `transformers.Trainer` for next-token objectives
-)
-from hf_objectives.trainers.causal_lm_config import (
-    PerplexityTrainingArguments,  # its arguments
-)
-from hf_objectives.trainers.hf_compat import (
-    StepWatch,  # what `watch_steps` calls
-    attention_of,  # the name of a model's attention implementation
-    origin_of,  # the folder or Hub id that a model was loaded from
-    prepared_batch,  # a batch on the device of the run
-    watch_steps,  # watch batches, losses and gradient norms of any Trainer
-)
-from hf_objectives.trainers.isolation import (
-    probe_isolation,  # prove that packed documents do not see each other
-)
-from hf_objectives.trainers.stream_callback import (
-    OrderedStreamCallback,  # keeps a stream's place in the checkpoints of any Trainer
-)
+from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
+    from hf_objectives.trainers.causal_lm import (
+        PerplexityTrainer,  # `transformers.Trainer` for next-token objectives
+    )
+    from hf_objectives.trainers.causal_lm_config import (
+        PerplexityTrainingArguments,  # its arguments
+    )
     from hf_objectives.trainers.dpo import (
         PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures and two cures for falling answers
     )
     from hf_objectives.trainers.dpo_config import (
         PerplexityDPOConfig,  # its arguments
+    )
+    from hf_objectives.trainers.hf_compat import (
+        StepWatch,  # what `watch_steps` calls
+        attention_of,  # the name of a model's attention implementation
+        origin_of,  # the folder or Hub id that a model was loaded from
+        prepared_batch,  # a batch on the device of the run
+        watch_steps,  # watch batches, losses and gradient norms of any Trainer
+    )
+    from hf_objectives.trainers.isolation import (
+        probe_isolation,  # prove that packed documents do not see each other
     )
     from hf_objectives.trainers.ppo import (
         PPOTrainer,  # proximal policy optimisation on TRL's generation and rewards
@@ -48,24 +42,11 @@ if TYPE_CHECKING:
     from hf_objectives.trainers.reward_config import (
         RewardModelConfig,  # its arguments
     )
+    from hf_objectives.trainers.stream_callback import (
+        OrderedStreamCallback,  # keeps a stream's place in the checkpoints of any Trainer
+    )
     from hf_objectives.trainers.trl_compat import (
         suppress_seqcls_warning,  # a context in which a new score head is no warning
     )
-
-#: The module of each name that is imported when it is first used.
-_LAZY = {
-    "PerplexityDPOTrainer": "dpo",
-    "PerplexityDPOConfig": "dpo_config",
-    "PPOTrainer": "ppo",
-    "PPOConfig": "ppo_config",
-    "RewardModelTrainer": "reward",
-    "encode_reward_row": "reward",
-    "RewardModelConfig": "reward_config",
-    "suppress_seqcls_warning": "trl_compat",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"hf_objectives.trainers.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'hf_objectives.trainers' has no attribute {name!r}")
+else:
+    __getattr__, __dir__ = import_on_use(__name__, __file__)

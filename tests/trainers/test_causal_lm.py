@@ -253,7 +253,7 @@ def test_other_settings_train(tmp_path, options):
 
 @pytest.mark.parametrize("asked_by", ["arguments", "accelerate"])
 def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch, caplog, asked_by):
-    monkeypatch.setattr("hf_objectives.evaluation.selected_logits._told", set())
+    monkeypatch.setattr("hf_objectives.evaluation.logits._told", set())
     eager = trainer(tmp_path)
     expected = [eager.train().training_loss, eager.evaluate()["eval_loss"]]
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")  # torch_compile sets it too, and monkeypatch undoes it

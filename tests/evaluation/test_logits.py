@@ -16,7 +16,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from hf_objectives.evaluation.selected_logits import selected_logits
+from hf_objectives.evaluation.logits import selected_logits
 
 SMALL = {
     "vocab_size": 99,
