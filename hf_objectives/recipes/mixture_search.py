@@ -30,21 +30,9 @@ from rich.table import Table
 from transformers import set_seed
 
 from hf_objectives import DataCollatorWithEosPacking, demo
+from hf_objectives import mixture as mixing_laws
 from hf_objectives.errors import ConfigError, WorkerError, nearest
-from hf_objectives.mixture import (
-    COMBINED,
-    LAWS,
-    MEAN,
-    MIN_TRIALS,
-    MixtureConfig,
-    build_mixture,
-    check_combination,
-    draw_mixtures,
-    fit_law,
-    number,
-    recommend,
-    summarise,
-)
+from hf_objectives.mixture import MixtureConfig, build_mixture, number
 from hf_objectives.preparation import CorpusSettings, Manifest, difference, load_prepared, prepare_corpus
 from hf_objectives.recipes.arguments import named_sources, parse_config
 from hf_objectives.recipes.pretrain import Loaded, PretrainArguments, PretrainModel, build_model, set_length
@@ -107,7 +95,7 @@ class SearchSettings:
     vary_seeds: bool = field(default=False, metadata={"help": "Another seed in every trial."})
 
     def __post_init__(self) -> None:
-        for name, least in (("trials", MIN_TRIALS), ("parallel", 1), ("check_seeds", 0)):
+        for name, least in (("trials", mixing_laws.MIN_TRIALS), ("parallel", 1), ("check_seeds", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
@@ -159,7 +147,7 @@ def read_evaluation(text: str, sources: Mapping[str, Any]) -> dict[str, dict[str
                     f"{nearest(str(source), sources)}"
                 )
         read[name] = {**listed, "weight": number(f"evaluation {name!r}: weight", entry["weight"])}
-    check_combination({name: one["weight"] for name, one in read.items()}, read)
+    mixing_laws.check_combination({name: one["weight"] for name, one in read.items()}, read)
     return read
 
 
@@ -362,15 +350,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results = run(jobs, data.engine, search.parallel, console)
         return np.array([[result["losses"][name] for name in evaluation] for result in results])
 
-    weights = draw_mixtures(natural, search.trials, concentration=search.concentration, seed=args.seed)
+    weights = mixing_laws.draw_mixtures(natural, search.trials, concentration=search.concentration, seed=args.seed)
     losses = trained([(f"trials/{i:03d}", one, i * search.vary_seeds) for i, one in enumerate(weights)])
-    laws = {name: fit_law(weights, losses[:, i], seed=args.seed) for i, name in enumerate(evaluation)}
+    laws = {name: mixing_laws.fit_law(weights, losses[:, i], seed=args.seed) for i, name in enumerate(evaluation)}
     combination = {name: one["weight"] for name, one in evaluation.items()}
-    found = recommend(laws, combination, natural, sources=list(sources), seed=args.seed)
+    found = mixing_laws.recommend(laws, combination, natural, sources=list(sources), seed=args.seed)
     asked = {"natural": natural, f"recommended-{zlib.crc32(found.weights.tobytes()):08x}": found.weights}
     seeds = range(search.trials, search.trials + search.check_seeds)
     checks = [trained([(f"check/{name}-{i}", one, i) for i in seeds]) for name, one in asked.items()] if seeds else []
-    results = summarise(list(sources), natural, laws, combination, found, checks)
+    results = mixing_laws.summarise(list(sources), natural, laws, combination, found, checks)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "recommended.yaml").write_text(yaml.safe_dump({"sources": mixed(found.weights)}, sort_keys=False))
     plot(results, out / "mixture_search.png")
@@ -381,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def print_tables(results: Mapping[str, Any], console: Console) -> None:
     """Shares, losses and how well the laws hold."""
-    forms = (*LAWS, MEAN)
+    forms = (*mixing_laws.LAWS, mixing_laws.MEAN)
     pairs = [f"{kind}\n{of}" for kind in _KINDS for of in ("predicted", "measured")]
     columns = {
         "Share of tokens": ("source", *_KINDS, "±"),
@@ -439,7 +427,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         left.bar(at + (0.2 if errors else -0.2), results[kind], 0.4, yerr=errors, color=colour, label=kind)
     left.set_xticks(at, results["sources"], rotation=40, ha="right")
     left.set(title="Share of tokens")
-    most, combined = results["influential"], sets[COMBINED]
+    most, combined = results["influential"], sets[mixing_laws.COMBINED]
     right.scatter([row[most["source"]] for row in results["trials"]], combined["trials"], s=22, label="trials")
     right.plot(most["shares"], most["combined"], label="laws, other sources in natural proportion")
     for kind, colour in _KINDS.items():
