@@ -13,7 +13,6 @@ from rich.console import Console
 
 from hf_objectives import __version__
 
-
 # What a run of each objective did to its base model, and the task of the result.
 _MADE = {
     "sft": ("Fine-tuned", "text-generation"),
