@@ -74,8 +74,10 @@ def read_turns(
     begins = [_begin(message, i, found) for i, message in enumerate(messages)]
     later = [len(found.text)] * (len(messages) + 1)
     for i in range(len(messages) - 1, -1, -1):
-        begin = begins[i] if begins[i] is not None else found.ends[i][0] if i in found.ends else later[i + 1]
-        later[i] = min(later[i + 1], begin)  # type: ignore[type-var]
+        begin = begins[i]
+        if begin is None:
+            begin = found.ends[i][0] if i in found.ends else later[i + 1]
+        later[i] = min(later[i + 1], begin)
     wanted, turns, before = set(trained), [], 0
     shapes: list[tuple] = [(), ()]
     seen: frozenset[tuple] = frozenset()
