@@ -4,7 +4,7 @@
         [--against CHECKOUT] [--count 2000] [--rounds 5]
 
 The rows: Alpaca rows (`prepare_dataset`), ShareGPT rows with tool calls (`prepare_dataset`), and generated conversations of
-2 to 20 messages (`encode_chats`). A first pass over the rows warms encoder and tokenizer. The clock is the process's CPU time.
+2 to 20 messages (`encode_chats`). A first pass over the rows warms encoder and tokenizer. The clock is process CPU time.
 """
 
 from __future__ import annotations
