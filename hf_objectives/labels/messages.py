@@ -242,7 +242,8 @@ def defuse(
     for turn, message in enumerate(messages):
         guard = structural if message["role"] == "assistant" else untrusted
         touched = False
-        for text in _strings(message):
+        content = message.get("content")
+        for text in (content,) if type(content) is str and len(message) == 2 else _strings(message):
             if not text.isascii() and (found := RESERVED.search(text)):
                 raise ConversationError(
                     f"private-use character U+{ord(found.group()):X}, which this library uses as a sentinel", turn=turn
