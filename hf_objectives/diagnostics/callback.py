@@ -298,7 +298,7 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         event = {
             "step": step,
             "rank": rank(),
-            "kind": _kind(spike),
+            "kind": spike.kind,
             "loss": spike.value,
             "losses_of_micro_batches": [float(loss) for _, loss in window],
             "level": spike.level,
@@ -370,13 +370,6 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
     def _path(self, name: str) -> Path:
         stem, ending = name.split(".")
         return self.folder / (name if rank() == 0 else f"{stem}_rank_{rank()}.{ending}")
-
-
-def _kind(spike: Spike) -> str:
-    """ "spike", "non_finite", or "example": an example stands out, the loss of the step does not."""
-    if math.isnan(spike.deviations) and math.isfinite(spike.value):
-        return "example"
-    return "spike" if math.isfinite(spike.value) and math.isfinite(spike.deviations) else "non_finite"
 
 
 def _limit(spike: Spike, examples: list[dict[str, Any]]) -> float:

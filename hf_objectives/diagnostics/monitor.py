@@ -35,6 +35,13 @@ class Spike(NamedTuple):
     limit: float
     deviations: float
 
+    @property
+    def kind(self) -> str:
+        """ "spike", "non_finite", or "example": an example stands out, the loss of the step does not."""
+        if math.isnan(self.deviations) and math.isfinite(self.value):
+            return "example"
+        return "spike" if math.isfinite(self.value) and math.isfinite(self.deviations) else "non_finite"
+
 
 class SpikeMonitor:
     """Compares each loss with the median and the noise (median absolute difference of neighbours) of those before.

@@ -55,8 +55,7 @@ def prepare_dataset(
         strategy, overflow: see `pack_dataset`; with packing, `overflow` decides about texts longer than a row.
         num_proc: worker processes; None for one per core on large inputs.
         engine: "local", or "ray" for a Ray cluster, which needs `output_dir`.
-        output_dir: write shards to this folder, in constant memory, and map them (see `prepare_corpus`); None to work
-            in memory.
+        output_dir: write shards to this folder in constant memory, and map them (`prepare_corpus`); None works in memory.
         source: name of the source of rows that name none.
         ledger: counts what happens to every token.
         options: `train_on`, `control_tokens`, `overlength`, `expand_turns`, `chat_template` and `template_kwargs`; see
@@ -76,7 +75,7 @@ def prepare_dataset(
     if engine != "local" and output_dir is None:
         raise ConfigError(f"engine={engine!r} writes shards; give it an output_dir that all machines see")
     if packing:
-        _check_packing(max_length, strategy, overflow)
+        check_packing(max_length, strategy, overflow)
     if output_dir is None:
         config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]
         encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
@@ -90,12 +89,6 @@ def prepare_dataset(
     prepared = load_prepared(output_dir)
     assert isinstance(prepared, Dataset)  # not a stream
     return prepared
-
-
-def _check_packing(max_length: int | None, strategy: str, overflow: str) -> None:
-    if max_length is None:
-        raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
-    check_packing(max_length, strategy, overflow)
 
 
 def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset | Iterable[Row]:
