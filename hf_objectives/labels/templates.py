@@ -54,7 +54,7 @@ def template_of(tokenizer: Any, chat_template: str | None, tools: Sequence | Non
     """
     own = getattr(tokenizer, "chat_template", None)
     if not isinstance(own, dict) and (chat_template or own):
-        return chat_template or own
+        return str(chat_template or own)
     if chat_template is None and own is None:
         raise TemplateError(
             "the tokenizer has no chat template; set tokenizer.chat_template, pass chat_template=..., or start from an "
@@ -151,9 +151,9 @@ class Renderer:
         return other
 
     @property
-    def has_tools(self) -> bool:
-        """Whether the template is given tools."""
-        return bool(self._context["tools"])
+    def tools(self) -> list[Mapping[str, Any]] | None:
+        """The schemas of the tools that the template is given."""
+        return self._context["tools"]
 
     def __call__(self, messages: list[dict], *, generation_prompt: bool = False) -> str:
         """The render of `messages`.
