@@ -145,7 +145,7 @@ class _Template:
         return self._without_tools if tools is None else self._new_finder(self._renderer.with_tools(tools))
 
     def _new_finder(self, render: Renderer) -> SpanFinder:
-        return SpanFinder(render, self.markers, self.tokenizer.eos_token, self._memories[render.has_tools])
+        return SpanFinder(render, self.markers, self.tokenizer.eos_token, self._memories[bool(render.tools)])
 
     def text_use(self, form: Form) -> tuple[TextUse, Quiet]:
         """What the template does with contents in a form, and a check for texts that it prints as they are."""

@@ -53,8 +53,8 @@ def template_of(tokenizer: Any, chat_template: str | None, tools: Sequence | Non
         TemplateError: the tokenizer has no chat template and none was given.
     """
     own = getattr(tokenizer, "chat_template", None)
-    if not isinstance(own, dict) and (template := chat_template or own):
-        return template
+    if not isinstance(own, dict) and (chat_template or own):
+        return str(chat_template or own)
     if chat_template is None and own is None:
         raise TemplateError(
             "the tokenizer has no chat template; set tokenizer.chat_template, pass chat_template=..., or start from an "
@@ -152,13 +152,8 @@ class Renderer:
 
     @property
     def tools(self) -> list[Mapping[str, Any]] | None:
-        """The tools as JSON schemas, as the template gets them."""
+        """The schemas of the tools that the template is given."""
         return self._context["tools"]
-
-    @property
-    def has_tools(self) -> bool:
-        """Whether the template is given tools."""
-        return bool(self._context["tools"])
 
     def __call__(self, messages: list[dict], *, generation_prompt: bool = False) -> str:
         """The render of `messages`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,9 +99,9 @@ class TurnEnds:
                 break
             openers.add(found.group())
             place = found.end()
-        opening: list[re.Match[str] | None] = [self.markers.match(self.starts.header.lstrip())]
+        opening: Sequence[re.Match[str] | None] = [self.markers.match(self.starts.header.lstrip())]
         if not self.starts.header:
-            opening = list[re.Match[str] | None](self.markers.finditer(turn.text, 0, start))[-1:]
+            opening = list(self.markers.finditer(turn.text, 0, start))[-1:]
         return openers | {found.group() for found in opening if found}
 
     def _own_tail(self, messages: list[dict], rest: str, *, last: bool, turn: int = -1) -> str:

@@ -1,4 +1,4 @@
-"""Spans under templates made to be awkward."""
+"""Where turns start under templates made to be awkward."""
 
 from __future__ import annotations
 
