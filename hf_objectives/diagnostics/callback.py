@@ -92,9 +92,7 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         if on_spike == "skip" and trainer.is_deepspeed_enabled:
             raise ConfigError("on_spike='skip' under DeepSpeed, whose engine steps by itself; use 'log' or 'stop'")
         if on_spike == "skip" and getattr(trainer.args, "stop_on_non_finite", False):
-            raise ConfigError(
-                "on_spike='skip' and stop_on_non_finite contradict each other; set stop_on_non_finite=False"
-            )
+            raise ConfigError("on_spike='skip' contradicts stop_on_non_finite; set stop_on_non_finite=False")
         if save_weights and trainer.is_fsdp_enabled:
             raise ConfigError("save_weights under FSDP: one rank alone cannot gather the weights; use checkpoints")
         if any(isinstance(callback, DiagnosticsCallback) for callback in trainer.callback_handler.callbacks):
@@ -225,10 +223,8 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
             look(state, *args)
         except Exception:
             self._failed.append(look)
-            logger.exception(
-                "step %d: the monitor failed; it goes on without what failed, and so does the run",
-                state.global_step + 1,
-            )
+            step = state.global_step + 1
+            logger.exception("step %d: the monitor failed; it goes on without what failed, and so does the run", step)
 
     def _examine(self, state: Any, loss: float, spike: Spike | None, window: _Window) -> None:
         step = state.global_step + 1
@@ -274,9 +270,8 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         except Exception:
             # No memory for a further forward pass, or a model of another kind: the step itself is recorded all the same.
             self._looks_failed = True
-            logger.exception(
-                "step %d: its examples cannot be looked at, and no others will", trainer.state.global_step + 1
-            )
+            step = trainer.state.global_step + 1
+            logger.exception("step %d: its examples cannot be looked at, and no others will", step)
             return []
         finally:
             model.train(training)
