@@ -136,12 +136,12 @@ def test_ray_tune_trains_the_same_and_names_what_fails(search, corpus, tmp_path)
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'hf-objectives[ray]'")
     pytest.importorskip("ray.tune", reason="Ray Tune is an extra: pip install 'hf-objectives[ray]'")
     (tmp_path / "run/trials/001/result.draft").mkdir(parents=True)
-    searching = Search(arguments(corpus, tmp_path / "run", engine="ray"))
     trials = [json.loads((search[0] / f"trials/00{i}/result.json").read_text())["settings"] for i in range(2)]
     weights = [np.array(list(trial["weights"].values())) for trial in trials]
     workers = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": workers})
     try:
+        searching = Search(arguments(corpus, tmp_path / "run", engine="ray"))
         with pytest.raises(WorkerError, match="1 of 2 runs failed: trials/001 .*IsADirectoryError"):
             searching.losses([(f"trials/00{i}", weights[i], 0) for i in range(2)])
     finally:
