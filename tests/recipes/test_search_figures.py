@@ -26,7 +26,7 @@ def results():
         "recommended_error": [0.05, 0.05],
         "trials": [[1 - share, share] for share in shares],
         "evaluation": {
-            "test": {**losses, **law, "weight": 2, "cv_rmse": {form: 0.125 for form in (*LAWS, MEAN)}},
+            "test": {**losses, **law, "weight": 2, "cv_rmse": dict.fromkeys((*LAWS, MEAN), 0.125)},
             COMBINED: {**losses, "weight": None},
         },
         "influential": {"source": 1, "shares": shares, "combined": [3.0, 2.5, 2.0]},
