@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.types import Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes seconds to import, and options of the command line are checked here
 
 SPLITS = ("train", "validation")
 _ROWS_READ = 2_000
@@ -73,7 +76,7 @@ def hold_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> t
 
 def _read(rows: Dataset | Sequence[Row]) -> Iterator[Row]:
     """Read rows as Python values, as preparation does."""
-    if not isinstance(rows, Dataset):
+    if isinstance(rows, Sequence):
         yield from rows
         return
     table = rows.with_format("arrow")

@@ -26,7 +26,7 @@ def files(tmp_path):
 def test_prepare(files, capsys):
     main(["prepare", "--config", str(files / "corpus.yaml"), "--eval_share", "0.2"])
     said = capsys.readouterr().out
-    assert "a: 50 documents" in said and "b: 2 documents" in said and "rows of 128 tokens" in said
+    assert "a: 50 rows" in said and "b: 2 rows" in said and "rows of 128 tokens" in said
     assert set(load_dataset("parquet", data_dir=str(files / "out"))) == {"train", "validation"}
 
 

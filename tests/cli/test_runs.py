@@ -135,7 +135,7 @@ def test_by_default_a_png_in_this_folder(runs, monkeypatch, capsys):
 
 def test_findings_can_be_left_out(runs, monkeypatch):
     marked = []
-    monkeypatch.setattr(drawing, "_mark", lambda axes, found, **_: marked.append([one.kind for one in found]))
+    monkeypatch.setattr(drawing, "mark_findings", lambda axes, found, **_: marked.append([one.kind for one in found]))
     run_command(["plot", str(runs / "bad"), "--output", str(runs / "a.png")])
     run_command(["plot", str(runs / "bad"), "--output", str(runs / "b.png"), "--no_findings"])
     assert marked[0] == ["non_finite"] and marked[1] == []

@@ -34,7 +34,7 @@ def test_options_that_cannot_work_are_named(options, words):
     ("entry", "words"),
     [
         (3, "source 'a' is int; expected a path or a mapping"),
-        ({"pth": "x"}, "source 'a': unknown key 'pth'; did you mean 'path'"),
+        ({"pth": "x"}, "source 'a': unknown key 'pth' .did you mean 'path'"),
         ({"path": ""}, "path is ''; expected a file"),
         ({"path": "x", "documents": "lines"}, "source 'a': documents is 'lines'.*did you mean 'line'"),
     ],

@@ -63,7 +63,9 @@ def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
 def test_from_pairs_to_a_model(corpus, tmp_path, capsys):
     results = main(arguments(corpus, tmp_path / "run"))
     before, after = results["before"], results["after"]
-    assert before["eval_num_pairs"] == after["eval_num_pairs"] == 6 and results["num_pairs"] == 54
+    # The content of a row decides whether it is held out, so that a share of 0.1 of 60 pairs is 6 only on average.
+    held_out = before["eval_num_pairs"]
+    assert held_out == after["eval_num_pairs"] and 1 <= held_out <= 15 and results["num_pairs"] == 60 - held_out
     assert before["eval_rewards/margins"] == 0 and after["eval_rewards/margins"] != 0
     assert after["eval_reference_chosen_perplexity"] == pytest.approx(before["eval_chosen_perplexity"], rel=1e-6)
     change = math.log(before["eval_chosen_perplexity"] / after["eval_chosen_perplexity"])
@@ -80,7 +82,13 @@ def test_from_pairs_to_a_model(corpus, tmp_path, capsys):
     assert after["eval_mine_perplexity"] == pytest.approx(found.perplexity, rel=1e-4)
     assert after["eval_mine_perplexity_at_start"] == before["eval_mine_perplexity"]
     printed = capsys.readouterr().out
-    for words in ("6 held-out pairs", "reward accuracy", "95 % interval", "under the reference", "perplexity, mine"):
+    for words in (
+        f"{held_out} held-out pairs",
+        "reward accuracy",
+        "95 % interval",
+        "under the reference",
+        "perplexity, mine",
+    ):
         assert words in printed, words
     assert "rewards/accuracies" in (tmp_path / "run" / "README.md").read_text()
 

@@ -72,13 +72,19 @@ def scores(folder: Path, conversations: list[list[dict]]) -> list[float]:
 def test_from_a_file_to_a_folder_that_scores(corpus, tmp_path, capsys):
     results = main(arguments(corpus, tmp_path / "run", "--max_steps", "30"))
     before, after = results["before"], results["after"]
-    assert after["eval_loss"] < before["eval_loss"] and after["eval_num_pairs"] == 11
-    assert sum(results["reliability"]["after"]["counts"]) == 11
+    assert after["eval_loss"] < before["eval_loss"] and 4 <= after["eval_num_pairs"] <= 20
+    assert sum(results["reliability"]["after"]["counts"]) == after["eval_num_pairs"]
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "training_curves.png", "results.json", "README.md"} <= written
     assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == after
     printed = capsys.readouterr().out
-    for words in ("The plan", "11 held-out pairs", "95 % interval", "calibration", "preferring the longer answer"):
+    for words in (
+        "The plan",
+        f"{after['eval_num_pairs']} held-out pairs",
+        "95 % interval",
+        "calibration",
+        "preferring the longer answer",
+    ):
         assert words in printed
     card = (tmp_path / "run" / "README.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith("| accuracy |"))
@@ -139,7 +145,7 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, wo
 
 @pytest.mark.distributed
 def test_two_processes_report_what_one_reports(corpus, tmp_path):
-    """Eleven held-out pairs, four a batch: ranks that run out are given rows twice, which count once."""
+    """Fifteen held-out pairs, four a batch: ranks that run out are given rows twice, which count once."""
     one = main(arguments(corpus, tmp_path / "one", "--learning_rate", "0"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = arguments(corpus, tmp_path / "two", "--learning_rate", "0")
@@ -152,4 +158,4 @@ def test_two_processes_report_what_one_reports(corpus, tmp_path):
     for key, value in one["before"].items():
         if not key.endswith(timed):
             assert two["before"][key] == pytest.approx(value, abs=1e-6), key
-    assert two["before"]["eval_num_pairs"] == 11
+    assert two["before"]["eval_num_pairs"] == one["before"]["eval_num_pairs"] == 15  # not a multiple of a batch
