@@ -30,7 +30,7 @@ class Turn:
         head: where the first text of the conversation begins.
         frame_before: the render between the texts of earlier messages and `begin`.
         frame_after: the render between `end` and the first text of a later message.
-        key: equal for turns that the template frames in the same way; None where `begin` is not known.
+        key: equal for turns that the template frames in the same way; None where that is not known.
     """
 
     messages: list[dict[str, Any]]
@@ -57,7 +57,12 @@ class Turn:
 
 
 def read_turns(
-    messages: list[dict[str, Any]], trained: Sequence[int], found: Sentinels, searched: re.Pattern[str] | None
+    messages: list[dict[str, Any]],
+    trained: Sequence[int],
+    found: Sentinels,
+    searched: re.Pattern[str] | None,
+    *,
+    distinct: bool = False,
 ) -> list[Turn]:
     """The turns `trained` of a conversation, in time that is linear in its length.
 
@@ -70,6 +75,7 @@ def read_turns(
         trained: indices of assistant messages, all of them printed.
         found: where the messages stand in the render.
         searched: pattern of the strings that the template looks for in texts.
+        distinct: only turns before which no text was said twice have a key, for templates that compare texts.
     """
     begins = [_begin(message, i, found) for i, message in enumerate(messages)]
     later = [len(found.text)] * (len(messages) + 1)
@@ -83,6 +89,8 @@ def read_turns(
     seen: frozenset[tuple] = frozenset()
     since: frozenset[tuple] = frozenset()  # the last user message
     said: dict[tuple[str, str], None] = {}
+    texts: set[str] = set()
+    repeated = False
     for k, message in enumerate(messages):
         shape = (
             message["role"],
@@ -94,12 +102,16 @@ def read_turns(
         for string in set(_searched(message, searched)) if searched is not None else ():
             said.pop((message["role"], string), None)
             said[message["role"], string] = None
+        if distinct:
+            for text in content_texts(message.get("content")):
+                repeated = repeated or text.strip() in texts
+                texts.add(text.strip())
         if k in wanted:
             begin, first, end = begins[k], found.ends[k][0], found.ends[k][-1]
             frame_before = "" if begin is None else found.text[before:begin]
             frame_after = found.text[end : later[k + 1]]
             key = None
-            if begin is not None and before <= begin <= first and end <= later[k + 1]:
+            if not repeated and begin is not None and before <= begin <= first and end <= later[k + 1]:
                 following = messages[k + 1]["role"] if k + 1 < len(messages) else None
                 key = (*shapes[-3:], following, min(k, 2), seen, since, tuple(said))
                 key += _without_values(messages, k, frame_before, frame_after)
