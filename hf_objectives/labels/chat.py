@@ -106,7 +106,7 @@ class ChatEncoder:
         if use.compares and len(set(texts)) < len(texts):
             return None
         roles = tuple([message["role"] for message in turns.messages])
-        layout = template.finder(None).layout(roles, form, quiet)
+        layout = template.finder(None).layout(roles, form, quiet, use.dates)
         return None if layout is None else layout.fill(texts, turns.trained)
 
     def _formed(self, finder: SpanFinder, messages: list[dict], trained: Sequence[int]) -> Rendered:
@@ -150,7 +150,7 @@ class _Template:
     def text_use(self, form: Form) -> tuple[TextUse, Quiet]:
         """What the template does with contents in a form, and a check for texts that it prints as they are."""
         if form not in self._uses:
-            use = text_use(self.source, "text" if form is blocks else "content")
+            use = text_use(self.source, "text" if form is blocks else "content", self._renderer.given)
             self._uses[form] = use, Quiet([*control_tokens_of(self.tokenizer, self.source), *use.searched])
         return self._uses[form]
 

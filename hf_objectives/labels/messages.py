@@ -208,9 +208,18 @@ class ControlTokens:
 class Quiet(ControlTokens):
     """Passes texts that hold none of some tokens and can form none with what stands beside them."""
 
+    def __init__(self, tokens: Iterable[str]) -> None:
+        super().__init__(tokens)
+        self.closing: dict[str, tuple[str, ...]] = {}
+        for suffix in sorted(self.suffixes):
+            self.closing[suffix[0]] = (*self.closing.get(suffix[0], ()), suffix)
+
     def passes(self, text: str) -> bool:
         """Whether `text`, with anything before and after it, neither holds nor is part of one of the tokens."""
         if not text.isascii() and RESERVED.search(text):
+            return False
+        # What stands before the text need not be a text that was looked at, so that a token may end in it.
+        if text.startswith(self.closing.get(text[:1], ())):
             return False
         return not self.touches(text) and (len(text) >= self.longest or not any(text in t for t in self.tokens))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate, chain
 
@@ -17,6 +18,7 @@ from hf_objectives.errors import TemplateError
 from hf_objectives.labels.message_forms import Form
 from hf_objectives.labels.messages import Quiet
 from hf_objectives.labels.sentinels import Sentinels, mark, read_sentinels
+from hf_objectives.labels.steadiness import steadiness
 from hf_objectives.labels.templates import Renderer
 from hf_objectives.labels.text_use import searched_strings
 from hf_objectives.labels.turn_ends import TurnEnds
@@ -41,13 +43,17 @@ class Layout:
     Attributes:
         fixed: the text before, between and after the messages' texts, one piece more than messages.
         turns: for each message, its span as (piece, place in it) of the begin and of the end; None where there is none.
+        pending: for each message, the characters with which a text that may start later begins.
     """
 
     fixed: list[str]
     turns: list[tuple[int, int, int, int] | None]
+    pending: list[str]
 
-    def fill(self, texts: list[str], trained: Sequence[int]) -> Rendered:
-        """The render of a conversation, and the spans of its turns `trained`."""
+    def fill(self, texts: list[str], trained: Sequence[int]) -> Rendered | None:
+        """The render of a conversation, and the spans of its turns `trained`; None where a turn may start later."""
+        if any(self.pending[k] and texts[k][0] in self.pending[k] for k in trained):
+            return None
         pieces = [*chain.from_iterable(zip(self.fixed, texts, strict=False)), self.fixed[-1]]
         places = [0, *accumulate(map(len, pieces))]
         spans = []
@@ -95,6 +101,7 @@ class SpanFinder:
         self.starts = TurnStarts(render, markers)
         self.ends = TurnEnds(render, markers, eos_token, self.starts)
         self.searched = searched_pattern(render.source)
+        self.steadiness = steadiness(render.source)
 
     def find(self, messages: list[dict], trained: Sequence[int]) -> Rendered:
         """Render a conversation and find the span of each trained assistant turn.
@@ -105,17 +112,19 @@ class SpanFinder:
         """
         return self._find(messages, trained)[0]
 
-    def _find(self, messages: list[dict], trained: Sequence[int]) -> tuple[Rendered, Sentinels]:
+    def _find(self, messages: list[dict], trained: Sequence[int]) -> tuple[Rendered, Sentinels, dict[int, str]]:
+        """The spans, where the messages stand, and the characters with which turns that may start later begin."""
         text = self.render(messages)
         found = self._sentinels(messages, text)
         _check_printed(messages, trained, found)
         spans: list[Span] = []
-        for turn in read_turns(messages, trained, found, self.searched):
-            span = self._known(turn) or self._learn(turn)
+        pending: dict[int, str] = {}
+        for turn in read_turns(messages, trained, found, self.searched, distinct=self.steadiness.compares):
+            span, pending[turn.k] = self._known(turn) or self._learn(turn)
             if spans and span[0] < spans[-1][1]:
                 raise TemplateError("the template renders two assistant turns over each other", turn=turn.k)
             spans.append(span)
-        return Rendered(text, spans), found
+        return Rendered(text, spans), found, pending
 
     def refused_turn(self, messages: list[dict]) -> int:
         """The last message of the shortest beginning of a conversation that the template refuses."""
@@ -128,19 +137,21 @@ class SpanFinder:
 
     # -- plain conversations -----------------------------------------------------------------------------------------
 
-    def layout(self, roles: tuple[str, ...], form: Form, quiet: Quiet) -> Layout | None:
+    def layout(self, roles: tuple[str, ...], form: Form, quiet: Quiet, dates: tuple[str, ...] = ()) -> Layout | None:
         """How the template prints a plain conversation with these roles, None where that depends on more than the roles.
 
         Args:
             roles: the role of each message.
             form: how messages are written, one of FORMS.
             quiet: passes texts that the template prints as they are.
+            dates: the formats in which the template prints the date.
         """
-        if (roles, form) not in self.memory.layouts:
+        key = roles, form, tuple(map(datetime.now().strftime, dates)) if dates else ()
+        if key not in self.memory.layouts:
             if len(self.memory.layouts) >= _MOST_LAYOUTS:
                 self.memory.layouts.clear()
-            self.memory.layouts[roles, form] = self._read_layout(roles, form, quiet)
-        return self.memory.layouts[roles, form]
+            self.memory.layouts[key] = self._read_layout(roles, form, quiet)
+        return self.memory.layouts[key]
 
     def _read_layout(self, roles: tuple[str, ...], form: Form, quiet: Quiet) -> Layout | None:
         texts = [_PROBE.format(i) for i in range(len(roles))]
@@ -149,7 +160,7 @@ class SpanFinder:
             return None
         trained = [i for i, role in enumerate(roles) if role == "assistant"]
         try:
-            rendered, found = self._find(messages, trained)
+            rendered, found, pending = self._find(messages, trained)
         except TemplateError:  # told of the conversation itself
             return None
         begins, place = [], 0
@@ -170,12 +181,13 @@ class SpanFinder:
             if None in places:
                 return None
             turns[k] = (*places[0], *places[1])  # type: ignore[misc]
-        return Layout([found.text[begin:end] for begin, end in pieces], turns)
+        fixed = [found.text[begin:end] for begin, end in pieces]
+        return Layout(fixed, turns, [pending.get(i, "") for i in range(len(roles))])
 
     # -- one turn ----------------------------------------------------------------------------------------------------
 
-    def _known(self, turn: Turn) -> Span | None:
-        """The span of a turn of a known kind, None where its render is not that of the kind."""
+    def _known(self, turn: Turn) -> tuple[Span, str] | None:
+        """The span of a turn of a known kind, None where its render is not that of the kind; and `Start.pending`."""
         frame = self.memory.frames.get(turn.key)
         if frame is None or turn.begin is None:
             return None
@@ -183,16 +195,18 @@ class SpanFinder:
             return None
         if frame.pending and not frame.lead and turn.text[turn.begin : turn.begin + 1] in frame.pending:
             return None
-        return turn.begin - len(frame.lead), turn.end + len(turn.frame_after) - len(frame.rest)
+        span = turn.begin - len(frame.lead), turn.end + len(turn.frame_after) - len(frame.rest)
+        return span, "" if frame.lead else frame.pending
 
-    def _learn(self, turn: Turn) -> Span:
-        """The span of a turn by the general rules, kept for turns of its kind where it depends on nothing else."""
+    def _learn(self, turn: Turn) -> tuple[Span, str]:
+        """As `_known` by the general rules; kept for turns of its kind where it depends on nothing else."""
         start = self.starts.find(turn)
         if not start.place < turn.end:
             raise TemplateError("the template's generation prompt overlaps the text of this turn", turn=turn.k)
         tail = self.ends.find(turn, start.place)
         if (
             turn.key is not None
+            and self.steadiness.steady
             and start.lasting
             and turn.before <= start.place <= turn.begin  # type: ignore[operator]
             and (turn.following is None or tail.reach <= len(turn.frame_after))
@@ -200,7 +214,7 @@ class SpanFinder:
         ):
             lead, rest = turn.text[start.place : turn.begin], turn.frame_after[tail.length :]
             self.memory.frames[turn.key] = Frame(lead, rest, start.pending)
-        return start.place, turn.end + tail.length
+        return (start.place, turn.end + tail.length), "" if turn.begin != start.place else start.pending
 
     def _sentinels(self, messages: list[dict], text: str) -> Sentinels:
         found = read_sentinels(self.render(mark(messages, begins=True)))
@@ -270,5 +284,7 @@ def _check_printed(messages: list[dict], trained: Sequence[int], found: Sentinel
 @lru_cache(maxsize=64)
 def searched_pattern(template: str) -> re.Pattern[str] | None:
     """A pattern of the strings that a template may look for in texts, upper case or lower; None for none."""
-    strings = sorted(searched_strings(template), key=lambda string: (-len(string), string))
+    strings = sorted(
+        searched_strings(template) | steadiness(template).compared, key=lambda string: (-len(string), string)
+    )
     return re.compile("|".join(map(re.escape, strings)), re.IGNORECASE) if strings else None

@@ -136,11 +136,11 @@ class Renderer:
         self._template = compile_template(template)
         # `Template.render` copies globals and arguments for each call; a shared context built from one dict is the same
         # at a third of the cost.
+        variables = {**tokenizer.special_tokens_map, "documents": None, **template_kwargs}
+        self.given = frozenset(variables)
         self._context = {
             **self._template.globals,
-            **tokenizer.special_tokens_map,
-            "documents": None,
-            **template_kwargs,
+            **variables,
             "tools": None if tools is None else [tool_schema(tool) for tool in tools],
         }
 

@@ -10,21 +10,19 @@ in between: it can be put together without the template.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import nodes
 
+from hf_objectives.labels.template_names import LENGTHS, SEARCHES, STRIPS, Names, bound_arguments, constant, is_split
 from hf_objectives.labels.templates import syntax_tree
 
-_STRIPS = frozenset({"strip", "lstrip", "rstrip"})
-_SEARCHES = frozenset({"startswith", "endswith", "split", "rsplit", "replace"})
-_LENGTHS = frozenset({"length", "count"})
 # Tests that ask what kind of value a text is, not what it says.
 _KIND_TESTS = frozenset({"string", "none", "defined", "undefined", "mapping", "iterable", "sequence", "boolean"})
-_PLAIN_FILTERS = frozenset({"string", "safe", "default", "tojson", "join", *_LENGTHS})
+_PLAIN_FILTERS = frozenset({"string", "safe", "default", "tojson", "join", *LENGTHS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +34,33 @@ class TextUse:
         known: whether it does nothing with the texts of plain messages but print them, strip white space and search.
         strips: whether it strips white space of a text.
         compares: whether it compares two texts with each other.
+        dates: the formats in which it prints the date.
     """
 
     searched: frozenset[str]
     known: bool
     strips: bool
     compares: bool
+    dates: tuple[str, ...]
 
 
 @lru_cache(maxsize=64)
-def text_use(template: str, key: str) -> TextUse:
+def text_use(template: str, key: str, given: frozenset[str] = frozenset()) -> TextUse:
     """What a template does with the texts of messages that have a role and a content alone.
 
     Args:
         template: the template text.
         key: "content" for contents that are strings, "text" for contents that are lists of one text block.
+        given: names of variables that the template is given beside `messages`.
     """
-    reader = _Reader(syntax_tree(template), key)
-    return TextUse(frozenset(reader.searched), not reader.unknown, reader.strips, reader.compares)
+    reader = _Reader(syntax_tree(template), key, given)
+    return TextUse(
+        frozenset(reader.searched),
+        not reader.unknown,
+        reader.strips,
+        reader.compares,
+        tuple(sorted(reader.dates)),
+    )
 
 
 @lru_cache(maxsize=64)
@@ -65,155 +72,33 @@ def searched_strings(template: str) -> frozenset[str]:
         if isinstance(node, nodes.Compare) and node.ops[0].op in ("in", "notin"):
             values = [node.expr]
         elif (isinstance(node, nodes.Filter) and node.name == "replace") or (
-            isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES
+            isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in SEARCHES
         ):
             values = node.args[:1]
         found |= {value.value for value in values if isinstance(value, nodes.Const) and isinstance(value.value, str)}
     return frozenset(value for value in found if value.strip() and not value.isidentifier())
 
 
-class _Reader:
-    """Walks a syntax tree; the names that may hold a text, and those that may hold a message, are found first."""
+class _Reader(Names):
+    """Walks a syntax tree, and notes what is done with texts."""
 
-    def __init__(self, tree: nodes.Template, key: str) -> None:
-        self.tree = tree
-        self.texts: set[str] = set()  # names of variables, macros and parameters
-        self.keys = {key}  # keys and attributes
-        self.messages = {"messages"}
+    def __init__(self, tree: nodes.Template, key: str, given: frozenset[str]) -> None:
+        super().__init__(tree, key, given)
         self.searched: set[str] = set()
+        self.dates: set[str] = set()
         self.unknown = self.strips = self.compares = False
-        self.macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-        size = -1
-        while size != (size := len(self.texts) + len(self.keys) + len(self.messages)):
-            for node in self.reached(tree):
-                self._spread(node)
+        self.presence: set[int] = set()  # lengths of which only is asked whether they are 0
         for node in self.reached(tree):
             check = _CHECKS.get(type(node))
             if check is not None:
                 check(self, node)
 
-    # -- what is reached when messages have a role and a text alone ------------------------------------------------------
-
-    def reached(self, node: nodes.Node) -> Iterator[nodes.Node]:
-        """A node and what stands under it, without the branches for messages that are not plain."""
-        yield node
-        if not isinstance(node, (nodes.If, nodes.CondExpr)):
-            for child in node.iter_child_nodes():
-                yield from self.reached(child)
-            return
-        yield from self.reached(node.test)
-        known = self.outcome(node.test)
-        for branch in node.iter_child_nodes(exclude=("test",)):
-            first = branch in node.body if isinstance(node, nodes.If) else branch is node.expr1
-            if known is None or known is first:
-                yield from self.reached(branch)
-
-    def outcome(self, test: nodes.Node) -> bool | None:
-        """What a test says of plain messages, None where it is not known."""
-        if isinstance(test, nodes.Not):
-            value = self.outcome(test.node)
-            return None if value is None else not value
-        if isinstance(test, (nodes.And, nodes.Or)):
-            sides = self.outcome(test.left), self.outcome(test.right)
-            decisive = isinstance(test, nodes.Or)
-            return decisive if decisive in sides else sides[0] if sides[0] == sides[1] else None
-        if isinstance(test, nodes.Test) and test.name in ("string", "mapping") and self.is_text(test.node):
-            return test.name == "string"
-        if isinstance(test, nodes.Test) and test.name in ("defined", "undefined") and self._lacks(test.node):
-            return test.name == "undefined"
-        return False if self._lacks(test) else None
-
-    def _lacks(self, node: nodes.Node) -> bool:
-        """Whether an expression asks a message for something that is neither its role nor its content."""
-        found: Any
-        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "get":
-            holder, found = node.node.node, node.args[0] if node.args else None
-        elif isinstance(node, (nodes.Getattr, nodes.Getitem)):
-            holder, found = node.node, node.attr if isinstance(node, nodes.Getattr) else node.arg
-        else:
-            return False
-        found = found.value if isinstance(found, nodes.Const) else found
-        return isinstance(found, str) and self.is_message(holder) and found not in ("role", "content")
-
-    # -- which expressions are texts or messages -------------------------------------------------------------------------
-
-    def is_text(self, node: nodes.Node | None) -> bool:
-        """Whether an expression may be a text, or a list or string made of one."""
-        match node:
-            case None | nodes.Compare() | nodes.Test() | nodes.Not():
-                return False
-            case nodes.Filter() if node.name in _LENGTHS:
-                return False
-            case nodes.Name():
-                return node.name in self.texts
-            case nodes.Getattr():
-                return node.attr in self.keys or self.is_text(node.node)
-            case nodes.Getitem():
-                return _constant(node.arg) in self.keys or self.is_text(node.node)
-            case nodes.Call(node=nodes.Getattr() as method):
-                if method.attr == "get" and node.args and _constant(node.args[0]) in self.keys:
-                    return True
-                return method.attr not in ("startswith", "endswith") and self.is_text(method.node)
-            case nodes.Call():
-                return isinstance(node.node, nodes.Name) and node.node.name in self.texts
-            case nodes.CondExpr():
-                return self.is_text(node.expr1) or self.is_text(node.expr2)
-        return any(map(self.is_text, node.iter_child_nodes()))
-
-    def is_message(self, node: nodes.Node | None) -> bool:
-        """Whether an expression may be a message or a list of messages."""
-        if isinstance(node, nodes.Name):
-            return node.name in self.messages
-        if isinstance(node, nodes.Getattr):
-            return node.attr in ("previtem", "nextitem")
-        return (
-            isinstance(node, nodes.Getitem) and self.is_message(node.node) and not isinstance(_constant(node.arg), str)
-        )
-
-    def _prints(self, body: Sequence[nodes.Node]) -> bool:
-        outputs = (node for part in body for node in self.reached(part) if isinstance(node, nodes.Output))
-        return any(self.is_text(child) for output in outputs for child in output.nodes)
-
-    def _spread(self, node: nodes.Node) -> None:
-        """Note the names that a statement gives a text or a message."""
-        match node:
-            case nodes.Assign() | nodes.For():
-                value = node.node if isinstance(node, nodes.Assign) else node.iter
-                self._bind(node.target, self.is_text(value), self.is_message(value))
-            case nodes.AssignBlock():
-                self._bind(node.target, self._prints(node.body), False)
-            case nodes.Macro() if self._prints(node.body):
-                self.texts.add(node.name)
-            case nodes.Call(node=nodes.Name(name=name)):
-                pairs: list[tuple[nodes.Node, nodes.Node]] = []
-                if name in self.macros:
-                    pairs = list(zip(self.macros[name].args, node.args, strict=False))
-                    pairs += [(nodes.Name(argument.key, "param"), argument.value) for argument in node.kwargs]
-                elif name == "namespace":
-                    pairs = [(nodes.NSRef("", argument.key), argument.value) for argument in node.kwargs]
-                for target, value in pairs:
-                    self._bind(target, self.is_text(value), self.is_message(value))
-
-    def _bind(self, target: nodes.Node, text: bool, message: bool) -> None:
-        if isinstance(target, nodes.NSRef):
-            if text:
-                self.keys.add(target.attr)
-            return
-        names = {target.name} if isinstance(target, nodes.Name) else {n.name for n in target.find_all(nodes.Name)}
-        if text:
-            self.texts |= names
-        if message:
-            self.messages |= names
-
-    # -- what is done with them ------------------------------------------------------------------------------------------
-
     def _compare(self, node: nodes.Compare) -> None:
         sides = [node.expr, *(operand.expr for operand in node.ops)]
         for operand, left, right in zip(node.ops, sides, sides[1:], strict=False):
             for side, other in ((left, right), (right, left)):
-                if isinstance(side, nodes.Filter) and side.name in _LENGTHS and self.is_text(side.node):
-                    # Only whether there is a text at all.
-                    self.unknown |= _constant(other) != 0 and not _is_split(side.node)
+                if constant(other) == 0:  # only whether there is a text at all
+                    self.presence.add(id(side))
                 if self.is_message(side):
                     self.unknown |= operand.op not in ("in", "notin") or side is not right
                 if not self.is_text(side):
@@ -224,43 +109,71 @@ class _Reader:
                     self._search(other.items)
                 elif self.is_text(other):
                     self.compares = True
-                    self.unknown |= operand.op not in ("eq", "ne")
+                    self.unknown |= operand.op not in ("eq", "ne") or not (_bare(side) and _bare(other))
                 else:
                     self._search([other])
 
     def _filter(self, node: nodes.Filter) -> None:
+        self.unknown |= node.name == "random" or (node.name != "default" and self._takes(node))
         if self.is_message(node.node):
-            self.unknown |= node.name not in _LENGTHS | {"list", "first", "last"}
+            by_kind = node.name in ("selectattr", "rejectattr") and constant(node.args[0]) in ("role", "type")
+            self.unknown |= node.name not in LENGTHS | {"list", "first", "last"} and not by_kind
         if not self.is_text(node.node):
             return
         if node.name == "trim":
             self._strip(node.args)
+            self.unknown |= bool(node.kwargs)
         elif node.name == "replace":
             self._search(node.args[:1])
+            self.unknown |= not node.args
+        elif node.name in LENGTHS:
+            self.unknown |= id(node) not in self.presence and not is_split(node.node)
         else:
             self.unknown |= node.name not in _PLAIN_FILTERS
 
     def _test(self, node: nodes.Test) -> None:
-        self.unknown |= self.is_text(node.node) and node.name not in _KIND_TESTS
+        holds = self.is_text(node.node) or self.is_message(node.node)
+        self.unknown |= (holds and node.name not in _KIND_TESTS) or self._takes(node)
+
+    def _takes(self, node: nodes.Filter | nodes.Test | nodes.Call) -> bool:
+        """Whether a text or a message is among the arguments."""
+        given = [*node.args, *(argument.value for argument in node.kwargs), node.dyn_args, node.dyn_kwargs]
+        return any(self.is_text(argument) or self.is_message(argument) for argument in given)
 
     def _call(self, node: nodes.Call) -> None:
         called = node.node
         if isinstance(called, nodes.Getattr):
             self.unknown |= self.is_message(called.node) and called.attr != "get"
             if not self.is_text(called.node):
-                self.unknown |= called.attr != "append" and any(map(self.is_text, node.args))
-            elif called.attr in _STRIPS:
+                self.unknown |= self._takes(node)
+            elif called.attr in STRIPS:
                 self._strip(node.args)
-            elif called.attr in _SEARCHES and node.args:
+            elif called.attr in SEARCHES and node.args:
                 self._search(node.args[:1])
+                self.unknown |= not all(constant(value) or isinstance(value, nodes.Name) for value in node.args[:1])
             else:
                 self.unknown = True
-        elif isinstance(called, nodes.Name) and called.name not in (*self.macros, "namespace", "raise_exception"):
-            self.unknown |= any(map(self.is_text, node.args))
+            return
+        name = called.name if isinstance(called, nodes.Name) else None
+        if name == "strftime_now":
+            self.dates |= {str(constant(argument)) for argument in node.args}
+            self.unknown |= len(node.args) != 1 or not isinstance(constant(node.args[0]), str)
+        elif name in self.macros:
+            bound = sum(1 for _ in bound_arguments(self.macros[name], node))
+            self.unknown |= bound < len(node.args) + len(node.kwargs) or bool(node.dyn_args or node.dyn_kwargs)
+        elif name == "namespace":
+            self.unknown |= any(self.is_text(argument) or self.is_message(argument) for argument in node.args)
+        elif name != "raise_exception":
+            self.unknown |= self._takes(node) or name == "lipsum"
 
     def _part(self, node: nodes.Getitem | nodes.For) -> None:
         value = node.iter if isinstance(node, nodes.For) else node.node
-        self.unknown |= self.is_text(value) and not _is_split(value)
+        self.unknown |= self.is_text(value) and not is_split(value)
+        if isinstance(node, nodes.Getitem) and not isinstance(node.arg, (nodes.Const, nodes.Slice)):
+            self.unknown |= self.is_item(value)  # any of its keys
+
+    def _refuse(self, node: nodes.Node) -> None:
+        self.unknown = True
 
     def _arithmetic(self, node: nodes.Node) -> None:
         self.unknown |= self.is_text(node)
@@ -270,19 +183,21 @@ class _Reader:
         generation = isinstance(node, nodes.CallBlock) and getattr(node.call.node, "name", "") == "_generation_support"
         self.unknown |= self._prints(node.body) and not generation
 
+    def _set_block(self, node: nodes.AssignBlock) -> None:
+        self.unknown |= node.filter is not None and self._prints(node.body)
+
     def _output(self, node: nodes.Output) -> None:
         self.unknown |= any(map(self.is_message, node.nodes))
 
     def _strip(self, arguments: Sequence[nodes.Node]) -> None:
         self.strips = True
-        self.unknown |= not all(str(_constant(argument)).isspace() for argument in arguments)
+        self.unknown |= not all(str(constant(argument)).isspace() for argument in arguments)
 
     def _search(self, arguments: Sequence[nodes.Node]) -> None:
         for argument in arguments:
-            values = [argument]
+            values: Sequence[nodes.Node | None] = [argument]
             if isinstance(argument, nodes.Name):  # a variable that is given constants alone
-                assigned = (node for node in self.tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name))
-                values = [node.node for node in assigned if node.target.name == argument.name] or values  # type: ignore[attr-defined]
+                values = self.values.get(argument.name, [None]) if argument.name not in self.given else [None]
             for value in values:
                 if not isinstance(value, nodes.Const):
                     self.unknown = True
@@ -300,17 +215,16 @@ _CHECKS: dict[type[nodes.Node], Callable[[_Reader, Any], None]] = {
     nodes.Mul: _Reader._arithmetic,
     nodes.Mod: _Reader._arithmetic,
     nodes.Sub: _Reader._arithmetic,
+    nodes.AssignBlock: _Reader._set_block,
+    nodes.Block: _Reader._refuse,
     nodes.CallBlock: _Reader._block,
     nodes.FilterBlock: _Reader._block,
     nodes.Output: _Reader._output,
 }
 
 
-def _constant(node: nodes.Node | None) -> Any:
-    return node.value if isinstance(node, nodes.Const) else None
-
-
-def _is_split(node: nodes.Node | None) -> bool:
-    return (
-        isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in ("split", "rsplit")
-    )
+def _bare(node: nodes.Node) -> bool:
+    """Whether an expression is a text as it is, or without its white space."""
+    if isinstance(node, nodes.Filter):
+        return node.name == "trim" and node.node is not None and _bare(node.node)
+    return isinstance(node, (nodes.Getattr, nodes.Getitem)) and constant(getattr(node, "arg", None)) != ""

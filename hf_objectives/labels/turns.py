@@ -30,7 +30,7 @@ class Turn:
         head: where the first text of the conversation begins.
         frame_before: the render between the texts of earlier messages and `begin`.
         frame_after: the render between `end` and the first text of a later message.
-        key: equal for turns that the template frames in the same way; None where `begin` is not known.
+        key: equal for turns that the template frames in the same way; None where that is not known.
     """
 
     messages: list[dict[str, Any]]
@@ -57,7 +57,12 @@ class Turn:
 
 
 def read_turns(
-    messages: list[dict[str, Any]], trained: Sequence[int], found: Sentinels, searched: re.Pattern[str] | None
+    messages: list[dict[str, Any]],
+    trained: Sequence[int],
+    found: Sentinels,
+    searched: re.Pattern[str] | None,
+    *,
+    distinct: bool = False,
 ) -> list[Turn]:
     """The turns `trained` of a conversation, in time that is linear in its length.
 
@@ -70,6 +75,7 @@ def read_turns(
         trained: indices of assistant messages, all of them printed.
         found: where the messages stand in the render.
         searched: pattern of the strings that the template looks for in texts.
+        distinct: only turns before which no text was said twice have a key, for templates that compare texts.
     """
     begins = [_begin(message, i, found) for i, message in enumerate(messages)]
     later = [len(found.text)] * (len(messages) + 1)
@@ -79,38 +85,73 @@ def read_turns(
             begin = found.ends[i][0] if i in found.ends else later[i + 1]
         later[i] = min(later[i + 1], begin)
     wanted, turns, before = set(trained), [], 0
-    shapes: list[tuple] = [(), ()]
-    seen: frozenset[tuple] = frozenset()
-    since: frozenset[tuple] = frozenset()  # the last user message
-    said: dict[tuple[str, str], None] = {}
+    history = _History(searched, distinct)
     for k, message in enumerate(messages):
-        shape = (
-            message["role"],
-            bool(message.get("content")),
-            any(message.get(field) for field in REASONING_FIELDS) if len(message) > 2 else False,
-            min(len(message.get("tool_calls") or ()), 2),
-        )
-        shapes.append(shape)
-        for string in set(_searched(message, searched)) if searched is not None else ():
-            said.pop((message["role"], string), None)
-            said[message["role"], string] = None
+        history.add(message)
         if k in wanted:
             begin, first, end = begins[k], found.ends[k][0], found.ends[k][-1]
             frame_before = "" if begin is None else found.text[before:begin]
             frame_after = found.text[end : later[k + 1]]
             key = None
-            if begin is not None and before <= begin <= first and end <= later[k + 1]:
+            if not history.repeated and begin is not None and before <= begin <= first and end <= later[k + 1]:
                 following = messages[k + 1]["role"] if k + 1 < len(messages) else None
-                key = (*shapes[-3:], following, min(k, 2), seen, since, tuple(said))
-                key += _without_values(messages, k, frame_before, frame_after)
+                key = (*history.key(), following, *_without_values(messages, k, frame_before, frame_after))
             turns.append(
                 Turn(messages, k, found.text, before, begin, first, end, later[0], frame_before, frame_after, key)
             )  # fmt: skip
-        if shape not in seen:
-            seen |= {shape}
-        since = frozenset([shape]) if message["role"] == "user" else since if shape in since else since | {shape}
         before = max(before, found.ends[k][-1]) if k in found.ends else before
     return turns
+
+
+class _History:
+    """What templates look at in the messages up to a turn.
+
+    Args:
+        searched: pattern of the strings that the template looks for in texts.
+        distinct: whether the template compares texts with each other.
+    """
+
+    def __init__(self, searched: re.Pattern[str] | None, distinct: bool) -> None:
+        self.searched, self.distinct = searched, distinct
+        self.shapes: list[tuple] = [(), ()]
+        self.said: list[frozenset[tuple]] = [frozenset(), frozenset()]  # by each message
+        self.order: dict[tuple, None] = {}  # what was said by which role, the latest last
+        self.asked: frozenset[tuple] = frozenset()  # by the last user message
+        self.seen: frozenset[tuple] = frozenset()  # shapes before the last message
+        self.since: frozenset[tuple] = frozenset()  # the same from the last user message on
+        self._new: tuple | None = None
+        self.texts: set[str] = set()
+        self.repeated = False
+
+    def add(self, message: dict[str, Any]) -> None:
+        """Go on to the next message."""
+        if self._new is not None:
+            before, user = self._new, self._new[0] == "user"
+            self.seen |= {before}
+            self.since = frozenset([before]) if user else self.since | {before}
+        self._new = shape = (
+            message["role"],
+            bool(message.get("content")),
+            any(message.get(field) for field in REASONING_FIELDS) if len(message) > 2 else False,
+            min(len(message.get("tool_calls") or ()), 2),
+        )
+        self.shapes.append(shape)
+        said = frozenset(_searched(message, self.searched)) if self.searched is not None else frozenset()
+        self.said.append(said)
+        for string in sorted(said):
+            self.order.pop((message["role"], *string), None)
+            self.order[message["role"], *string] = None
+        if message["role"] == "user":
+            self.asked = said
+        if self.distinct:
+            for text in content_texts(message.get("content")):
+                self.repeated = self.repeated or text.strip() in self.texts
+                self.texts.add(text.strip())
+
+    def key(self) -> tuple[Hashable, ...]:
+        """Equal after histories that no template in use tells apart."""
+        said = (*self.said[2:4], *self.said[-3:], self.asked, tuple(self.order))
+        return (*self.shapes[-3:], min(len(self.shapes) - 3, 2), self.seen, self.since, said)
 
 
 def _begin(message: dict[str, Any], i: int, found: Sentinels) -> int | None:
@@ -121,15 +162,29 @@ def _begin(message: dict[str, Any], i: int, found: Sentinels) -> int | None:
     if i in found.begins and found.begins[i] <= first:
         return found.begins[i]
     calls = message.get("tool_calls")
-    name = calls[0].get("function", calls[0])["name"] if calls else ""
-    return first - len(name) if name and found.text.startswith(name, first - len(name)) else None
+    names = [calls[0].get("function", calls[0])["name"]] if calls else []
+    if i not in found.begins:  # a sentinel there would change the render
+        names += [text.strip() for text in _texts(message)]
+    longest = max((len(name) for name in names if found.text.endswith(name, 0, first)), default=0)
+    return first - longest if longest else None
 
 
-def _searched(message: dict[str, Any], searched: re.Pattern[str]) -> list[str]:
+def _texts(message: dict[str, Any]) -> list[str]:
     texts = list(content_texts(message.get("content")))
-    if len(message) > 2:
-        texts += [message[field] for field in REASONING_FIELDS if message.get(field)]
-    return [string for text in texts for string in searched.findall(text)]
+    return texts + [message[field] for field in REASONING_FIELDS if message.get(field)]
+
+
+def _searched(message: dict[str, Any], searched: re.Pattern[str]) -> list[tuple[str, bool, bool, bool]]:
+    """The strings that a message says, each with whether a text begins with it, ends with it and is no more than it."""
+    found = []
+    for text in _texts(message):
+        strings = searched.findall(text)
+        core = text.strip() if strings else ""
+        found += [
+            (string, core.startswith(string.strip()), core.endswith(string.strip()), core == string.strip())
+            for string in strings
+        ]
+    return found
 
 
 def _without_values(messages: list[dict[str, Any]], k: int, before: str, after: str) -> tuple[str, str]:

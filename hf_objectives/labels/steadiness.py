@@ -1,0 +1,206 @@
+"""Whether a template frames a turn by what the key of a turn holds (`turns.py`), read from its syntax tree.
+
+A template may count its turns, or measure a text, and give another generation prompt then, without a trace in the render:
+
+    {% if messages | length > 4 %}<a><think>{% else %}<a>{% endif %}
+
+What was learnt from one turn does not hold for another under such a template: each turn is asked about anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jinja2 import nodes
+
+from hf_objectives.labels.messages import REASONING_FIELDS
+from hf_objectives.labels.template_names import LENGTHS, SEARCHES, STRIPS, Names, constant, is_split
+from hf_objectives.labels.templates import syntax_tree
+
+_COUNTS = frozenset({"index", "index0", "revindex", "revindex0", "length"})
+_STATES = frozenset({"cycle", "changed", "depth", "depth0"})
+_TESTS = frozenset({"divisibleby", "odd", "even", "sameas", "filter", "test"})
+_PARTS = frozenset({"first", "last", "list", "batch", "slice", "sort", "unique", "wordcount", "int", "sum", "random"})
+_MEDIA = frozenset({"image", "image_url", "video", "audio"})
+
+
+@dataclass(frozen=True, slots=True)
+class Steadiness:
+    """What turns under a template depend on.
+
+    Attributes:
+        steady: whether the key of a turn holds all of it.
+        compared: strings that texts are compared with, or that are looked for in them, words included.
+        compares: whether two texts are compared with each other.
+    """
+
+    steady: bool
+    compared: frozenset[str]
+    compares: bool
+
+
+@lru_cache(maxsize=64)
+def steadiness(template: str) -> Steadiness:
+    """What turns under a template depend on beside their frames."""
+    reader = _Reader(syntax_tree(template))
+    return Steadiness(not reader.unsteady, frozenset(reader.compared), reader.compares)
+
+
+class _Reader(Names):
+    """Walks the whole tree; branches that only raise an error and those for media are left out."""
+
+    def __init__(self, tree: nodes.Template) -> None:
+        super().__init__(tree, "content", frozenset())
+        self.parameters = {parameter.name for macro in self.macros.values() for parameter in macro.args}
+        self.compared: set[str] = set()
+        self.compares = self.unsteady = False
+        self.excused: set[int] = set()  # numbers and lengths that count no messages and measure no text
+        for node, searched in self._walk(tree, False):
+            self._check(node, searched)
+
+    def outcome(self, test: nodes.Node) -> bool | None:
+        """Every branch may be reached: messages may have reasoning and calls."""
+        return None
+
+    def _walk(self, node: nodes.Node, searched: bool) -> Iterator[tuple[nodes.Node, bool]]:
+        """The nodes that count, each with whether it stands in a branch for texts that hold a certain string."""
+        if isinstance(node, nodes.If):
+            if any(isinstance(const.value, str) and const.value in _MEDIA for const in node.test.find_all(nodes.Const)):
+                left = [*node.elif_, *node.else_]
+            else:
+                left = [*(() if _raises(node) else (node.test,)), *node.elif_, *node.else_]
+                for child in node.body:
+                    yield from self._walk(child, searched or self._is_search(node.test))
+            for child in left:
+                yield from self._walk(child, searched)
+            return
+        yield node, searched
+        for child in node.iter_child_nodes():
+            if not (isinstance(node, nodes.Filter) and node.name == "tojson" and child is not node.node):
+                yield from self._walk(child, searched)
+
+    def _check(self, node: nodes.Node, searched: bool) -> None:
+        match node:
+            case nodes.Const() if type(node.value) is int and abs(node.value) > 1:
+                self.unsteady |= id(node) not in self.excused
+            case nodes.Mod(left=nodes.Const(value=str())):
+                pass
+            case nodes.Test() if node.name in _TESTS or (node.args and any(map(self.direct, [node.node, *node.args]))):
+                self.unsteady = True
+            case nodes.Add() | nodes.Sub() if constant(node.left) is not None and constant(node.right) is not None:
+                self.unsteady |= isinstance(constant(node.left), int)
+            case nodes.Getattr(node=nodes.Name(name="loop")) if node.attr in _STATES:
+                self.unsteady = True
+            case nodes.Call(node=nodes.Name(name="cycler" | "lipsum")):
+                self.unsteady = True
+            case nodes.Filter():
+                measured = node.name in LENGTHS and not (searched or id(node) in self.excused or is_split(node.node))
+                self.unsteady |= (node.name in _PARTS or measured) and self.direct(node.node)
+            case nodes.Getitem(arg=nodes.Slice()):
+                self.unsteady |= not searched and self.direct(node.node) and not is_split(node.node)
+            case nodes.Output():
+                self.unsteady |= any(map(self._counts, node.nodes))
+            case nodes.Compare():
+                self._compare(node)
+            case nodes.Call(node=nodes.Getattr() as method) if method.attr in SEARCHES and self.direct(method.node):
+                self._note(node.args[0] if node.args else None)
+            case nodes.Mod() | nodes.Mul() | nodes.Div() | nodes.FloorDiv() | nodes.Pow():
+                self.unsteady = True
+
+    def _compare(self, node: nodes.Compare) -> None:
+        sides = [node.expr, *(operand.expr for operand in node.ops)]
+        for operand, left, right in zip(node.ops, sides, sides[1:], strict=False):
+            for side, other in ((left, right), (right, left)):
+                if self._counts(side):
+                    self.unsteady |= isinstance(other, nodes.Name) and not self.values.get(other.name)
+                elif isinstance(side, nodes.Filter) and side.name in LENGTHS:
+                    self.excused.add(id(other))  # the length of a name or of a schema
+                if constant(other) == 0:
+                    self.excused.add(id(side))
+                if not self.direct(side):
+                    continue
+                if operand.op not in ("eq", "ne", "in", "notin") or _is_character(side):
+                    self.unsteady = True
+                elif isinstance(other, (nodes.List, nodes.Tuple)):
+                    for item in other.items:
+                        self._note(item)
+                elif self.is_text(other):
+                    self.compares = True
+                    self.unsteady |= isinstance(other, (nodes.Add, nodes.Concat))
+                else:
+                    self._note(other)
+
+    def _note(self, searched: nodes.Node | None) -> None:
+        """A string that a text is compared with."""
+        values = [searched]
+        if isinstance(searched, nodes.Name):
+            values = self.values.get(searched.name) or [searched]
+        for value in values:
+            if not isinstance(value, nodes.Const):
+                self.unsteady = True
+            elif isinstance(value.value, str) and value.value.strip():
+                self.compared.add(value.value)
+
+    def _is_search(self, test: nodes.Node) -> bool:
+        return (
+            isinstance(test, nodes.Call)
+            and isinstance(test.node, nodes.Getattr)
+            and test.node.attr in ("startswith", "endswith")
+            and self.is_text(test.node.node)
+        )
+
+    def _counts(self, node: nodes.Node | None, seen: frozenset[str] = frozenset()) -> bool:
+        """Whether the value of an expression is a count of messages, or made of one."""
+        match node:
+            case nodes.Getattr(node=nodes.Name(name="loop")):
+                return node.attr in _COUNTS
+            case nodes.Filter() if node.name in LENGTHS:
+                return self.is_message(node.node) or self.direct(node.node)
+            case nodes.CondExpr():
+                return self._counts(node.expr1, seen) or self._counts(node.expr2, seen)
+            case nodes.Name():
+                values = (self.values.get(node.name) or ()) if node.name not in seen | self.parameters else ()
+                return any(self._counts(value, seen | {node.name}) for value in values)
+            case None | nodes.Getitem() | nodes.Compare() | nodes.Test() | nodes.Call():
+                return False
+        return any(self._counts(child, seen) for child in node.iter_child_nodes())
+
+    def direct(self, node: nodes.Node | None, seen: frozenset[str] = frozenset()) -> bool:
+        """Whether an expression is a message's text, by its key or by a name that was given it outside of macros."""
+        match node:
+            case nodes.Name():
+                if node.name in seen or node.name in self.parameters:
+                    return False
+                values = self.values.get(node.name) or ()
+                return any(self.direct(value, seen | {node.name}) for value in values)
+            case nodes.Getattr():
+                return node.attr in ("content", *REASONING_FIELDS) and self.is_message(node.node)
+            case nodes.Getitem():
+                key = constant(node.arg)
+                if isinstance(key, str):
+                    return key in ("content", *REASONING_FIELDS) and self.is_message(node.node)
+                return self.direct(node.node, seen)
+            case nodes.Filter():
+                return node.name not in LENGTHS and self.direct(node.node, seen)
+            case nodes.Call(node=nodes.Getattr() as method):
+                if method.attr == "get" and node.args and constant(node.args[0]) in ("content", *REASONING_FIELDS):
+                    return self.is_message(method.node)
+                return method.attr in {*STRIPS, *SEARCHES, "lower", "upper"} - {"startswith", "endswith"} and (
+                    self.direct(method.node, seen)
+                )
+            case nodes.Add() | nodes.Concat():
+                return any(self.direct(child, seen) for child in node.iter_child_nodes())
+        return False
+
+
+def _raises(node: nodes.If) -> bool:
+    """Whether a branch only raises an error."""
+    calls = [call.node for part in node.body for call in part.find_all(nodes.Call)]
+    return any(isinstance(called, nodes.Name) and called.name == "raise_exception" for called in calls)
+
+
+def _is_character(node: nodes.Node) -> bool:
+    """Whether an expression is one character of a text, `content[0]`."""
+    return isinstance(node, nodes.Getitem) and type(constant(node.arg)) is int and not is_split(node.node)
