@@ -91,7 +91,7 @@ A = {"dataset": source("a"), "weight": 1}
             "2 weights .a, b., none above 0; expected one at least",
         ),
         ({"sources": {"a": A, "b": {"dataset": source("b")}}}, "source 'b' has no weight, and others do"),
-        ({"sources": {"a": {**A, "wieght": 1}}}, "source 'a': unknown key 'wieght'; did you mean 'weight'?"),
+        ({"sources": {"a": {**A, "wieght": 1}}}, "source 'a': unknown key 'wieght' .did you mean 'weight'?"),
         ({"sources": {"a": {"weight": 1}}}, "source 'a': give a path .or data_files. or a dataset, one of the two"),
         ({"sources": {"a": {**A, "max_epochs": 0}}}, "source 'a': max_epochs is 0.0; expected more than 0"),
         ({"sources": {"a": {**A, "format": "massages"}}}, "format is 'massages'; expected .*did you mean 'messages'?"),
@@ -130,7 +130,7 @@ A = {"dataset": source("a"), "weight": 1}
         ({"sources": {"a": A}, "stages": [{"begin": 5, "weights": {}}]}, "stage 0: 1 weights .a., none above 0"),
         ({"sources": {"a": A}, "stages": [{"begin": "soon", "weights": {"a": 1}}]}, "stage 0: begin is 'soon'"),
         ({"sources": {"a": A}, "stages": [{"start": 5}]}, "stage: unknown key 'start'"),
-        ({"sources": {"a": A}, "sorces": 1}, "mixture: unknown key 'sorces'; did you mean 'sources'?"),
+        ({"sources": {"a": A}, "sorces": 1}, "mixture: unknown key 'sorces' .did you mean 'sources'?"),
         ({"sources": {"a": A}, "preset": "gpt3"}, "source 'a' has a weight, and preset 'gpt3' gives one"),
         ({"sources": None}, "sources is None; expected a mapping of names to sources"),
         ({"sources": {"a": {"path": 5}}}, "source 'a': path is 5; expected a path"),
@@ -162,7 +162,7 @@ def test_what_cannot_work_is_named(config, words):
             {"web": "fine"},
             "the source that part 'web' is bound to is 'fine'; expected one of fineweb, stack; did you mean 'fineweb'?",
         ),
-        ({"wab": "fineweb"}, "the parts of preset 'llama3': unknown key 'wab'; did you mean 'web'"),
+        ({"wab": "fineweb"}, "the parts of preset 'llama3': unknown key 'wab' .did you mean 'web'"),
         ({"web": "fineweb"}, "source 'stack' stands for no part of preset 'llama3'; bind it to one, or take it out"),
         (None, "the parts of preset 'llama3': unknown key 'fineweb'"),
     ],
@@ -171,3 +171,10 @@ def test_a_preset_that_is_bound_wrongly_is_named(bind, words):
     rows = {name: {"dataset": source("a")} for name in ("fineweb", "stack")}
     with pytest.raises(ConfigError, match=words):
         build_mixture({"sources": rows, "preset": "llama3", "bind": bind})
+
+
+def test_an_argument_is_never_taken_for_another():
+    first = [{"a": [{"text": "a"}]}, "examples", None, None, 2.0, (), None]
+    assert MixtureConfig(*first).temperature == 2
+    with pytest.raises(TypeError, match="positional arguments"):
+        MixtureConfig(*first, "concat")

@@ -34,7 +34,7 @@ def test_options_that_cannot_work_are_named(options, words):
     ("entry", "words"),
     [
         (3, "source 'a' is int; expected a path or a mapping"),
-        ({"pth": "x"}, "source 'a': unknown key 'pth'; did you mean 'path'"),
+        ({"pth": "x"}, "source 'a': unknown key 'pth' .did you mean 'path'"),
         ({"path": ""}, "path is ''; expected a file"),
         ({"path": "x", "documents": "lines"}, "source 'a': documents is 'lines'.*did you mean 'line'"),
     ],
@@ -60,6 +60,12 @@ def test_the_encoding_options_are_inherited():
     assert config.encoding() == expected
     # Set by the caller that packs, or by rows; no option of a corpus.
     assert not {"splits_documents", "template_kwargs"} & {option.name for option in fields(CorpusConfig)}
+
+
+def test_an_argument_is_never_taken_for_another():
+    assert CorpusConfig(64, "concat", "drop").overflow == "drop"
+    with pytest.raises(TypeError, match="positional arguments"):
+        CorpusConfig(64, "concat", "drop", 0.5)
 
 
 def test_policies_differ_in_what_changes_rows():

@@ -182,7 +182,7 @@ def test_trials_on_other_data_are_not_taken(search, corpus):
     [
         ({"evaluation": {"x": {"source": "wordz"}}}, ConfigError, "'x': source is 'wordz'.*did you mean 'words'"),
         ({"evaluation": {"x": {"weight": 1}}}, ConfigError, "'x': give a path or a source, one of the two"),
-        ({"evaluation": {"x": {"path": "a.txt", "wieght": 1}}}, ConfigError, "unknown key 'wieght'; did you mean 'weight'"),
+        ({"evaluation": {"x": {"path": "a.txt", "wieght": 1}}}, ConfigError, "unknown key 'wieght' .did you mean 'weight'"),
         ({"evaluation": {"x": {"path": "a.txt", "weight": -1}}}, ConfigError, "'x': weight is -1.0; expected a number, 0"),
         ({"evaluation": {"x": {"path": "a.txt", "weight": 0}}}, ConfigError, "weights of all evaluations are 0"),
         ({"evaluation": {"combined": "a.txt"}}, ConfigError, "give it another name"),
