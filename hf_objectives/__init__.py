@@ -9,7 +9,6 @@ import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -96,9 +95,8 @@ def import_on_use(module: str, file: str) -> tuple[Callable[[str], Any], Callabl
         module: the module's `__name__`.
         file: its `__file__`.
     """
-    nodes = [
-        node for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
-    ]
+    source = sys.modules[module].__loader__.get_data(file)  # type: ignore[union-attr]  # a file may be in a zip
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     homes = {
         alias.name: str(n.module) for n in nodes for alias in n.names if str(n.module).startswith("hf_objectives.")
     }

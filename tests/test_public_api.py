@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +46,14 @@ def test_every_public_name_imports():
     assert set(hf_objectives.__all__) <= set(dir(hf_objectives))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hf_objectives.nothing
+
+
+def test_names_load_from_a_zip_file(tmp_path):
+    package = Path(hf_objectives.__file__).parent
+    archive = shutil.make_archive(str(tmp_path / "package"), "zip", package.parent, package.name)
+    code = f"import sys; sys.path.insert(0, {archive!r}); from hf_objectives import Finding; print(Finding.__module__)"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "hf_objectives.inspection.findings"
 
 
 def test_reward_trainer_is_trls():

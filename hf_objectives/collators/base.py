@@ -42,11 +42,18 @@ class EncodedRow:
         return np.repeat(np.asarray(values or [-1] * len(self.lengths), np.int64), self.lengths)
 
 
+@dataclass
+class _Tokenizing:
+    """The tokenizer, apart so that it is the first argument: dataclasses begin with the fields of the last base class."""
+
+    tokenizer: Any
+
+
 @dataclass(kw_only=True)
-class Collator(LabelConfig):
+class Collator(LabelConfig, _Tokenizing):
     """Options and padding of all collators; see each."""
 
-    tokenizer: Any = field(kw_only=False)
+    max_length: int | None = field(default=None, kw_only=False)
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:

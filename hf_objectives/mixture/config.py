@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ class MixtureConfig(EncodingConfig):
     temperature: float = 1.0
     stages: Sequence[StageConfig] = ()
     packing: str | None = None
+    _: KW_ONLY
     strategy: str = "best_fit"
     overflow: str = "split"
     buffer_size: int = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar
 
 from hf_objectives.errors import ConfigError
@@ -89,6 +89,7 @@ class CorpusConfig(EncodingConfig):
     max_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
     strategy: str = field(default="best_fit", metadata={"help": "best_fit, first_fit or concat."})
     overflow: str = field(default="split", metadata={"help": "Texts longer than a row: split, truncate or drop."})
+    _: KW_ONLY
     eval_share: float = field(default=0.0, metadata={"help": "Share of the documents that is held out."})
     eval_seed: int = field(default=0, metadata={"help": "Decides which documents are held out."})
     labels: str = field(

@@ -152,6 +152,8 @@ def _list_sources(sources: Mapping[str, Any] | Sequence[Source]) -> tuple[dict[s
     listed: Listed = []
     if not sources:
         raise ConfigError("no sources; name at least one")
+    if not isinstance(sources, Mapping) and not all(isinstance(source, Source) for source in sources):
+        raise ConfigError(f"sources is {sources!r}; expected a mapping of names to sources")
     entries = sources.items() if isinstance(sources, Mapping) else [(source.name, source) for source in sources]
     for name, entry in entries:
         if isinstance(entry, Dataset):

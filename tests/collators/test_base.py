@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_objectives.collators.assistant_only import DataCollatorForAssistantOnlyLM
 from hf_objectives.collators.packing import DataCollatorWithEosPacking
+from hf_objectives.collators.preference import DataCollatorForPreferencePairs
 from hf_objectives.errors import FormatError, TokenizerError
 from hf_objectives.labels.rows import encode_row
 from tests.support.chat_corpus import PLAIN, byte_tokenizer
@@ -87,3 +88,12 @@ def test_what_changes_between_two_batches_is_used():
     collate.max_length = None
     tokenizer.chat_template = "BEGIN" + tokenizer.chat_template
     assert tokenizer.decode(collate([row])["input_ids"][0]) == "BEGIN" + tokenizer.decode(first[0])
+
+
+@pytest.mark.parametrize(
+    "kind", [DataCollatorForAssistantOnlyLM, DataCollatorForPreferencePairs, DataCollatorWithEosPacking]
+)
+def test_max_length_may_follow_the_tokenizer_without_its_name(kind):
+    assert kind(TOKENIZER, 8) == kind(tokenizer=TOKENIZER, max_length=8)
+    with pytest.raises(TypeError, match="positional arguments"):
+        kind(TOKENIZER, 8, "all")

@@ -171,3 +171,10 @@ def test_a_preset_that_is_bound_wrongly_is_named(bind, words):
     rows = {name: {"dataset": source("a")} for name in ("fineweb", "stack")}
     with pytest.raises(ConfigError, match=words):
         build_mixture({"sources": rows, "preset": "llama3", "bind": bind})
+
+
+def test_an_argument_is_never_taken_for_another():
+    first = [{"a": [{"text": "a"}]}, "examples", None, None, 2.0, (), None]
+    assert MixtureConfig(*first).temperature == 2
+    with pytest.raises(TypeError, match="positional arguments"):
+        MixtureConfig(*first, "concat")

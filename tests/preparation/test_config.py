@@ -62,6 +62,12 @@ def test_the_encoding_options_are_inherited():
     assert not {"splits_documents", "template_kwargs"} & {option.name for option in fields(CorpusConfig)}
 
 
+def test_an_argument_is_never_taken_for_another():
+    assert CorpusConfig(64, "concat", "drop").overflow == "drop"
+    with pytest.raises(TypeError, match="positional arguments"):
+        CorpusConfig(64, "concat", "drop", 0.5)
+
+
 def test_policies_differ_in_what_changes_rows():
     policy = CorpusConfig(64).policy(TOKENIZER)
     assert CorpusConfig(64, num_proc=3, engine="ray", on_error="skip").policy(TOKENIZER) == policy

@@ -149,6 +149,12 @@ def test_nothing_to_train_on(tmp_path):
         prepare_corpus({}, TOKENIZER, tmp_path / "out")
 
 
+def test_sources_have_names(tmp_path):
+    for sources in ("texts.jsonl", ["texts.jsonl"]):
+        with pytest.raises(ConfigError, match="expected a mapping of names to sources"):
+            prepare_corpus(sources, TOKENIZER, tmp_path / "out")
+
+
 def test_a_dataset_goes_to_disk(tmp_path):
     rows = Dataset.from_list(demo.texts(5_000))
     packed = prepare_dataset(rows, TOKENIZER, max_length=512, output_dir=tmp_path / "out", num_proc=2)
