@@ -48,10 +48,15 @@ def test_every_public_name_imports():
         _ = hf_objectives.nothing
 
 
-def test_names_load_from_a_zip_file(tmp_path):
+def test_names_and_templates_load_from_a_zip_file(tmp_path):
     package = Path(hf_objectives.__file__).parent
     archive = shutil.make_archive(str(tmp_path / "package"), "zip", package.parent, package.name)
-    code = f"import sys; sys.path.insert(0, {archive!r}); from hf_objectives import Finding; print(Finding.__module__)"
+    code = (
+        f"import sys; sys.path.insert(0, {archive!r}); from hf_objectives import Finding; print(Finding.__module__)\n"
+        "from hf_objectives.diagnostics.report import _TEMPLATES as a\n"
+        "from hf_objectives.inspection.page import _TEMPLATES as b\n"
+        "(a / 'report.css').read_text(), (b / 'inspection.js').read_text()"
+    )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "hf_objectives.inspection.findings"
 

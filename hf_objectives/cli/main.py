@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = run_command(words)
     except (HFObjectivesError, OSError) as error:  # a tokenizer that is not found, a folder that cannot be made
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     if code:
         sys.exit(code)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_objectives.diagnostics.curves import Curves, Log, Series, read_curves
@@ -24,7 +25,7 @@ from hf_objectives.diagnostics.report_files import (
 from hf_objectives.diagnostics.report_panels import draw_panels
 from hf_objectives.inspection import SEVERITIES, Finding, visible
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES = files(__package__) / "templates"
 
 
 def write_report(
@@ -85,7 +86,7 @@ def write_report(
 
 def _render(**content: Any) -> str:
     jinja = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=PackageLoader(str(__package__)),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hf_objectives.inspection.rows import QUANTILES, Inspection
 from hf_objectives.inspection.safe_text import script_hash, script_json, visible
 from hf_objectives.inspection.token_texts import Token
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES = files(__package__) / "templates"
 
 
 def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) -> Path:
@@ -27,7 +28,7 @@ def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) 
         tokenizer: gives the names of tokens in its vocabulary. Without it only their texts and ids are shown.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.PackageLoader(str(__package__)),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is the page's own

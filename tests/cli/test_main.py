@@ -56,3 +56,13 @@ def test_the_package_is_a_program():
     done = subprocess.run([sys.executable, "-m", "hf_objectives", "inspct"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "unknown command 'inspct'" in done.stderr and "did you mean 'inspect'?" in done.stderr
+
+
+def test_an_error_of_several_lines_is_one_line(monkeypatch, capsys):
+    def fail(words):
+        raise OSError("not found.\nCheck the connection")
+
+    monkeypatch.setattr(sys.modules[main.__module__], "run_command", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["plot", "x"])
+    assert ended.value.code == 2 and capsys.readouterr().err == "OSError: not found. Check the connection\n"
