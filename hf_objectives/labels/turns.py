@@ -151,7 +151,7 @@ class _History:
     def key(self) -> tuple[Hashable, ...]:
         """Equal after histories that no template in use tells apart."""
         said = (*self.said[2:4], *self.said[-3:], self.asked, tuple(self.order))
-        return (*self.shapes[-3:], min(len(self.shapes) - 3, 2), self.seen, self.since, said)
+        return (self.shapes[2][0], *self.shapes[-3:], min(len(self.shapes) - 3, 2), self.seen, self.since, said)
 
 
 def _begin(message: dict[str, Any], i: int, found: Sentinels) -> int | None:
