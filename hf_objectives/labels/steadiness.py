@@ -142,6 +142,11 @@ class _Reader(Names):
                     self.unsteady |= self.is_message(part.iter)
                 case nodes.Slice():
                     self.unsteady = True
+                case nodes.Compare():
+                    sides = [part.expr, *(operand.expr for operand in part.ops)]
+                    self.unsteady |= any(self._joined(side) and self.direct(side) for side in sides)
+                case nodes.Call(node=nodes.Getattr() as method) if method.attr in SEARCHES:
+                    self.unsteady |= self._joined(method.node) and self.direct(method.node)
                 case nodes.Filter() if self.is_message(part.node):
                     self.unsteady |= part.name not in LENGTHS | {"first", "last"}
                 case nodes.Filter() if part.name in LENGTHS:
@@ -214,6 +219,11 @@ class _Reader(Names):
             case None | nodes.Getitem() | nodes.Compare() | nodes.Test() | nodes.Call():
                 return False
         return any(self._counts(child, seen) for child in node.iter_child_nodes())
+
+    def _joined(self, node: nodes.Node) -> bool:
+        """Whether a text is joined with another, so that neither need hold what is found in it."""
+        values = (self.values.get(node.name) or ()) if isinstance(node, nodes.Name) else (node,)
+        return any(isinstance(value, (nodes.Add, nodes.Concat)) for value in values)
 
     def direct(self, node: nodes.Node | None, seen: frozenset[str] = frozenset()) -> bool:
         """Whether an expression is a message's text, by its key or by a name that was given it outside of macros."""

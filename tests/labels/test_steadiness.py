@@ -35,6 +35,7 @@ UNSTEADY = {
     "two words": when("messages[-1].content.split(' ') | length > 1"),
     "capitals": when("messages[-1].content.isupper()"),
     "any text": when("'Hi' in messages | map(attribute='content') | join"),
+    "joined with another text": when("('a' + messages[-1].content).startswith('aHi')"),
     "loop": template_of("{% for m in messages %}{% if m.content == 'Hi' %}" + LINE + "{% endif %}{% endfor %}"),
     "macro": template_of(
         "{{ f(messages[-1].content) }}",
@@ -59,7 +60,6 @@ KEYED = {
     "two texts": when("messages[-1].content == messages[0].content"),
     "longer prompt": template_of("\n<think>"),
     "word of the prompt": template_of("\nThink"),
-    "joined with another text": when("('a' + messages[-1].content).startswith('aHi')"),
 }
 TEXTS = [
     "Hi",
@@ -102,4 +102,4 @@ def test_turns_learnt_before_are_no_model_for_turns_with_another_prompt(source):
 def test_what_is_learnt_is_kept_for_templates_in_use():
     assert {name for name in ORIGINALS if not steadiness(template(name)).steady} == set()
     assert not any(steadiness(source).steady for source in UNSTEADY.values())
-    assert all(steadiness(source).steady for name, source in KEYED.items() if name != "joined with another text")
+    assert all(steadiness(source).steady for source in KEYED.values())
