@@ -61,7 +61,7 @@ class _Reader(Names):
             self._check(node, searched)
         self.states = self._states()
         for branch in tree.find_all((nodes.If, nodes.CondExpr)):
-            asked = [branch.test, *branch.test.find_all(nodes.Name)]
+            asked = [branch.test, *branch.test.find_all(nodes.Name)]  # type: ignore[attr-defined]
             if any(isinstance(name, nodes.Name) and name.name == "add_generation_prompt" for name in asked):
                 self._prompt(branch, frozenset())
 
