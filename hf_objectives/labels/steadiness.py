@@ -59,6 +59,11 @@ class _Reader(Names):
         self.excused: set[int] = set()  # numbers and lengths that count no messages and measure no text
         for node, searched in self._walk(tree, False):
             self._check(node, searched)
+        self.states = self._states()
+        for branch in tree.find_all((nodes.If, nodes.CondExpr)):
+            asked = [branch.test, *branch.test.find_all(nodes.Name)]  # type: ignore[attr-defined]
+            if any(isinstance(name, nodes.Name) and name.name == "add_generation_prompt" for name in asked):
+                self._prompt(branch, frozenset())
 
     def outcome(self, test: nodes.Node) -> bool | None:
         """Every branch may be reached: messages may have reasoning and calls."""
@@ -104,10 +109,58 @@ class _Reader(Names):
                 self.unsteady |= any(map(self._counts, node.nodes))
             case nodes.Compare():
                 self._compare(node)
-            case nodes.Call(node=nodes.Getattr() as method) if method.attr in SEARCHES and self.direct(method.node):
-                self._note(node.args[0] if node.args else None)
+            case nodes.Call(node=nodes.Getattr() as method) if self.direct(method.node):
+                if method.attr in SEARCHES:
+                    self._note(node.args[0] if node.args else None)
+                else:
+                    self.unsteady |= method.attr not in STRIPS | {"get", "lower", "upper", "items"}
+            case nodes.Add() | nodes.Sub() if constant(node.right) is not None and isinstance(
+                node.left, (nodes.Add, nodes.Sub)
+            ):
+                self.unsteady |= type(constant(node.right)) is int and type(constant(node.left.right)) is int
             case nodes.Mod() | nodes.Mul() | nodes.Div() | nodes.FloorDiv() | nodes.Pow():
                 self.unsteady = True
+
+    def _states(self) -> dict[str, list[nodes.Node | None]]:
+        """What is stored in names and in the attributes of namespaces, these written with a dot before them."""
+        states = dict(self.values)
+        for node in self.tree.find_all((nodes.Assign, nodes.AssignBlock, nodes.Call)):
+            if isinstance(node, nodes.Call):
+                if isinstance(node.node, nodes.Name) and node.node.name == "namespace":
+                    for argument in node.kwargs:
+                        states.setdefault(f".{argument.key}", []).append(argument.value)
+            elif isinstance(node.target, nodes.NSRef):
+                value = node.node if isinstance(node, nodes.Assign) else None
+                states.setdefault(f".{node.target.attr}", []).append(value)
+        return states
+
+    def _prompt(self, node: nodes.Node, seen: frozenset[str]) -> None:
+        """Check what the generation prompt depends on: nothing that is gathered from message to message."""
+        for part in (node, *node.find_all(nodes.Node)):
+            match part:
+                case nodes.For():
+                    self.unsteady |= self.is_message(part.iter)
+                case nodes.Slice():
+                    self.unsteady = True
+                case nodes.Compare():
+                    sides = [part.expr, *(operand.expr for operand in part.ops)]
+                    self.unsteady |= any(self._joined(side) and self.direct(side) for side in sides)
+                case nodes.Call(node=nodes.Getattr() as method) if method.attr in SEARCHES:
+                    self.unsteady |= self._joined(method.node) and self.direct(method.node)
+                case nodes.Filter() if self.is_message(part.node):
+                    self.unsteady |= part.name not in LENGTHS | {"first", "last"}
+                case nodes.Filter() if part.name in LENGTHS:
+                    self.unsteady |= self.direct(part.node) or is_split(part.node)
+                case nodes.Call(node=nodes.Name(name=name)) if name in self.macros:
+                    self.unsteady |= any(self.direct(value) or self.is_message(value) for value in part.args)
+                case nodes.Name(ctx="load") | nodes.Getattr():
+                    name = part.name if isinstance(part, nodes.Name) else f".{part.attr}"
+                    self.unsteady |= name in seen
+                    for value in (self.states.get(name) or ()) if name not in seen | self.parameters else ():
+                        if value is None:
+                            self.unsteady = True
+                        elif not _is_plain(value, part) and not self.is_message(value):
+                            self._prompt(value, seen | {name})
 
     def _compare(self, node: nodes.Compare) -> None:
         sides = [node.expr, *(operand.expr for operand in node.ops)]
@@ -167,6 +220,11 @@ class _Reader(Names):
                 return False
         return any(self._counts(child, seen) for child in node.iter_child_nodes())
 
+    def _joined(self, node: nodes.Node) -> bool:
+        """Whether a text is joined with another, so that neither need hold what is found in it."""
+        values = (self.values.get(node.name) or ()) if isinstance(node, nodes.Name) else (node,)
+        return any(isinstance(value, (nodes.Add, nodes.Concat)) for value in values)
+
     def direct(self, node: nodes.Node | None, seen: frozenset[str] = frozenset()) -> bool:
         """Whether an expression is a message's text, by its key or by a name that was given it outside of macros."""
         match node:
@@ -199,6 +257,18 @@ def _raises(node: nodes.If) -> bool:
     """Whether a branch only raises an error."""
     calls = [call.node for part in node.body for call in part.find_all(nodes.Call)]
     return any(isinstance(called, nodes.Name) and called.name == "raise_exception" for called in calls)
+
+
+def _is_plain(value: nodes.Node, name: nodes.Node) -> bool:
+    """Whether a value is a namespace, whose attributes are looked at each, or what the name had before, or a constant."""
+    match value:
+        case nodes.Call(node=nodes.Name(name="namespace")):
+            return True
+        case nodes.Filter(name="default", node=nodes.Name() as same, args=[nodes.Const()]):
+            return isinstance(name, nodes.Name) and same.name == name.name
+        case nodes.CondExpr(test=nodes.Test(name="defined"), expr1=nodes.Name() as same, expr2=nodes.Const()):
+            return isinstance(name, nodes.Name) and same.name == name.name
+    return False
 
 
 def _is_character(node: nodes.Node) -> bool:

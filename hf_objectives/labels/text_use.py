@@ -118,6 +118,7 @@ class _Reader(Names):
         if self.is_message(node.node):
             by_kind = node.name in ("selectattr", "rejectattr") and constant(node.args[0]) in ("role", "type")
             self.unknown |= node.name not in LENGTHS | {"list", "first", "last"} and not by_kind
+            self.unknown |= isinstance(node.node, (nodes.Concat, nodes.Add))
         if not self.is_text(node.node):
             return
         if node.name == "trim":

@@ -66,9 +66,9 @@ def read_turns(
 ) -> list[Turn]:
     """The turns `trained` of a conversation, in time that is linear in its length.
 
-    A turn's key holds everything that templates in use look at: the frames in the render; role, content, reasoning and
-    calls of the turn and of the two messages before it; the kinds of messages since the last user message and before; and
-    which of the strings that the template searches for were said, in order.
+    A turn's key holds the frames in the render; role, content, reasoning and calls of the turn and of the two messages
+    before it; the kinds of messages since the last user message and before; and which of the strings that the template
+    searches for were said, in which order and by whom. `steadiness.py` says which templates look at more.
 
     Args:
         messages: the conversation.
@@ -149,9 +149,9 @@ class _History:
                 self.texts.add(text.strip())
 
     def key(self) -> tuple[Hashable, ...]:
-        """Equal after histories that no template in use tells apart."""
+        """Equal after histories that no steady template tells apart."""
         said = (*self.said[2:4], *self.said[-3:], self.asked, tuple(self.order))
-        return (*self.shapes[-3:], min(len(self.shapes) - 3, 2), self.seen, self.since, said)
+        return (self.shapes[2][0], *self.shapes[-3:], min(len(self.shapes) - 3, 2), self.seen, self.since, said)
 
 
 def _begin(message: dict[str, Any], i: int, found: Sentinels) -> int | None:

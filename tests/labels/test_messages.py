@@ -86,3 +86,8 @@ def test_quiet_texts_hold_no_token_and_are_no_part_of_one():
     quiet = Quiet(["<|im_end|>", "</think>"])
     texts = ("Hello", "a <", "think", "x <|im_end|>", "a < b", "\U00100001")
     assert [quiet.passes(text) for text in texts] == [True, False, False, False, True, False]
+
+
+def test_a_text_that_ends_a_token_begun_before_it_is_not_quiet():
+    quiet = Quiet(["aHi"])
+    assert quiet.passes("Hello there") and not quiet.passes("Hi there") and not quiet.passes("i there")

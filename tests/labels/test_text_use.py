@@ -44,6 +44,29 @@ BLOCK_TEMPLATES = ("idefics3", "llava_next", "smolvlm")
         ("{{ m | tojson }}", None),
         ("{% for k, v in m.items() %}{{ v }}{% endfor %}", None),
         ("{% for k in range(m.content) %}x{% endfor %}", None),
+        ("{{ m.content | length }}{{ m.content }}", None),
+        ("{% set n = m.content | length %}{% if n > 5 %}x{% endif %}", None),
+        ("{% if m.content | length is divisibleby 2 %}x{% endif %}", None),
+        ("{% if 'Hi' is eq m.content %}x{% endif %}", None),
+        ("{{ '%.3s' | format(m.content) }}", None),
+        ("{% with x = m.content %}{{ x[:3] }}{% endwith %}", None),
+        ("{% set x | truncate(30) %}{{ m.content }}{% endset %}{{ x }}", None),
+        ("{% for key in ['content'] %}{{ m[key][:3] }}{% endfor %}", None),
+        ("{% for tag in ['b', 'c'] %}{% if tag in m.content %}x{% endif %}{% endfor %}", None),
+        ("{{ m.content.split(none)[0] }}", None),
+        ("{{ m.content | trim(chars='ab') }}", None),
+        ("{{ m.content | replace(old='a', new='b') }}", None),
+        ("{% if m.content == n.content + '!' %}x{% endif %}", None),
+        ("{% set m = {'flag': 1} %}{% if m.flag %}{{ messages[0].content[:3] }}{% endif %}", None),
+        ("{% if m.items is defined %}{{ m.content[:3] }}{% endif %}", None),
+        ("{% if m.get('flag', true) %}{{ m.content[:3] }}{% endif %}", None),
+        ("{% if loop.changed(m) %}x{% endif %}", None),
+        ("{{ (m ~ '') | length }}", None),
+        ("{{ dict(a=m.content).a[:3] }}", None),
+        ("{% macro f() %}{{ varargs[0][:3] }}{% endmacro %}{{ f(m.content) }}", None),
+        ("{% set ns = namespace({'q': m.content}) %}{{ ns.q[:3] }}", None),
+        ("{% set ns.l = m %}{{ ns.l | string }}", None),
+        ("{% set ns.p = none %}{% if ns.p is string %}a{% else %}{{ m.content[:3] }}{% endif %}", None),
     ],
 )
 def test_text_use(body, searched):
@@ -55,6 +78,16 @@ def test_what_is_stripped_and_compared():
     assert text_use("{{ messages[0].content | trim }}", "content").strips
     use = text_use("{{ messages[0].content == messages[1].content }}", "content")
     assert use.compares and use.known and not use.strips
+
+
+def test_a_variable_that_the_template_is_given_is_no_constant():
+    source = "{% if not tag %}{% set tag = 'a' %}{% endif %}{% if tag in messages[0].content %}x{% endif %}"
+    assert text_use(source, "content").searched == {"a"}
+    assert not text_use(source, "content", frozenset({"tag"})).known
+
+
+def test_dates():
+    assert text_use("{{ strftime_now('%d %b %Y') }}", "content").dates == ("%d %b %Y",)
 
 
 def test_templates_of_which_more_is_to_be_known():
