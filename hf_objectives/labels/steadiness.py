@@ -129,7 +129,7 @@ class _Reader(Names):
                 if isinstance(node.node, nodes.Name) and node.node.name == "namespace":
                     for argument in node.kwargs:
                         states.setdefault(f".{argument.key}", []).append(argument.value)
-            elif isinstance(node.target, nodes.NSRef):
+            elif isinstance(node, (nodes.Assign, nodes.AssignBlock)) and isinstance(node.target, nodes.NSRef):
                 value = node.node if isinstance(node, nodes.Assign) else None
                 states.setdefault(f".{node.target.attr}", []).append(value)
         return states
