@@ -223,10 +223,12 @@ class Names:
 
 
 def constant(node: nodes.Node | None) -> Any:
+    """The value of a constant, None for every other node."""
     return node.value if isinstance(node, nodes.Const) else None
 
 
 def is_split(node: nodes.Node | None) -> bool:
+    """Whether a node is a call of `split` or `rsplit`."""
     return (
         isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in ("split", "rsplit")
     )
