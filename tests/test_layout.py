@@ -109,6 +109,7 @@ def undocumented(source: str) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [file for file in FILES if file.parent != PACKAGE or file.stem not in ("__init__", "__main__")], ids=short
 )

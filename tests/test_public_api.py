@@ -48,6 +48,7 @@ def test_every_public_name_imports():
         _ = hf_objectives.nothing
 
 
+@pytest.mark.slow
 def test_names_and_templates_load_from_a_zip_file(tmp_path):
     package = Path(hf_objectives.__file__).parent
     archive = shutil.make_archive(str(tmp_path / "package"), "zip", package.parent, package.name)

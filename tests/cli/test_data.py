@@ -48,6 +48,7 @@ def test_what_is_not_there_is_one_line(files, refused):
         main([*config, "--output_dir", str(files / "b.txt")])
 
 
+@pytest.mark.slow
 def test_mixture(files, capsys, tmp_path):
     main(["prepare", "--config", str(files / "corpus.yaml")])
     (files / "mixture.yaml").write_text(

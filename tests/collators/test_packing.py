@@ -100,6 +100,7 @@ def test_packed_losses_are_those_of_each_document_alone(attention, rows_per_batc
     assert sorted(losses.tolist()) == pytest.approx(sorted(alone.tolist()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_trl_sft_trainer(tmp_path):
     from trl import SFTConfig, SFTTrainer
 

@@ -33,6 +33,7 @@ def test_texts_of_some_skills():
     assert rows == demo.texts(40, skills=["sorting", "lookup"]) != demo.texts(40, seed=1, skills=["sorting", "lookup"])
 
 
+@pytest.mark.slow
 def test_no_test_question_is_trained():
     def asked(split):
         rows = demo.chats(2000, split=split)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from hf_objectives import demo
 from hf_objectives.labels import encode_row
 
 
+@pytest.mark.slow
 def test_tokenizer_and_model():
     tokenizer = demo.build_tokenizer()
     text = "What is 12 plus 7? naïve 日本"

@@ -19,6 +19,7 @@ from hf_objectives.errors import ConfigError, NonFiniteError
 from tests.support.monitored_runs import BAD, SETTINGS, STEPS, events, trainer_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "accumulation"), [("ours", 2), ("transformers", 1), ("trl", 2)])
 def test_the_bad_batch_is_written_with_its_examples(kind, accumulation, tmp_path, caplog):
     trainer = trainer_of(kind, tmp_path, accumulation=accumulation)
@@ -41,6 +42,7 @@ def test_the_bad_batch_is_written_with_its_examples(kind, accumulation, tmp_path
     assert "training_step" not in vars(trainer) and "_get_grad_norm" not in vars(trainer)
 
 
+@pytest.mark.slow
 def test_one_bad_row_among_good_ones_is_named(tmp_path):
     trainer = trainer_of("ours", tmp_path, per_device_train_batch_size=8, max_steps=40)
     draw, tokenizer = random.Random(1), demo.build_tokenizer()
@@ -57,6 +59,7 @@ def test_one_bad_row_among_good_ones_is_named(tmp_path):
     assert found == {"step_35_rank_0": [bad]}
 
 
+@pytest.mark.slow
 def test_the_callback_changes_nothing(tmp_path):
     histories = []
     for watched in (False, True):
@@ -68,6 +71,7 @@ def test_the_callback_changes_nothing(tmp_path):
     assert histories[0] == histories[1]
 
 
+@pytest.mark.slow
 def test_skip_leaves_weights_and_moments_alone(tmp_path):
     trainer = trainer_of("ours", tmp_path, stop_on_non_finite=False)
     seen = {}
@@ -91,6 +95,7 @@ def test_skip_leaves_weights_and_moments_alone(tmp_path):
     assert trainer.state.global_step == STEPS
 
 
+@pytest.mark.slow
 def test_stop_ends_training_before_the_weights_change(tmp_path):
     trainer = trainer_of("transformers", tmp_path)
     step = trainer.compute_loss
@@ -106,6 +111,7 @@ def test_stop_ends_training_before_the_weights_change(tmp_path):
     assert all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_preference_batches_with_a_references_figures(tmp_path):
     tokenizer = demo.build_tokenizer()
     pair = {"prompt": "What comes after Monday?", "chosen": " Tuesday.", "rejected": " Friday, and no other day."}
@@ -122,6 +128,7 @@ def test_preference_batches_with_a_references_figures(tmp_path):
     )  # two pairs were looked at: what was chosen and what was not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [True, False])
 def test_a_loss_that_is_not_finite_is_written_also_where_the_trainer_stops(stops, tmp_path):
     trainer = trainer_of("ours", tmp_path, stop_on_non_finite=stops)
@@ -143,6 +150,7 @@ def test_a_loss_that_is_not_finite_is_written_also_where_the_trainer_stops(stops
     assert all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_findings_of_the_log_are_said_once(tmp_path, caplog):
     trainer = trainer_of("transformers", tmp_path, learning_rate=0.0)
     trainer.add_callback(DiagnosticsCallback(trainer))
@@ -152,6 +160,7 @@ def test_findings_of_the_log_are_said_once(tmp_path, caplog):
     assert found.count("schedule_fault") == 1 and "the learning rate is 0 at every step" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_more_events_than_asked_are_written(tmp_path, caplog):
     trainer = trainer_of("transformers", tmp_path)
     trainer.add_callback(DiagnosticsCallback(trainer, max_events=0))

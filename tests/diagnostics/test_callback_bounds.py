@@ -39,6 +39,7 @@ def blocklist(folder):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+@pytest.mark.slow
 def test_our_pairs_are_told_by_their_rows(tmp_path):
     tokenizer = demo.build_tokenizer()
     args = PerplexityDPOConfig(
@@ -54,6 +55,7 @@ def test_our_pairs_are_told_by_their_rows(tmp_path):
     assert callback._spent > 0 and not callback._looks_failed
 
 
+@pytest.mark.slow
 def test_a_classifier_is_watched_without_a_look_at_its_examples(tmp_path):
     tokenizer = demo.build_tokenizer()
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -72,6 +74,7 @@ def test_a_classifier_is_watched_without_a_look_at_its_examples(tmp_path):
     assert event["kind"] == "non_finite" and event["examples"] == [] and event["loss"] == "nan"
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_policy_is_no_measure(tmp_path):
     """GRPO, RLOO and PPO: only what is not finite is an event."""
     trainer = trainer_of("transformers", tmp_path)
@@ -82,6 +85,7 @@ def test_the_loss_of_a_policy_is_no_measure(tmp_path):
     assert list(events(tmp_path)) == ["step_6_rank_0"]  # not step BAD
 
 
+@pytest.mark.slow
 def test_a_batch_of_which_nothing_is_trained_says_so(tmp_path, caplog):
     trainer = trainer_of("transformers", tmp_path)
     rows = trainer.train_dataset.to_list()
@@ -96,6 +100,7 @@ def test_a_batch_of_which_nothing_is_trained_says_so(tmp_path, caplog):
     assert "No token of this batch is trained: every label is masked" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_monitor_that_fails_does_not_end_the_run(tmp_path, caplog):
     trainer = trainer_of("ours", tmp_path)
     (tmp_path / "diagnostics").write_text("a file where the folder should be")
@@ -104,6 +109,7 @@ def test_a_monitor_that_fails_does_not_end_the_run(tmp_path, caplog):
     assert trainer.state.global_step == SETTINGS["max_steps"] and "the monitor failed" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_look_that_fails_leaves_the_record(tmp_path, monkeypatch, caplog):
     """As where there is no memory for a further forward pass."""
 
@@ -119,6 +125,7 @@ def test_a_look_that_fails_leaves_the_record(tmp_path, monkeypatch, caplog):
     assert caplog.text.count("its examples cannot be looked at") == 1
 
 
+@pytest.mark.slow
 def test_a_second_training_begins_anew(tmp_path):
     trainer = trainer_of("ours", tmp_path)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -130,6 +137,7 @@ def test_a_second_training_begins_anew(tmp_path):
     assert callback.events == 1 and list(events(tmp_path)) == [f"step_{BAD}_rank_0"]
 
 
+@pytest.mark.slow
 def test_the_trainer_is_left_as_it_was(tmp_path):
     trainer = trainer_of("transformers", tmp_path, max_steps=2)
     usual = trainer.training_step
@@ -150,6 +158,7 @@ def test_the_trainer_is_left_as_it_was(tmp_path):
     assert trainer.training_step is out_of_memory and "_get_grad_norm" not in vars(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["sample_every", "max_events"])
 def test_numbers_below_zero_are_refused_and_zero_is_never(option, tmp_path):
     trainer = trainer_of("transformers", tmp_path, max_steps=3)
@@ -161,6 +170,7 @@ def test_numbers_below_zero_are_refused_and_zero_is_never(option, tmp_path):
     assert callback._spent == 0
 
 
+@pytest.mark.slow
 def test_rows_of_a_run_that_is_broken_are_not_blocked(tmp_path):
     """One NaN reaches the weights, and from then on every batch is NaN, whatever its rows."""
     trainer = trainer_of("ours", tmp_path, stop_on_non_finite=False)
@@ -170,6 +180,7 @@ def test_rows_of_a_run_that_is_broken_are_not_blocked(tmp_path):
     assert len(events(tmp_path)) > 10 and blocklist(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_rows_that_were_blocked_before_stay_blocked(tmp_path):
     (tmp_path / "diagnostics").mkdir()
     (tmp_path / "diagnostics" / "blocklist.json").write_text('{"web": [3]}')
@@ -179,6 +190,7 @@ def test_rows_that_were_blocked_before_stay_blocked(tmp_path):
     assert blocklist(tmp_path) == {"web": [3, 2 * (BAD - 1), 2 * BAD - 1]}
 
 
+@pytest.mark.slow
 def test_a_line_that_was_cut_off_does_not_hinder_a_resume(tmp_path):
     trainer = trainer_of("transformers", tmp_path, learning_rate=0.0, save_strategy="steps", save_steps=24)
     trainer.add_callback(DiagnosticsCallback(trainer))
@@ -195,6 +207,7 @@ def test_a_line_that_was_cut_off_does_not_hinder_a_resume(tmp_path):
     assert json.loads(path.read_text().splitlines()[-1]) == {"kind": "new", "step": 40}  # not behind the cut-off line
 
 
+@pytest.mark.slow
 def test_skipping_for_ever_is_an_error(tmp_path):
     trainer = trainer_of("transformers", tmp_path)
     spoil(trainer, math.nan, set(range(8, 100)))
@@ -204,6 +217,7 @@ def test_skipping_for_ever_is_an_error(tmp_path):
     assert trainer.state.global_step == 28
 
 
+@pytest.mark.slow
 def test_the_whole_log_is_looked_at_when_training_ends(tmp_path):
     """A run of few logged lines, of which the last look before it says nothing."""
     trainer = trainer_of("transformers", tmp_path, learning_rate=0.0, logging_steps=5)

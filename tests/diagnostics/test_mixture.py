@@ -23,6 +23,7 @@ def report(row: int) -> MixtureReport:
 LOG = [{"step": row, "loss": 1.0, **report(row).metrics()} for row in (1, 2, 3)] + [{"step": 3, "train_runtime": 1.0}]
 
 
+@pytest.mark.slow
 def test_draws_reports_logs_and_folders(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
     pictures = [

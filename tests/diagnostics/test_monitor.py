@@ -55,6 +55,7 @@ def test_small_leaps_in_a_quiet_run_are_none():
     assert judged(values) == [50]
 
 
+@pytest.mark.slow
 def test_noise_is_hardly_ever_one():
     rng = np.random.default_rng(1)
     normal = sum(len(judged(2 + 0.1 * rng.standard_normal(1000))) for _ in range(20))

@@ -51,6 +51,7 @@ def words(figure):
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "log"),
     [
@@ -128,6 +129,7 @@ def test_several_runs_by_name_by_path_and_as_curves(draw, tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["run 1", "a", "run 3", "validation"]
 
 
+@pytest.mark.slow
 def test_findings_are_marked_where_they_are(draw):
     figure = draw(
         LOG,
@@ -194,6 +196,7 @@ def test_by_default_it_marks_what_diagnose_finds(draw):
     assert any(re.match(r"1  spike_sustained \(\$x, steps 121", text) for text in both)
 
 
+@pytest.mark.slow
 def test_names_are_not_read_as_mathematics(tmp_path):
     path = plot_training_metrics({"$a$ _b": LOG, "_c$": LOG}, tmp_path / "curves.svg", findings=[])
     assert path.stat().st_size > 10_000
@@ -205,6 +208,7 @@ def test_resumed_runs_show_their_seams(draw):
     assert [line.get_xdata() for line in lines if line.get_linestyle() == ":"] == [[17, 17]]
 
 
+@pytest.mark.slow
 def test_a_million_points_keep_their_extremes(draw):
     n = 1_000_000
     losses = np.random.default_rng(0).normal(3, 0.1, n)
@@ -261,6 +265,7 @@ def test_a_fall_of_the_chosen_is_marked_where_it_is_seen(draw):
     assert [title for title, axes in drawn.items() if axes.texts] == ["Log-probability of the chosen answers (nats)"]
 
 
+@pytest.mark.slow
 def test_many_runs_leave_room_for_their_names_and_their_findings(draw):
     runs = {f"{'a long name ' * 5}{i}": LOG for i in range(40)}
     figure = draw(runs, findings=[finding(step=i, last_step=i + 9, run=f"run {i}") for i in range(1, 13)])

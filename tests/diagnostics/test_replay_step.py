@@ -24,6 +24,7 @@ def run(tmp_path_factory):
     return folder, folder / "diagnostics" / f"step_{BAD}_rank_0"
 
 
+@pytest.mark.slow
 def test_with_the_weights_of_the_step_the_losses_are_the_same(run):
     done = replay(run[1])
     assert done.exact and len(done.examples) == 2 and done.largest_difference < 1e-5
@@ -73,6 +74,7 @@ def test_what_cannot_be_replayed_is_a_line(run, tmp_path, capsys):
         replay(folder, demo.build_model(demo.build_tokenizer()))
 
 
+@pytest.mark.slow
 def test_the_precision_of_the_run_is_that_of_the_replay(tmp_path):
     trainer = trainer_of("ours", tmp_path, bf16=True)
     trainer.add_callback(DiagnosticsCallback(trainer, save_weights=True))
@@ -82,6 +84,7 @@ def test_the_precision_of_the_run_is_that_of_the_replay(tmp_path):
     assert done.exact and done.largest_difference < 1e-5
 
 
+@pytest.mark.slow
 def test_dropout_draws_what_it_drew(tmp_path):
     """The loss of the step itself, in training mode, from the random states that were written."""
     trainer = trainer_of("transformers", tmp_path, gradient_accumulation_steps=2)

@@ -174,6 +174,7 @@ def test_figures_tell_extremes_and_leave_out_what_is_not_finite(text_of: Callabl
 # -- in a browser --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hostile_text_shows_and_does_not_run(tmp_path: Path, browser_page: Any) -> None:
     ours, theirs = saved_run(tmp_path / "a", HOSTILE, note=HOSTILE), saved_run(tmp_path / "b", HOSTILE, other=HOSTILE)
     with pytest.MonkeyPatch.context() as patch:
@@ -188,6 +189,7 @@ def test_hostile_text_shows_and_does_not_run(tmp_path: Path, browser_page: Any) 
     assert browser_page.errors == [] and browser_page.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_in_either_scheme(tmp_path: Path, browser_context: Callable[..., Any], scheme: str) -> None:
     """No sideways scrolling, curves in the page's colours, and text with a contrast of 4.5:1 or more."""

@@ -70,6 +70,7 @@ def test_names_in_legends_are_text_as_it_stands() -> None:
     assert [name.strip() for name in legend] == ["$$x^2$$", "_b&lt;/text&gt;&lt;script&gt;", f"{'x' * 17}…{'x' * 16}1"]
 
 
+@pytest.mark.slow
 def test_a_million_steps_stay_small_and_keep_a_spike_of_one_step() -> None:
     at = np.arange(1, 1_000_001)
     loss = 2 + np.random.default_rng(0).normal(0, 0.03, len(at))

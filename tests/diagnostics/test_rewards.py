@@ -13,6 +13,7 @@ LOG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "log", [LOG, LOG[:1], [{"step": 1, "reward": 1.0, "kl": None}], [*LOG, {"step": 40, "eval_reward": 1}]]
 )

@@ -119,6 +119,7 @@ def increases(run) -> list[float]:
     return [log["eval_lm_perplexity_increase"] for log in run.state.log_history if "eval_lm_perplexity_increase" in log]
 
 
+@pytest.mark.slow
 def test_the_start_and_every_evaluation_are_in_the_logs(tmp_path):
     run = Watched(tmp_path, TEXTS, **EVERY)
     run.train()
@@ -144,6 +145,7 @@ def test_evaluate_has_the_figures_once(tmp_path):
     assert set(without) == {key for key in several if "_lm_" in key}
 
 
+@pytest.mark.slow
 def test_the_bound_stops_the_run_and_says_why(tmp_path, caplog):
     free = Watched(tmp_path, TEXTS, **EVERY)
     free.train()
@@ -159,6 +161,7 @@ def test_the_bound_stops_the_run_and_says_why(tmp_path, caplog):
     assert roomy.state.global_step == 8
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_start(tmp_path):
     whole = Watched(tmp_path / "whole", TEXTS, **EVERY, save_strategy="steps", save_steps=4)
     whole.train()
@@ -194,6 +197,7 @@ def test_a_lost_model_stops_the_run(tmp_path):
     assert run.control.should_training_stop
 
 
+@pytest.mark.slow
 def test_a_start_that_was_measured_before_is_in_the_new_history(tmp_path):
     run = Watched(tmp_path, TEXTS, **{**EVERY, "eval_strategy": "no"})
     run.evaluate()

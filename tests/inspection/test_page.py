@@ -53,6 +53,7 @@ def test_text_from_data_is_no_markup(page_file):
     assert any("<" in piece[0] for piece in orjson.loads(data)["pieces"])
 
 
+@pytest.mark.slow
 def test_in_a_browser(page_file, browser_page):
     page = browser_page.open(page_file)
     assert page.locator("#tokens .on").count() > 0
@@ -80,6 +81,7 @@ def test_in_a_browser(page_file, browser_page):
     assert browser_page.errors == [] and browser_page.requests == []
 
 
+@pytest.mark.slow
 def test_a_phone_in_the_dark(page_file, browser_context):
     tab = browser_context(color_scheme="dark", viewport={"width": 390, "height": 800}, has_touch=True)
     page = tab.open(page_file)
@@ -116,6 +118,7 @@ def long_page(tokenizer, tmp_path):
     return write_page(found, tmp_path / "long.html", tokenizer)
 
 
+@pytest.mark.slow
 def test_a_search_shows_what_is_far_behind_and_goes_on(long_page, browser_page):
     page = browser_page.open(long_page)
     page.fill("#search", "needle")
@@ -131,6 +134,7 @@ def test_a_search_shows_what_is_far_behind_and_goes_on(long_page, browser_page):
     assert browser_page.errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 390])
 def test_the_token_at_the_keyboard_is_not_under_a_bar(long_page, browser_context, width):
     tab = browser_context(viewport={"width": width, "height": 600})
@@ -143,6 +147,7 @@ def test_the_token_at_the_keyboard_is_not_under_a_bar(long_page, browser_context
     assert tab.errors == []
 
 
+@pytest.mark.slow
 def test_characters_that_cannot_be_seen_are_shown(tokenizer, tmp_path, browser_page):
     hidden = "a\u202eb \x00 \x1b[31m c\u200b"
     found = inspect_rows([chat(hidden, "b", source="na\u202eme")], tokenizer)
@@ -173,6 +178,7 @@ def test_the_page_runs_no_script_but_its_own(page_file, tmp_path, browser_page):
     assert any("Content Security Policy" in error for error in browser_page.errors)
 
 
+@pytest.mark.slow
 def test_repeats_are_shown_with_what_they_repeat_and_long_rows_with_what_they_lack(tokenizer, tmp_path, browser_page):
     rows = [chat("same", "same"), chat("other", "words"), chat("same", "same"), chat("x " * 20_000, "end")]
     page = browser_page.open(write_page(inspect_rows(rows, tokenizer), tmp_path / "few.html", tokenizer))

@@ -59,6 +59,7 @@ def test_a_bad_row_on_one_rank_stops_both(two_processes, act):
     assert len(chats()) == 23
 
 
+@pytest.mark.slow
 def test_evaluation_and_training_logs_of_pairs(two_processes, tmp_path):
     """The last batch of one rank repeats rows."""
     first, second = two_processes.of("dpo")
@@ -84,6 +85,7 @@ def test_evaluation_and_training_logs_of_pairs(two_processes, tmp_path):
     assert first["logs"][1]["logps_change/chosen"] == second["logs"][1]["logps_change/chosen"] != 0
 
 
+@pytest.mark.slow
 def test_ppo_steps(two_processes, tmp_path):
     expected_logs = ppo_steps(tmp_path)
     expected = torch.load(tmp_path / "ppo_0.pt")

@@ -74,6 +74,7 @@ PLAIN_BY_HAND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_spans_of_a_plain_chat_are_those_read_off_by_hand(name):
     tokenizer = byte_tokenizer(template(name))
@@ -388,6 +389,7 @@ def test_bad_settings_are_named(setting, words):
         encode_chat(byte_tokenizer(), PLAIN, **setting)
 
 
+@pytest.mark.slow
 def test_tokenizers_are_let_go():
     """The encoders that are kept hold their tokenizers; there must be few of them."""
     import gc

@@ -16,6 +16,7 @@ from tests.support.chat_corpus import byte_tokenizer, with_bos
 EOS = 9
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.lists(st.integers(1, 4) | st.just(EOS), max_size=4), st.booleans()), max_size=12),
     st.sampled_from([[], [7], [7, 8]]),

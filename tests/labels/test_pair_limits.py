@@ -91,6 +91,7 @@ def test_what_cannot_be_made_to_fit(row, limit, words):
 TINY = demo.build_tokenizer()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.text("ab é", min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=4),

@@ -95,6 +95,7 @@ def of_template(request):
     return with_bos(tokenizer) if len(request.param) % 2 else tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROWS)
 def test_prompt_and_chosen_are_what_fine_tuning_has(of_template, kind):
     """Under every template: the ids that SFT has, one prompt for both sides, and the model's own words trained."""

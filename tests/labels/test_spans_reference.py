@@ -42,6 +42,7 @@ def check(name, conversations):
     return trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_generated_conversations(name):
     generated = []
@@ -53,6 +54,7 @@ def test_generated_conversations(name):
     assert check(name, generated) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(TEXTS is None, reason="needs HF_OBJECTIVES_TEST_TEXTS, a folder of example data")
 @pytest.mark.parametrize("name", ["gptoss", "llama3_1", "qwen2_5", "qwen3", "qwen3_6", "gemma4_v5"])
 def test_real_conversations(name):

@@ -99,6 +99,7 @@ def test_turns_learnt_before_are_no_model_for_turns_with_another_prompt(source):
         assert outcome(encoder.render, messages) == expected, messages
 
 
+@pytest.mark.slow
 def test_what_is_learnt_is_kept_for_templates_in_use():
     assert {name for name in ORIGINALS if not steadiness(template(name)).steady} == set()
     assert not any(steadiness(source).steady for source in UNSTEADY.values())

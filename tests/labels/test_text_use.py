@@ -90,6 +90,7 @@ def test_dates():
     assert text_use("{{ strftime_now('%d %b %Y') }}", "content").dates == ("%d %b %Y",)
 
 
+@pytest.mark.slow
 def test_templates_of_which_more_is_to_be_known():
     """All others of TRL's print plain conversations as fixed text with the messages' texts in between."""
     keys = {name: "text" if name in BLOCK_TEMPLATES else "content" for name in ORIGINALS}

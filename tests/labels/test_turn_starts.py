@@ -113,6 +113,7 @@ said = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cn"
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(said, min_size=2, max_size=6), said)
 def test_whatever_is_said_chatml_trains_the_answers(texts, system):

@@ -13,6 +13,7 @@ from hf_objectives.mixture.build import build_mixture
 from tests.support.mixtures import LENGTHS, mixture, name_of, of_kind, source, taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["within", "across", "streams within", "streams across"])
 def test_packed_rows_hold_every_document_whole(kind):
     documents = Counter()

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tests.support.mixtures import mixture, name_of, of_kind, taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["streams", "streams across"])
 def test_a_trainer_finds_every_row_that_workers_have_read(kind):
     """Blocks may be shorter than what the workers take between them, so that none of their rows is the first worker's."""
@@ -25,6 +26,7 @@ def test_a_trainer_finds_every_row_that_workers_have_read(kind):
     assert seen == expected[: len(seen)]
 
 
+@pytest.mark.slow
 def test_every_worker_leaves_its_blocks_and_old_ones_go_by_age(monkeypatch):
     monkeypatch.setattr("hf_objectives.mixture.blocks._KEPT", 3)
     made = mixture({"unit": "examples"}, streams=True)

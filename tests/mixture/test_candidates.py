@@ -27,6 +27,7 @@ def test_draws_are_mixtures(prior, n, concentration, seed):
     assert np.array_equal(longer[:n], drawn)
 
 
+@pytest.mark.slow
 def test_draws_have_the_prior_for_mean_and_the_spread_of_dirichlet():
     drawn = draw_mixtures(PRIOR, 20_001, concentration=2, seed=0)[1:]
     total = 2 * len(PRIOR)  # of the distribution's parameters

@@ -19,6 +19,7 @@ from tests.support.mixtures import KINDS, LENGTHS, due_on_the_line, mixture, nam
 # -- shares -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("unit", ["tokens", "examples", "rows"])
 def test_every_source_has_its_share_at_every_moment(unit, streams):
@@ -41,6 +42,7 @@ def test_rows_are_the_sources_with_a_name():
 # -- states ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_at_the_very_next_row(kind):
     expected = taken(of_kind(kind), 700)
     made = of_kind(kind)
@@ -56,6 +58,7 @@ def test_a_state_goes_on_at_the_very_next_row(kind):
         assert again.report(row + 40).to_dict() == made.report(row + 40).to_dict()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(stops=st.lists(st.integers(0, 300), min_size=1, max_size=4), data=st.data())
 def test_however_often_it_is_resumed_nothing_is_lost_or_repeated(stops, data):
@@ -70,6 +73,7 @@ def test_however_often_it_is_resumed_nothing_is_lost_or_repeated(stops, data):
     assert seen == taken(of_kind(kind), len(seen))
 
 
+@pytest.mark.slow
 def test_a_state_does_not_grow():
     ten = {f"source {i}": {"dataset": source("a"), "weight": i + 1} for i in range(10)}
     made = build_mixture({"sources": ten})

@@ -21,6 +21,7 @@ def losses_of(weights, c=1.2, t=(0.3, 0.5, -1.0, -4.0)):
     return c + np.exp(weights @ np.array(t))
 
 
+@pytest.mark.slow
 def test_an_exponential_law_is_found_again():
     weights, fresh = draw_mixtures(PRIOR, 20, seed=0), draw_mixtures(PRIOR, 200, concentration=2, seed=1)
     predicted = fit_mixing_law(weights, losses_of(weights))(fresh)
@@ -31,6 +32,7 @@ def test_an_exponential_law_is_found_again():
     assert law.cv_rmse["mixing_law"] < 0.1 * law.cv_rmse["mean"]
 
 
+@pytest.mark.slow
 def test_a_power_law_is_found_again():
     weights = draw_mixtures(PRIOR, 24, seed=0)
     truth = 2 * np.prod((weights + 0.01) ** [0.0, 0.05, -0.1, -0.3], axis=1)
@@ -39,6 +41,7 @@ def test_a_power_law_is_found_again():
     assert law.form == "ridge" and law.cv_rmse["ridge"] < 0.1 * law.cv_rmse["mean"]
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_trials_left_out():
     weights, losses = draw_mixtures(PRIOR, 8, seed=0), np.arange(8.0)
     law = fit_law(weights, losses)
@@ -51,6 +54,7 @@ def test_the_error_is_that_of_trials_left_out():
             assert again.held_out[3] == pytest.approx(float(fit(weights[rest], losses[rest], 0)(weights[[3]])[0]))
 
 
+@pytest.mark.slow
 def test_a_quadratic_loss_has_a_law():
     """Lowest in the middle, which no exponential is; chosen by its error on trials left out."""
     weights = draw_mixtures(PRIOR, 40, seed=0)
@@ -60,6 +64,7 @@ def test_a_quadratic_loss_has_a_law():
     assert law.cv_rmse[law.form] == min(law.cv_rmse.values()) < 0.8 * law.cv_rmse["mean"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_noise_is_no_law(seed):
     weights = draw_mixtures(PRIOR, 16, seed=seed)

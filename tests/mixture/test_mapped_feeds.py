@@ -12,6 +12,7 @@ from hf_objectives.mixture.build import build_mixture
 from tests.support.mixtures import KINDS, LENGTHS, mixture, taken
 
 
+@pytest.mark.slow
 def test_blocked_rows_are_never_drawn(kind):
     blocked = {"a": [0, 3, 39], "c": [6]}
     gone = {(name, number) for name, numbers in blocked.items() for number in numbers}

@@ -29,6 +29,7 @@ def steps_of(made, ranks: int, workers: int, steps: int, size: int = 2) -> list[
     return [name_of(row) for step in zip(*parts, strict=True) for part in step for row in part]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 3), (2, 2), (4, 0)])
 @pytest.mark.parametrize("some", ["tokens", "across", "streams"])
 def test_any_ranks_and_workers_read_the_same_rows_once_and_go_on_under_others(some, ranks, workers):
@@ -42,6 +43,7 @@ def test_any_ranks_and_workers_read_the_same_rows_once_and_go_on_under_others(so
         assert steps_of(resumed, other_ranks, other_workers, 24 // (2 * other_ranks)) == expected[24:]
 
 
+@pytest.mark.slow
 def test_spawned_workers_read_it_as_forked_ones_do():
     def some():
         both = sources()

@@ -21,6 +21,7 @@ def losses_of(weights, c=1.2, t=(0.3, 0.5, -1.0, -4.0)):
     return c + np.exp(weights @ np.array(t))
 
 
+@pytest.mark.slow
 def test_the_optimum_of_a_known_combination_is_found():
     """Two skills that two sources teach: by symmetry the best is half of each, and a third source is of no use."""
     weights = draw_mixtures([0.6, 0.1, 0.3], 24, seed=0)
@@ -42,6 +43,7 @@ def test_the_optimum_of_a_known_combination_is_found():
     assert np.array_equal(again.weight_errors, found.weight_errors) and again.predicted == found.predicted
 
 
+@pytest.mark.slow
 def test_it_stays_within_what_was_tried():
     weights = draw_mixtures(PRIOR, 16, concentration=20, seed=0)
     law = fit_law(weights, losses_of(weights, t=(0, 0, 0, -4.0)))
@@ -53,6 +55,7 @@ def test_it_stays_within_what_was_tried():
     assert found.predicted["combined"][0] == pytest.approx(2 * found.predicted["x"][0])
 
 
+@pytest.mark.slow
 def test_the_weight_of_a_loss_counts():
     weights = draw_mixtures([0.5, 0.5], 20, seed=0)
     laws = {
@@ -63,6 +66,7 @@ def test_the_weight_of_a_loss_counts():
     assert shares == sorted(shares) and shares[1] == pytest.approx(0.5, abs=0.03) and shares[2] - shares[0] > 0.3
 
 
+@pytest.mark.slow
 def test_errors_grow_with_noise():
     weights = draw_mixtures(PRIOR, 24, seed=0)
     noise = np.random.default_rng(0).normal(size=24)
@@ -73,6 +77,7 @@ def test_errors_grow_with_noise():
     assert 0 < errors[0] < 0.5 * errors[1]
 
 
+@pytest.mark.slow
 def test_a_summary_names_the_source_that_matters():
     weights = draw_mixtures(PRIOR, 20, seed=0)
     law = fit_law(weights, losses_of(weights))

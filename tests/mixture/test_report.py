@@ -18,6 +18,7 @@ def pieces_of(row) -> tuple[list, list]:
     return [row["source"]], [len(row["input_ids"])]
 
 
+@pytest.mark.slow
 def test_the_report_is_what_was_counted(kind):
     made = of_kind(kind)
     tokens, examples = Counter(), Counter()

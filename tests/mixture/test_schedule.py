@@ -39,6 +39,7 @@ def test_within_one_draw_of_every_share_at_every_moment(weights, n):
     assert not np.isin(order, np.flatnonzero(shares == 0)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights", [np.random.default_rng(0).random(2_000) ** 4, [1 - 2e-6, 1e-6, 1e-6], [0.82, 0.045, 0.045, 0.045, 0.045]]
 )
@@ -75,6 +76,7 @@ def drawn(schedule: Schedule, sizes: list[list[int]], known: int) -> list[int]:
     return order
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(sizes=SIZES, data=st.data())
 def test_documents_of_any_length_stay_within_the_longest_of_their_share(sizes, data):
@@ -149,6 +151,7 @@ def test_a_retired_sources_share_goes_to_the_others_in_proportion():
     assert not schedule.weights.any()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(weights=st.lists(st.floats(0.01, 1), min_size=2, max_size=6), draws=st.integers(0, 200), data=st.data())
 def test_whenever_a_source_retires_all_that_was_drawn_stays_due(weights, draws, data):

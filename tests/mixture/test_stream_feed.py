@@ -69,6 +69,7 @@ def _part(parts):
         yield from rows_of(40)[begin:end]
 
 
+@pytest.mark.slow
 def test_every_stream_goes_on_at_the_next_row(stream):
     expected = taken(build_mixture(config(stream())), 150)
     assert sorted(n for _, n in expected[:40]) == sorted(n for _, n in expected[40:80]) == list(range(40))

@@ -62,6 +62,7 @@ def plans(draw):
     return WeightPlan(weights(), stages)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12)
 @given(made=plans())
 def test_every_source_within_one_draw_of_what_is_due_also_where_weights_change(made):

@@ -155,6 +155,7 @@ def test_sources_have_names(tmp_path):
             prepare_corpus(sources, TOKENIZER, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_dataset_goes_to_disk(tmp_path):
     rows = Dataset.from_list(demo.texts(5_000))
     packed = prepare_dataset(rows, TOKENIZER, max_length=512, output_dir=tmp_path / "out", num_proc=2)

@@ -62,6 +62,7 @@ def alone():
     return rows, prepare_dataset(rows, TOKENIZER, max_length=256, num_proc=1, ledger=ledger), ledger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [list, Dataset.from_list, iter])
 def test_several_processes_give_the_same_for_any_rows(kind, alone):
     rows, expected, ledger = alone

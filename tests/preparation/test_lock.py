@@ -20,6 +20,7 @@ from tests.support.corpora import SMALL, TOKENIZER, write_demo
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_others_wait_and_do_not_work_again(tmp_path, monkeypatch, caplog):
     path = write_demo(tmp_path / "a.jsonl", 30)
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)

@@ -33,6 +33,7 @@ def of_rank(stream, rank, ranks, workers, batch_size=3):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 4), (2, 3), (3, 1), (4, 2), (5, 0)])
 def test_ranks_and_workers_share_the_order_and_nothing_else(ranks, workers):
     stream = Numbers()
@@ -42,6 +43,7 @@ def test_ranks_and_workers_share_the_order_and_nothing_else(ranks, workers):
     assert [n for step in zip(*steps, strict=True) for part in step for n in part] == list(range(7, 7 + 5 * 3 * ranks))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 1000), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(0, 6)), max_size=5))
 def test_resumed_under_any_number_of_ranks_it_goes_on_with_the_next_row(begin, runs):

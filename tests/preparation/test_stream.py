@@ -35,6 +35,7 @@ def key(row) -> tuple:
     return (tuple(row["sources"]), tuple(row["rows"]), tuple(map(int, row["input_ids"])), tuple(row["seq_lengths"]))
 
 
+@pytest.mark.slow
 def test_every_epoch_holds_every_row_once_in_a_new_order(folder):
     mapped = [key(row) for row in load_prepared(folder)]
     stream = load_prepared(folder, streaming=True)

@@ -35,6 +35,7 @@ def documents(rows) -> list[list[int]]:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=90)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     texts=st.lists(

@@ -61,6 +61,7 @@ def test_items_are_read_as_workers_need_them():
     assert list(run_local(abs, [-3], None)) == [3]
 
 
+@pytest.mark.slow
 def test_a_killed_local_worker_is_an_error_and_a_second_run_goes_on(tmp_path, corpus, monkeypatch):
     sources, alone, _ = corpus
     monkeypatch.setattr("hf_objectives.preparation.corpus.Work", _Dying)
@@ -85,6 +86,7 @@ def cluster(corpus):
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_makes_the_same_shards_also_where_a_worker_is_killed(tmp_path, corpus, cluster, monkeypatch):
     sources, alone, folder = corpus
     monkeypatch.setattr("hf_objectives.preparation.corpus.Work", _Dying)
@@ -104,6 +106,7 @@ def test_errors_come_back_from_ray_as_they_are(tmp_path, cluster):
         prepare_corpus({"a": str(tmp_path / "a.jsonl")}, TOKENIZER, tmp_path / "out", CorpusConfig(64, engine="ray"))
 
 
+@pytest.mark.slow
 def test_a_dataset_through_ray(tmp_path, cluster):
     rows = Dataset.from_list(demo.texts(2_500))
     packed = prepare_dataset(rows, TOKENIZER, max_length=512, engine="ray", output_dir=tmp_path / "out")

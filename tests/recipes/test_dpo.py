@@ -60,6 +60,7 @@ def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
 
 
+@pytest.mark.slow
 def test_from_pairs_to_a_model(corpus, tmp_path, capsys):
     results = main(arguments(corpus, tmp_path / "run"))
     before, after = results["before"], results["after"]
@@ -93,6 +94,7 @@ def test_from_pairs_to_a_model(corpus, tmp_path, capsys):
     assert "rewards/accuracies" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_lora_on_what_lora_left(corpus, tmp_path):
     """A folder that holds an adapter: it becomes part of the weights, and the reference is with it."""
     model = AutoModelForCausalLM.from_pretrained(corpus / "model")
@@ -108,6 +110,7 @@ def test_lora_on_what_lora_left(corpus, tmp_path):
     assert (tmp_path / "run" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_built_in_pairs_from_a_config(tmp_path, monkeypatch, capsys):
     """The program as it is launched, but in this process and on few of the pairs."""
     asked = []
@@ -134,6 +137,7 @@ def test_what_it_says_when_something_is_wrong(corpus, tmp_path):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_nothing_held_out(corpus, tmp_path):
     words = arguments(corpus, tmp_path / "run", "--eval_share", "0")
     at = words.index("--lm_datasets")

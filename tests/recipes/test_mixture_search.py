@@ -85,6 +85,7 @@ def search(corpus, tmp_path_factory) -> tuple[Path, dict[str, float], dict]:
     return out, there, main(arguments(corpus, out))
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_without_training_again(search, corpus, capsys):
     out, there, results = search
     now = finished(out)
@@ -124,6 +125,7 @@ def test_the_recommended_mixture_can_be_built(search):
     assert {"input_ids", "source"} <= set(next(iter(mixture)))
 
 
+@pytest.mark.slow
 def test_processes_change_nothing_and_more_trials_go_on(search, corpus, tmp_path):
     results = search[2]
     alone = main(arguments(corpus, tmp_path / "run", parallel=1, trials=6, check_seeds=0))
@@ -132,6 +134,7 @@ def test_processes_change_nothing_and_more_trials_go_on(search, corpus, tmp_path
         assert alone["evaluation"][name]["trials"][:5] == results["evaluation"][name]["trials"]
 
 
+@pytest.mark.slow
 def test_ray_tune_trains_the_same_and_names_what_fails(search, corpus, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'hf-objectives[ray]'")
     pytest.importorskip("ray.tune", reason="Ray Tune is an extra: pip install 'hf-objectives[ray]'")
@@ -177,6 +180,7 @@ def test_trials_on_other_data_are_not_taken(search, corpus):
         (corpus / "words.jsonl").write_text(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
@@ -203,6 +207,7 @@ def test_what_is_wrong_is_said_before_any_trial(corpus, tmp_path, changed, error
     assert not finished(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_built_in_corpus_has_a_source_a_skill(tmp_path):
     settings = SearchData(sources="builtin", max_length=64, num_proc=1)
     named = settings.named_sources()

@@ -46,12 +46,14 @@ def test_an_adapter_becomes_part_of_the_weights_and_all_are_trained(adapter):
         assert body and all(torch.allclose(merged[name], weights[name], atol=1e-6) for name in body)
 
 
+@pytest.mark.slow
 def test_without_an_adapter_a_policy_is_the_model():
     config = RecipeModel(model_name_or_path="builtin")
     policy, model = load_policy(config)[0], load_model(config)[0]
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_random_weights_follow_the_configuration_and_the_seed(tmp_path):
     config = PretrainModel(model_config=json.dumps(TINY), tokenizer_name="builtin")
     drawn = []

@@ -66,6 +66,7 @@ def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
 
 
+@pytest.mark.slow
 def test_from_files_to_a_policy_with_two_rewards(corpus, tmp_path, capsys):
     rewards = ["--reward_funcs", f"{corpus}/rewards.py:short", str(corpus / "judge"), "--reward_weights", "1", "0.5"]
     texts = tmp_path / "texts.jsonl"
@@ -91,6 +92,7 @@ def test_from_files_to_a_policy_with_two_rewards(corpus, tmp_path, capsys):
     assert "mean reward" in printed and "rewards short, judge" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_trls_own_trainers_run_from_the_same_config(corpus, tmp_path, algorithm):
     results = main(arguments(corpus, tmp_path / "run", "--algorithm", algorithm))
@@ -121,6 +123,7 @@ def test_reward_functions_are_found_or_their_absence_named(corpus):
         read_reward(f"{corpus}/nothing.py:short")
 
 
+@pytest.mark.slow
 def test_bad_settings(corpus, tmp_path):
     with pytest.raises(ConfigError, match="algorithm is 'pp'.*did you mean 'ppo'"):
         main(arguments(corpus, tmp_path, "--algorithm", "pp"))
@@ -130,6 +133,7 @@ def test_bad_settings(corpus, tmp_path):
         main(arguments(corpus, tmp_path, "--reward_funcs", f"{corpus}/rewards.py:fails"))
 
 
+@pytest.mark.slow
 def test_what_an_algorithm_has_no_setting_for_is_said(corpus, tmp_path, capsys):
     main(arguments(corpus, tmp_path / "run", "--algorithm", "rloo", "--missing_eos_penalty", "0.5", "--max_steps", "1"))
     said = " ".join(capsys.readouterr().out.split())

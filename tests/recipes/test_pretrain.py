@@ -65,6 +65,7 @@ def history(out: Path) -> list[dict]:
     return json.loads((out / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.slow
 def test_raw_files_to_a_model_from_scratch(corpus, tmp_path, capsys):
     sources = {"a": str(corpus / "a.jsonl"), "b": {"path": str(corpus / "b.txt")}}
     results = pretrain.main(
@@ -91,6 +92,7 @@ def test_raw_files_to_a_model_from_scratch(corpus, tmp_path, capsys):
     assert "Pretrained from scratch with hf_objectives" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_fine_tuning_recipe_starts_from_it(corpus, tmp_path):
     pretrain.main(arguments(corpus, tmp_path / "base", "--max_steps", "2"))
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.chats(40)))
@@ -104,6 +106,7 @@ def test_the_fine_tuning_recipe_starts_from_it(corpus, tmp_path):
     assert results["after"]["eval_perplexity"] < results["before"]["eval_perplexity"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_resume_is_the_uninterrupted_run(corpus, tmp_path, streaming):
     more = ("--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--streaming", streaming)
@@ -119,6 +122,7 @@ def test_resume_is_the_uninterrupted_run(corpus, tmp_path, streaming):
         ]
 
 
+@pytest.mark.slow
 def test_tokens_seen_are_those_of_the_rows(corpus, tmp_path):
     pretrain.main(arguments(corpus, tmp_path / "run", "--num_train_epochs", "1"))
     manifest = json.loads((corpus / "prepared" / "manifest.json").read_text())
@@ -216,6 +220,7 @@ def mixed(corpus: Path, out: Path, *more: str) -> list[str]:
     return arguments(corpus, out, "--mixture", json.dumps(WEIGHTS), "--learning_rate", "1e-3", *more)
 
 
+@pytest.mark.slow
 def test_sources_with_weights_are_a_mixture(corpus, tmp_path, capsys):
     sources = {"a": {"path": str(corpus / "a.jsonl"), "weight": 1}, "b": {"path": str(corpus / "b.txt"), "weight": 3}}
     raw = ("--sources", json.dumps(sources), "--eval_share", "0.1")
@@ -237,6 +242,7 @@ def test_sources_with_weights_are_a_mixture(corpus, tmp_path, capsys):
     assert shards == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "prepared" / "train").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_mixture_may_bring_its_own_sources(corpus, tmp_path):
     (tmp_path / "mixture.yaml").write_text(
         f"sources:\n  x: {{path: {corpus}/a.jsonl, weight: 1, eval_share: 0.1}}\n  y: {{path: {corpus}/b.txt, weight: 1}}\n"

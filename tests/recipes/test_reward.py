@@ -70,6 +70,7 @@ def scores(folder: Path, conversations: list[list[dict]]) -> list[float]:
         )
 
 
+@pytest.mark.slow
 def test_from_a_file_to_a_folder_that_scores(corpus, tmp_path, capsys):
     results = main(arguments(corpus, tmp_path / "run", "--max_steps", "30"))
     before, after = results["before"], results["after"]
@@ -98,6 +99,7 @@ def test_from_a_file_to_a_folder_that_scores(corpus, tmp_path, capsys):
     assert after["eval_min_reward"] == pytest.approx(min(found), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["true", "false"])
 def test_lora(corpus, tmp_path, merge):
     """Merged or not, the folder scores as the trainer did."""
@@ -116,6 +118,7 @@ def test_lora(corpus, tmp_path, merge):
     assert any(abs(value - results["after"]["eval_min_reward"]) < 1e-5 for value in found)
 
 
+@pytest.mark.slow
 def test_the_built_in_pairs(tmp_path, monkeypatch):
     asked = []
 

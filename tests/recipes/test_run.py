@@ -49,6 +49,7 @@ def test_an_error_of_ours_is_a_line_and_others_keep_their_trace():
         run_program(lambda: fails(ZeroDivisionError()))
 
 
+@pytest.mark.slow
 def test_a_program_ends_with_the_line(tmp_path):
     command = [sys.executable, str(ROOT / "recipes" / "ppo.py"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     ran = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True)
@@ -56,6 +57,7 @@ def test_a_program_ends_with_the_line(tmp_path):
     assert ran.stderr.strip().splitlines()[-1].startswith("ConfigError: model_name_or_path is missing")
 
 
+@pytest.mark.slow
 def test_a_failing_push_costs_nothing(tmp_path, monkeypatch, capsys):
     """The course as a whole on a few built-in chats; what every recipe leaves in its folder, and prints."""
     monkeypatch.setattr(demo, "chats", lambda n, *, of=demo.chats, **given: of(min(n, 40), **given))

@@ -50,6 +50,7 @@ def test_results_without_checks_have_no_difference(results, capsys):
     assert " to " not in capsys.readouterr().out.split("Loss")[1].split("Error")[0]
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(results, tmp_path):
     plot(results, tmp_path / "search.png")
     assert len({tuple(pixel) for pixel in imread(tmp_path / "search.png").reshape(-1, 4)[::97]}) > 3

@@ -50,6 +50,7 @@ def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
 
 
+@pytest.mark.slow
 def test_from_files_to_a_model(corpus, tmp_path, capsys):
     results = main(arguments(corpus, tmp_path / "run"))
     assert results["after"]["eval_perplexity"] < results["before"]["eval_perplexity"]
@@ -72,6 +73,7 @@ def test_from_files_to_a_model(corpus, tmp_path, capsys):
     assert compute_perplexity(reloaded, tokenizer, ["What is 2 plus 2? 4"]).num_tokens > 0
 
 
+@pytest.mark.slow
 def test_resume_is_the_uninterrupted_run(corpus, tmp_path):
     saving = ("--save_strategy", "steps", "--save_steps", "2")
     main(arguments(corpus, tmp_path / "run", *saving))
@@ -86,6 +88,7 @@ def test_resume_is_the_uninterrupted_run(corpus, tmp_path):
     assert whole is not None
 
 
+@pytest.mark.slow
 def test_lora(corpus, tmp_path):
     more = ("--use_peft", "true", "--lora_target_modules", "all-linear", "--packing", "false")
     main(arguments(corpus, tmp_path / "run", *more))
@@ -144,6 +147,7 @@ def test_a_real_model_learns(real_model_path, corpus, tmp_path):
     assert results["after"]["eval_perplexity"] < results["before"]["eval_perplexity"]
 
 
+@pytest.mark.slow
 def test_sources_with_weights_are_a_mixture(corpus, tmp_path, capsys):
     sources = {
         "chats": {"path": str(corpus / "chats.jsonl"), "weight": 0.2},

@@ -39,6 +39,7 @@ def run(given: list[Job], function=train, engine: str = "local") -> list[dict]:
     return run_jobs(given, function, engine, 2, Console())
 
 
+@pytest.mark.slow
 def test_results_come_in_order_and_are_not_made_again(tmp_path, capsys):
     results = run(jobs(tmp_path))
     assert [result["losses"] for result in results] == [{"test": i / 2} for i in range(4)]
@@ -50,6 +51,7 @@ def test_results_come_in_order_and_are_not_made_again(tmp_path, capsys):
         run(jobs(tmp_path, rate=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "words"),
     [

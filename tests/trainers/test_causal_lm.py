@@ -86,6 +86,7 @@ def gradient(tmp_path, batch_size, accumulation, collator=None):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (1, 8)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_do_not_depend_on_batching(tmp_path, batch_size, accumulation, packed):
@@ -96,6 +97,7 @@ def test_gradients_do_not_depend_on_batching(tmp_path, batch_size, accumulation,
         assert torch.allclose(found[name].double(), value, atol=1e-5 * scale), name
 
 
+@pytest.mark.slow
 def test_loss_weights_weigh(tmp_path):
     row = encode_row(TOKENIZER, chats()[3])
     model = llama()
@@ -111,6 +113,7 @@ def test_loss_weights_weigh(tmp_path):
     assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_smoothing_and_z_loss(tmp_path):
     """Against torch's label smoothing and the definition of z-loss."""
     row = encode_row(TOKENIZER, chats()[3])
@@ -127,6 +130,7 @@ def test_smoothing_and_z_loss(tmp_path):
     assert run.state.log_history[0]["loss"] == pytest.approx(float(smoothed + 0.01 * z), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_logs(tmp_path):
     run = trainer(tmp_path, rows=chats(4), per_device_train_batch_size=4, max_steps=2)
     run.train()
@@ -139,6 +143,7 @@ def test_logs(tmp_path):
     assert first["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_stop_tokens_that_were_trained_stop_the_saved_model(tmp_path):
     """The template ends turns with a token that is not the tokenizer's EOS, as Llama 3's and Gemma's do."""
     tokenizer = byte_tokenizer(eos_token="<|endoftext|>", pad_token="<|endoftext|>")
@@ -152,6 +157,7 @@ def test_stop_tokens_that_were_trained_stop_the_saved_model(tmp_path):
     assert stop in saved and tokenizer.eos_token_id in saved
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_uninterrupted_one(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 5}
     whole = trainer(tmp_path / "whole", **options)
@@ -176,6 +182,7 @@ class Chats(OrderedStream):
             yield chats(n + 1)[n]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_resumes_at_its_next_row_as_if_it_had_not_stopped(tmp_path, workers):
     """With dropout, so that the run's random state counts too; at step 3 of 6, and again at step 4 under larger batches."""
@@ -211,6 +218,7 @@ def stream_row(folder, step) -> int:
     return state["stateful_callbacks"]["train_stream"]["row"]
 
 
+@pytest.mark.slow
 def test_the_place_in_a_stream_counts_each_row_once_whatever_saves_and_however_large_batches_become(tmp_path):
     trainer(tmp_path / "a", rows=Chats(), max_steps=4, save_strategy="epoch").train()
     assert stream_row(tmp_path / "a", 4) == 4 * 2
@@ -226,12 +234,14 @@ def test_batches_that_accelerate_would_split_are_refused_with_a_stream(tmp_path)
         trainer(tmp_path, rows=Chats(), accelerator_config={"split_batches": True})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_data_is_no_checkpoint_of_a_stream(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ConfigError, match="checkpoint of step 1 does not say where its stream stood"):
         trainer(tmp_path, rows=Chats()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.slow
 def test_supervised_tokens_are_counted_over_a_resume(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "seed": 5}
     whole = trainer(tmp_path, **options)
@@ -245,12 +255,14 @@ def test_supervised_tokens_are_counted_over_a_resume(tmp_path):
     assert counts[0] == counts[1] and sorted(counts[0]) == [2, 3, 4, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
 def test_other_settings_train(tmp_path, options):
     run = trainer(tmp_path, **options)
     assert math.isfinite(run.train().training_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked_by", ["arguments", "accelerate"])
 def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch, caplog, asked_by):
     monkeypatch.setattr("hf_objectives.evaluation.logits._told", set())
@@ -263,6 +275,7 @@ def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch,
     assert "torch.compile is on; computing full logits" in caplog.text
 
 
+@pytest.mark.slow
 def test_lora_trains_and_saves(tmp_path):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     run = trainer(tmp_path, model=model)
@@ -275,6 +288,7 @@ def test_lora_trains_and_saves(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_raw_rows_of_a_dataset_are_collated_without_further_settings(tmp_path):
     run = trainer(tmp_path, rows=Dataset.from_list([{"messages": PLAIN}] * 4))
     assert math.isfinite(run.train().training_loss)

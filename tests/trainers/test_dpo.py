@@ -21,6 +21,7 @@ from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, ours
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_evaluation_is_what_a_plain_loop_counts(size, folders, tmp_path):
     policy, reference = load(folders[0]), load(folders[1])
@@ -66,6 +67,7 @@ def test_evaluation_is_what_a_plain_loop_counts(size, folders, tmp_path):
 PEFT = {"peft_config": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "changed"),
     [({}, {}), (PEFT, {}), ({}, {"precompute_ref_log_probs": True}), (PEFT, {"gradient_checkpointing": True})],
@@ -91,6 +93,7 @@ def test_at_step_0_every_reward_is_0(trainer, changed, folders, tmp_path):
     assert after["eval_logps_change/chosen"] == pytest.approx(change, abs=1e-6) and change != 0
 
 
+@pytest.mark.slow
 def test_training_logs_the_change_over_all_steps_since_the_last_log(folders, tmp_path):
     run = ours(
         folders[0], tmp_path, max_steps=4, logging_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=2
@@ -117,6 +120,7 @@ def test_several_evaluation_sets(folders, tmp_path):
     assert metrics["eval_first_chosen_perplexity"] != metrics["eval_second_chosen_perplexity"]
 
 
+@pytest.mark.slow
 def test_streams_train_and_are_evaluated(folders, tmp_path):
     stream = Dataset.from_list(PAIRS).to_iterable_dataset()
     run = ours(folders[0], tmp_path, rows=stream, tests=stream)
@@ -129,6 +133,7 @@ def test_streams_train_and_are_evaluated(folders, tmp_path):
     assert metrics["eval_chosen_perplexity"] == pytest.approx(whole["eval_chosen_perplexity"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_another_reference_is_told_from_the_start(folders, tmp_path):
     """The change is measured against an evaluation before the first step, which a resumed run finds in the log."""
     named = {"trainer": {"ref_model": load(folders[1])}, "tests": Dataset.from_list(PAIRS), "eval_strategy": "steps"}
@@ -147,6 +152,7 @@ def test_another_reference_is_told_from_the_start(folders, tmp_path):
     assert resumed[2]["eval_logps_change/chosen"] == pytest.approx(evaluations[2]["eval_logps_change/chosen"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_reference_is_seen_to_be_the_same(folders, tmp_path):
     for reference, same in ((load(folders[0]), True), (load(folders[1]), False)):
         run = ours(load(folders[0]), tmp_path, trainer={"ref_model": reference})
@@ -156,6 +162,7 @@ def test_the_same_reference_is_seen_to_be_the_same(folders, tmp_path):
     assert not ours(folders[0], tmp_path, trainer={"peft_config": other}).reference_is_start
 
 
+@pytest.mark.slow
 def test_reference_sums_are_kept_apart_by_what_is_summed(folders, tmp_path):
     """TRL's cache knows model and rows; another mask or another weight of the tails gives other sums."""
     rows = Dataset.from_list(PAIRS)
@@ -191,6 +198,7 @@ def test_rows_with_ids_keep_them(folders, tmp_path):
     assert run.evaluate()["eval_num_chosen_tokens"] == 6
 
 
+@pytest.mark.slow
 def test_a_bad_row_is_named_with_its_dataset(folders, tmp_path):
     bad = [*PAIRS, {**PAIRS[0], "rejected": PAIRS[0]["chosen"]}]
     with pytest.raises(FormatError, match="source 'train', row 8: chosen and rejected are equal"):
@@ -215,6 +223,7 @@ def test_a_model_that_says_nothing_of_its_log_probabilities_is_an_error(folders,
         run.compute_loss(run.model, dict(BATCH))
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_json_logs(folders, tmp_path):
     run = ours(folders[0], tmp_path, tests=Dataset.from_list(PAIRS), save_strategy="steps", save_steps=2)
     run.train()

@@ -17,6 +17,7 @@ from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, load, logps, ours
 # -- the price and the cures -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_language_models_are_evaluated_along_the_way_and_stop_the_run(folders, tmp_path):
     named = {"texts": demo.texts(6), "chats": demo.chats(4)}
     run = ours(
@@ -40,6 +41,7 @@ def test_language_models_are_evaluated_along_the_way_and_stop_the_run(folders, t
     assert worst[-1] > 0.01 and all(value <= 0.01 for value in worst[:-1])
 
 
+@pytest.mark.slow
 def test_nll_and_dpop_by_hand(folders, tmp_path):
     policy, reference = load(folders[0]), load(folders[1])
     pairs = [encode_pair(TOKENIZER, row) for row in PAIRS[4:]]
@@ -111,6 +113,7 @@ def tuned(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "falls"), [({}, True), ({"nll_weight": 1.0}, False), ({"dpop_lambda": 50.0}, False)]
 )

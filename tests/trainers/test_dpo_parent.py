@@ -33,6 +33,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_gradient_and_metrics_are_the_parents(name, folders, tmp_path):
     found = []
@@ -63,6 +64,7 @@ def test_signature_is_the_parents():
     assert [own[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
 
 
+@pytest.mark.slow
 def test_the_parents_collator_and_the_parents_arguments_give_the_parents_run(folders, tmp_path):
     """A plain DPOConfig, plain text and TRL's collator: the logs of both trainers are equal."""
     rows = [{"prompt": f"{i} and {i} is", "chosen": f" {2 * i}", "rejected": f" {i}{i}."} for i in range(1, 9)]

@@ -16,6 +16,7 @@ from hf_objectives.trainers.guards import check_stream, ensure_stop_tokens
 from tests.support.language_models import TOKENIZER, llama, poisoned, rows_with_a_bad_one, trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packed", "max_grad_norm"), [(False, 1.0), (True, 0.0)])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, packed, max_grad_norm):
     model = poisoned()
@@ -48,12 +49,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, packed, max_grad_norm
     assert any(row["row"] == 5 and "Zap" in row["text"] for row in report["rows"])
 
 
+@pytest.mark.slow
 def test_the_guard_can_be_switched_off(tmp_path):
     run = trainer(tmp_path, model=poisoned(), rows=rows_with_a_bad_one(), max_steps=8, stop_on_non_finite=False)
     run.train()
     assert run.state.global_step == 8
 
 
+@pytest.mark.slow
 def test_a_model_that_leaks_is_not_trained_packed(tmp_path):
     model = MambaForCausalLM(MambaConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=1, state_size=4))
     packing = DataCollatorWithEosPacking(TOKENIZER, max_length=300)

@@ -68,6 +68,7 @@ class Seen(StepWatch):
         self.calls.append((self.name, "fails"))
 
 
+@pytest.mark.slow
 def test_every_watch_sees_every_step_and_leaves_no_trace(tmp_path):
     run, calls = trainer(tmp_path, gradient_accumulation_steps=2, stop_on_non_finite=False), []
     ends = [watch_steps(run, Seen(name, calls)) for name in "ab"]
@@ -80,6 +81,7 @@ def test_every_watch_sees_every_step_and_leaves_no_trace(tmp_path):
     assert not {"training_step", "_get_grad_norm", "_watched_steps"} & vars(run).keys()
 
 
+@pytest.mark.slow
 def test_an_error_reaches_all_watches_and_the_caller(tmp_path):
     run, calls = trainer(tmp_path, stop_on_non_finite=False), []
     for name, fail in (("fails", True), ("sees first", False)):

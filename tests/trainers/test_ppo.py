@@ -103,6 +103,7 @@ def by_loops(old, new, reference, args) -> tuple[torch.Tensor, dict[str, float]]
     return loss / total, {**sums, "kl_per_answer": sum(nats) / len(nats), "kl": sum(nats) / total}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("critic", "estimator"), [("none", "k1"), ("separate", "k1"), ("shared", "k3")])
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_loss_and_gradients_of_a_step_are_those_of_plain_loops(tmp_path, critic, estimator, lora):
@@ -143,6 +144,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_plain_loops(tmp_path, critic,
         assert torch.allclose(run.gradients[1][name].double(), value, atol=1e-5 * scale), name
 
 
+@pytest.mark.slow
 def test_ratios_begin_at_one(tmp_path):
     run = ppo(tmp_path, beta=0.1, critic="shared", learning_rate=1e-2, num_iterations=2)
     run.train()
@@ -175,6 +177,7 @@ def rows_of_letters() -> list[dict]:
     return [{"prompt": prompt} for prompt in SCRIPT]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["separate", "shared", "none"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, critic):
     """From a new batch of answers (4), from within one (3, 5), and from within the second epoch (8 begins it)."""
@@ -191,6 +194,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, critic):
         assert resumed.kl_control.coef == whole.kl_control.coef != 0.1
 
 
+@pytest.mark.slow
 def test_adapters_and_a_reference_that_moves_resume_too(tmp_path):
     for name, options in {
         "lora": {"peft_config": LORA},
@@ -206,6 +210,7 @@ def test_adapters_and_a_reference_that_moves_resume_too(tmp_path):
         assert all(torch.equal(state_of(resumed)[key], value) for key, value in state_of(whole).items()), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_policy_critic_and_both_optimizers(tmp_path):
     run = ppo(tmp_path, **{**RUN, "max_steps": 2, "save_steps": 2})
     run.train()
@@ -221,6 +226,7 @@ def test_a_checkpoint_holds_policy_critic_and_both_optimizers(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_go_on(tmp_path):
     run = ppo(tmp_path, **{**RUN, "critic": "none", "max_steps": 2})
     run.train()
@@ -235,6 +241,7 @@ def test_checkpoints_that_cannot_go_on(tmp_path):
 # -- logs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_logged(tmp_path, capsys):
     texts = [{"text": "a b c d"}, {"text": "ask e"}]
     run = ppo(
@@ -260,6 +267,7 @@ def test_what_is_logged(tmp_path, capsys):
     assert "Completion" in shown and "Advantage" in shown and "ask" in shown
 
 
+@pytest.mark.slow
 def test_figures_of_an_evaluation_do_not_mix_with_those_of_steps(tmp_path):
     """Evaluation between two logs: what is logged of the steps is what it is without."""
 
@@ -274,6 +282,7 @@ def test_figures_of_an_evaluation_do_not_mix_with_those_of_steps(tmp_path):
     assert losses(eval_strategy="steps", eval_steps=1) == losses()
 
 
+@pytest.mark.slow
 def test_the_table_shows_mean_advantages(tmp_path):
     run = ppo(
         tmp_path, [{"prompt": prompt} for prompt in SCRIPT], kind=ScriptedPPO, script=SCRIPT, critic="none", beta=0.0,
@@ -287,6 +296,7 @@ def test_the_table_shows_mean_advantages(tmp_path):
 # -- ways to run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_activation_checkpointing_changes_nothing(tmp_path, critic):
     def trained(**options):
@@ -304,6 +314,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, critic):
         assert torch.allclose(state_of(checkpointed)[name], value, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_stream_and_half_precision(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(rows_of_letters()))
     run = ppo(tmp_path, stream, beta=0.1, bf16=True, max_steps=4, num_iterations=2, learning_rate=1e-2)

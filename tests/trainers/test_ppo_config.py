@@ -54,6 +54,7 @@ def test_settings_of_the_trainer_that_cannot_be(tmp_path):
         PPOTrainer(small_model(), count_a, 7)
 
 
+@pytest.mark.slow
 def test_several_answers_a_prompt(tmp_path):
     config = PPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     assert config.num_generations == 1 and config.num_iterations == 4 and type(config.num_generations) is int

@@ -25,6 +25,7 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("critic", "beta"), [("none", 0.5), ("shared", 0.5), ("separate", 1.0)])
 def test_a_bandit_ends_at_the_analytic_optimum(tmp_path, critic, beta):
     """The policy that has the most of reward less beta KL is the reference times exp(reward / beta), normalised."""
@@ -56,6 +57,7 @@ def matching(prompts, completion_ids, **_) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_copying_is_learnt_from_three_seeds(tmp_path, seed):
     model = small_model(seed=seed, hidden_size=32, intermediate_size=64, num_attention_heads=4)
@@ -72,6 +74,7 @@ def test_copying_is_learnt_from_three_seeds(tmp_path, seed):
     assert logged(run, "entropy")[-1] < logged(run, "entropy")[0]
 
 
+@pytest.mark.slow
 def test_an_adaptive_coefficient_follows_the_kl_of_the_answers(tmp_path):
     target = 0.15
     run = ppo(

@@ -118,6 +118,7 @@ def gradients(run) -> dict[str, torch.Tensor]:
 SPICED = {"beta": 0.3, "entropy_coef": 0.1, "whiten_rewards": True, "max_grad_norm": 0.0, "num_iterations": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "beside"),
     [(ValueError("no"), False), (math.nan, True), (None, False), (None, True)],
@@ -141,6 +142,7 @@ def test_an_answer_without_a_reward_has_no_influence(tmp_path, value, beside):
         assert torch.allclose(found[name], one, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_batch_without_any_reward_teaches_nothing(tmp_path):
     run = scripted(
         tmp_path, reward=lambda completion_ids, **_: [math.nan] * len(completion_ids), reward_errors="missing"
@@ -151,6 +153,7 @@ def test_a_batch_without_any_reward_teaches_nothing(tmp_path):
     assert logged(run, "rewards/missing") == [4] and logged(run, "rewards/failed") == [4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -240,6 +243,7 @@ def test_reward_models_that_cannot_be(tmp_path):
         scripted(tmp_path, reward=[count_a, 7])
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_says_nan(tmp_path):
     model = judge()
     with torch.no_grad():
@@ -252,6 +256,7 @@ def test_a_reward_model_that_says_nan(tmp_path):
     assert logged(run, "rewards/missing") == logged(run, "rewards/failed") == [1]  # of "ask d" and "a b c d"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["folder", "instance", "folder without a head"])
 def test_a_critic_that_begins_as_the_reward_model(tmp_path, how):
     model = judge() if how != "folder without a head" else small_model(seed=4)
@@ -281,6 +286,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_prompts_of_mixed_formats(tmp_path):
     seen = []
 
@@ -301,6 +307,7 @@ def test_rows_that_cannot_be_prompts(tmp_path):
         ppo(tmp_path, eval_dataset=[{"text": "a document"}])
 
 
+@pytest.mark.slow
 def test_a_prompt_that_leaves_no_room_for_an_answer(tmp_path):
     rows = [{"prompt": "ask" + " a" * n} for n in (3, 27, 28, 29)]  # 32 positions, answers of 4
     message = (

@@ -12,6 +12,7 @@ from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, logged, ppo, sm
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", [False, True])
 def test_the_reference_is_the_policy_as_given_and_not_its_folder(tmp_path, sync):
     small_model().save_pretrained(tmp_path / "saved")
@@ -30,6 +31,7 @@ def test_the_reference_is_the_policy_as_given_and_not_its_folder(tmp_path, sync)
     assert not all(same) if sync else all(same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["new", "trained"])
 def test_under_adapters_the_reference_is_the_model_without_what_is_trained(tmp_path, kind):
     model = small_model()
@@ -49,6 +51,7 @@ def test_under_adapters_the_reference_is_the_model_without_what_is_trained(tmp_p
     assert torch.equal(run.model.get_base_model().lm_head.weight, base)
 
 
+@pytest.mark.slow
 def test_no_penalty_no_reference(tmp_path):
     run = ppo(tmp_path, beta=0.0)
     assert run.ref_model is None

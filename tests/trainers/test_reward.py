@@ -87,6 +87,7 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["newline", "eos"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_text_has_one_reward_however_it_is_padded(tmp_path, name, end):
@@ -138,6 +139,7 @@ def test_trl_passes_over_a_closing_eos(tmp_path):
         torch.testing.assert_close(model(finished).logits, model(finished[:, :-1]).logits)
 
 
+@pytest.mark.slow
 def test_where_only_eos_can_pad(tmp_path):
     tokenizer = byte_tokenizer(special=["<|im_start|>"])
     with pytest.raises(ConfigError, match="row 0 ends with '<|im_end|>', which is the padding token too"):
@@ -266,6 +268,7 @@ def test_several_sets_streams_and_ids(tmp_path):
     assert run.evaluate()["eval_num_pairs"] == 10  # nothing is left over from the evaluation before
 
 
+@pytest.mark.slow
 def test_learns(tmp_path):
     run = trainer(tmp_path, demo.preferences(60), max_steps=60, learning_rate=5e-3, per_device_train_batch_size=16)
     before = run.evaluate()["eval_loss"]
@@ -338,6 +341,7 @@ def test_rewards_that_are_not_finite(tmp_path):
         run.evaluate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [None, ["score"]], ids=["head frozen", "head trained"])
 def test_an_adapter_is_saved_with_its_head(tmp_path, saved):
     """The head of a causal model is drawn at random, so that a folder without it would score by another one."""
@@ -357,6 +361,7 @@ def test_an_adapter_is_saved_with_its_head(tmp_path, saved):
         assert found == pytest.approx(run.pair_rewards.chosen.tolist(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     def run(folder, **options):
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -52,6 +52,7 @@ def make(request):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_resumed_run_sees_the_rows_that_it_would_have_seen(make, streams, tmp_path):
     runs = []
@@ -70,6 +71,7 @@ def test_a_resumed_run_sees_the_rows_that_it_would_have_seen(make, streams, tmp_
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_logs_and_checkpoints_say_what_each_source_has_given(make, tmp_path):
     run = make(tmp_path, mixture(), Collate())
     run.train()
@@ -89,6 +91,7 @@ def figures_of(log, name) -> dict:
     return {key.removeprefix(start): value for key, value in log.items() if key.startswith(start)}
 
 
+@pytest.mark.slow
 def test_what_will_happen_is_said_before_the_first_step(make, tmp_path, caplog):
     make(tmp_path, mixture(), Collate(), max_steps=150, save_strategy="no").train()
     assert "source 'c' will be repeated" in caplog.text and "times in 600 rows" in caplog.text
@@ -101,12 +104,14 @@ def test_what_will_happen_is_said_before_the_first_step(make, tmp_path, caplog):
     assert not collate.seen or run.state.global_step == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_mixture_is_refused(make, tmp_path):
     make(tmp_path, mixture(), Collate()).train()
     with pytest.raises(ConfigError, match="the state is of another mixture: unit: tokens there, examples here"):
         make(tmp_path, mixture({"unit": "examples"}), Collate()).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_trainer_that_would_skip_rows_as_well_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="ignore_data_skip is off"):
         plain(tmp_path, mixture(), Collate(), ignore_data_skip=False).train()

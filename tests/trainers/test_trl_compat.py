@@ -162,6 +162,7 @@ def spied(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_what_a_batch_goes_through(spied):
     """One pass of the policy, one of the reference, rewards; then one pass of the policy for each loss."""
     generation, losses = spied.calls[:3], spied.calls[3:]
@@ -206,6 +207,7 @@ def test_what_the_trainer_keeps(spied):
         assert hasattr(spied, name), MOVED.format(f"it has no {name}")
 
 
+@pytest.mark.slow
 def test_the_first_step_on_a_batch_is_the_parents(tmp_path, spied):
     """The same seed, prompts and answers: what PPO leaves to RLOO is RLOO's."""
     run = ppo(
