@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,10 @@ def _parse_entries(piece: bytes) -> tuple[list[Any], str]:
         entries, rest = [], ""
     for part in _BETWEEN.split(text):
         rest = part.lstrip()
-        try:
+        with suppress(ValueError, RecursionError):  # what cannot be read stays in `rest`, and counts as damage below
             entry, end = _DECODER.raw_decode(rest)
             entries.append(entry)
             rest = rest[end:].lstrip(" \t\r\n,")
-        except (ValueError, RecursionError):
-            pass
         if rest.startswith("]"):
             break
         if rest:

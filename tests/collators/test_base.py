@@ -16,7 +16,7 @@ from hf_objectives.collators.preference import DataCollatorForPreferencePairs
 from hf_objectives.errors import FormatError, TokenizerError
 from hf_objectives.labels.rows import encode_row
 from tests.support.chat_corpus import PLAIN, byte_tokenizer
-from tests.support.tiny_llama import tiny_llama
+from tests.support.language_models import llama as tiny_llama
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_id

@@ -11,7 +11,7 @@ from hf_objectives.collators.packing import DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.labels.rows import encode_row
 from tests.support.chat_corpus import PLAIN, byte_tokenizer
-from tests.support.tiny_llama import tiny_llama
+from tests.support.language_models import llama as tiny_llama
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_id
