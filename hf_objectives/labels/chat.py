@@ -18,12 +18,11 @@ from hf_objectives.errors import ConversationError, DataError, FormatError, Noth
 from hf_objectives.labels.config import CONTROL_TOKENS, TRAIN_ON, TrainOn
 from hf_objectives.labels.formats import drop_nulls
 from hf_objectives.labels.labelled import Labelled, cut, label_spans
-from hf_objectives.labels.message_forms import FORMS, Form, as_given, blocks
-from hf_objectives.labels.messages import ControlTokens, Quiet, Turns, defuse, read_messages
+from hf_objectives.labels.message_forms import FORMS, Form, as_given
+from hf_objectives.labels.messages import ControlTokens, defuse, read_messages
 from hf_objectives.labels.spans import Memory, Rendered, SpanFinder
 from hf_objectives.labels.templates import Renderer, marker_pattern, surroundings, template_of, tool_schema
 from hf_objectives.labels.templates import control_tokens as control_tokens_of
-from hf_objectives.labels.text_use import TextUse, text_use
 from hf_objectives.labels.tokenization import text_encoder
 from hf_objectives.types import IGNORE_INDEX, check_max_length, check_one_of
 
@@ -77,13 +76,11 @@ class ChatEncoder:
         template = self._templates.get(source)
         if template is None:
             template = self._templates[source] = _Template(self.tokenizer, source, self._kwargs)
-        rendered = self._plain(template, turns) if turns.plain and tools is None else None
-        if rendered is None:
-            untrusted, structural = template.guards if self.control_tokens == "plain" else (None, None)
-            cleaned = defuse(turns.messages, untrusted, structural)
-            if untrusted is not None and tools is not None:
-                tools = untrusted.wrap_all(tools)
-            rendered = self._formed(template.finder(tools), cleaned, turns.trained)
+        untrusted, structural = template.guards if self.control_tokens == "plain" else (None, None)
+        cleaned = defuse(turns.messages, untrusted, structural)
+        if untrusted is not None and tools is not None:
+            tools = untrusted.wrap_all(tools)
+        rendered = self._formed(template.finder(tools), cleaned, turns.trained)
         if self.train_on == "all":
             return Rendered(rendered.text, [(0, len(rendered.text))])
         return rendered
@@ -92,22 +89,6 @@ class ChatEncoder:
         """Tokenise rendered conversations, and label the tokens that lie in their spans."""
         encoded = text_encoder(self.tokenizer).encode_batch([row.text for row in rendered])
         return label_spans(encoded, rendered)
-
-    def _plain(self, template: _Template, turns: Turns) -> Rendered | None:
-        """The render of a conversation of texts that the template prints as they are, put together without it."""
-        form = self._form if self._form in (as_given, blocks) else as_given
-        use, quiet = template.text_use(form)
-        if not use.known:
-            return None
-        texts = [message["content"] for message in turns.messages]
-        for text in texts:
-            if (use.strips and (text[0].isspace() or text[-1].isspace())) or not quiet.passes(text):
-                return None
-        if use.compares and len(set(texts)) < len(texts):
-            return None
-        roles = tuple([message["role"] for message in turns.messages])
-        layout = template.finder(None).layout(roles, form, quiet, use.dates)
-        return None if layout is None else layout.fill(texts, turns.trained)
 
     def _formed(self, finder: SpanFinder, messages: list[dict], trained: Sequence[int]) -> Rendered:
         """Find the spans with the messages as they are, else in the first other form that the template takes."""
@@ -138,7 +119,6 @@ class _Template:
         self._renderer = Renderer(tokenizer, source, None, template_kwargs)
         self._memories = {False: Memory(), True: Memory()}
         self._without_tools = self._new_finder(self._renderer)
-        self._uses: dict[Form, tuple[TextUse, Quiet]] = {}
 
     def finder(self, tools: list | None) -> SpanFinder:
         """Finds spans of conversations with these tools."""
@@ -146,13 +126,6 @@ class _Template:
 
     def _new_finder(self, render: Renderer) -> SpanFinder:
         return SpanFinder(render, self.markers, self.tokenizer.eos_token, self._memories[bool(render.tools)])
-
-    def text_use(self, form: Form) -> tuple[TextUse, Quiet]:
-        """What the template does with contents in a form, and a check for texts that it prints as they are."""
-        if form not in self._uses:
-            use = text_use(self.source, "text" if form is blocks else "content", self._renderer.given)
-            self._uses[form] = use, Quiet([*control_tokens_of(self.tokenizer, self.source), *use.searched])
-        return self._uses[form]
 
     @cached_property
     def guards(self) -> tuple[ControlTokens, ControlTokens]:

@@ -31,12 +31,10 @@ class Turns:
     Attributes:
         messages: what the template gets: plain dicts without None values, `train` and `weight` removed.
         trained: indices of the assistant messages that are to be trained, in order.
-        plain: whether every message is a role and a string that says something, and nothing else.
     """
 
     messages: list[dict[str, Any]]
     trained: list[int]
-    plain: bool
 
 
 def read_messages(messages: Any, *, train_on: str = "assistant") -> Turns:
@@ -57,7 +55,7 @@ def read_messages(messages: Any, *, train_on: str = "assistant") -> Turns:
         isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable)
     ):
         raise ConversationError(f"expected a list of messages, found {type(messages).__name__}")
-    cleaned, trained, plain = [], [], True
+    cleaned, trained = [], []
     for turn, message in enumerate(messages):
         if type(message) is not dict and not isinstance(message, Mapping):
             raise ConversationError(f"expected a message with role and content, found {message!r:.80}", turn=turn)
@@ -81,14 +79,13 @@ def read_messages(messages: Any, *, train_on: str = "assistant") -> Turns:
             if clean.get(field):
                 clean = {"thinking": clean[field], **clean, "reasoning_content": clean[field]}
                 break
-        plain = plain and len(clean) == 2 and type(clean["content"]) is str and clean["content"].strip() != ""
         cleaned.append(clean)
     if not cleaned:
         raise ConversationError("no messages; expected at least one user and one assistant message")
     if train_on == "last_assistant":
         last = max((i for i, m in enumerate(cleaned) if m["role"] == "assistant"), default=None)
         trained = [i for i in trained if i == last]
-    return Turns(cleaned, trained, plain)
+    return Turns(cleaned, trained)
 
 
 def is_trained(message: Mapping[str, Any], turn: int) -> bool:
@@ -203,25 +200,6 @@ class ControlTokens:
 
     def _open_start(self, text: str) -> bool:
         return any(text[:n] in self.suffixes for n in range(1, min(self.longest, len(text) + 1)))
-
-
-class Quiet(ControlTokens):
-    """Passes texts that hold none of some tokens and can form none with what stands beside them."""
-
-    def __init__(self, tokens: Iterable[str]) -> None:
-        super().__init__(tokens)
-        self.closing: dict[str, tuple[str, ...]] = {}
-        for suffix in sorted(self.suffixes):
-            self.closing[suffix[0]] = (*self.closing.get(suffix[0], ()), suffix)
-
-    def passes(self, text: str) -> bool:
-        """Whether `text`, with anything before and after it, neither holds nor is part of one of the tokens."""
-        if not text.isascii() and RESERVED.search(text):
-            return False
-        # What stands before the text need not be a text that was looked at, so that a token may end in it.
-        if text.startswith(self.closing.get(text[:1], ())):
-            return False
-        return not self.touches(text) and (len(text) >= self.longest or not any(text in t for t in self.tokens))
 
 
 # What the template prints of a message. Roles and block types steer its logic and are validated instead.

@@ -1,8 +1,8 @@
 """Where in a rendered conversation the assistant's own output stands, for any chat template.
 
 The loss mask starts right after the generation prompt, and ends with the stop marker that closes the turn. `turn_starts.py`
-and `turn_ends.py` have the general rules, which render the conversation up to the turn. This file sees to it that they are
-asked once for turns of one kind, not once a turn. Nothing here knows a template by name.
+and `turn_ends.py` have the general rules, which render the conversation up to the turn. This file says how often they are
+asked, so that the cost of a conversation is linear in its turns. Nothing here knows a template by name.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
-from itertools import accumulate, chain
 
 from hf_objectives.errors import TemplateError
-from hf_objectives.labels.message_forms import Form
-from hf_objectives.labels.messages import Quiet
 from hf_objectives.labels.sentinels import Sentinels, mark, read_sentinels
-from hf_objectives.labels.steadiness import steadiness
-from hf_objectives.labels.templates import Renderer
-from hf_objectives.labels.text_use import searched_strings
+from hf_objectives.labels.templates import Renderer, searched_strings
 from hf_objectives.labels.turn_ends import TurnEnds
-from hf_objectives.labels.turn_starts import TurnStarts
+from hf_objectives.labels.turn_starts import Start, TurnStarts
 from hf_objectives.labels.turns import Turn, read_turns
 
 Span = tuple[int, int]
+
+# The prompts of so many turns of a conversation are rendered; later those of turns 64, 256, 1024 ..., of the last and of the
+# first of each kind, which show whether the template goes on as it began.
+_EVERY_PROMPT = 16
+_MOST_KINDS = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,54 +34,28 @@ class Rendered:
     spans: list[Span]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a template prints plain conversations with certain roles: fixed text, with the messages' texts in between.
-
-    Attributes:
-        fixed: the text before, between and after the messages' texts, one piece more than messages.
-        turns: for each message, its span as (piece, place in it) of the begin and of the end; None where there is none.
-        pending: for each message, the characters with which a text that may start later begins.
-    """
-
-    fixed: list[str]
-    turns: list[tuple[int, int, int, int] | None]
-    pending: list[str]
-
-    def fill(self, texts: list[str], trained: Sequence[int]) -> Rendered | None:
-        """The render of a conversation, and the spans of its turns `trained`; None where a turn may start later."""
-        if any(self.pending[k] and texts[k][0] in self.pending[k] for k in trained):
-            return None
-        pieces = [*chain.from_iterable(zip(self.fixed, texts, strict=False)), self.fixed[-1]]
-        places = [0, *accumulate(map(len, pieces))]
-        spans = []
-        for k in trained:
-            piece, begin, last, end = self.turns[k]  # type: ignore[misc]
-            spans.append((places[2 * piece] + begin, places[2 * last] + end))
-        return Rendered("".join(pieces), spans)
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Where turns of one kind start and end in their frames: `lead` stands between the start and the turn's text, `rest`
-    behind its stop marker; a turn whose text begins with a character of `pending` may start later."""
-
-    lead: str
-    rest: str
-    pending: str
-
-
 @dataclass
 class Memory:
-    """What was learnt of a template, with or without tools: kept from conversation to conversation."""
+    """What is kept of a template, with or without tools, from conversation to conversation.
 
-    layouts: dict[tuple, Layout | None] = field(default_factory=dict)
-    frames: dict[Hashable, Frame] = field(default_factory=dict)
+    Attributes:
+        header: the generation prompt after a plain question; None where it was not looked for.
+        rests: for each kind of turn, what stands behind its stop marker.
+        closings: for turns that are text alone, by the roles around them, how they are printed.
+    """
+
+    header: str | None = None
+    rests: dict[Hashable, str] = field(default_factory=dict)
+    closings: dict[Hashable, Closing] = field(default_factory=dict)
 
 
-# A text that is printed in another way by whatever quotes or changes texts: quotes, a backslash, both cases, an accent.
-_PROBE = "Aa \"\\\n'\u00e9{}."
-_MOST_LAYOUTS, _MOST_FRAMES = 1024, 65536
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """How a turn is printed: `lead`, its text, `after`; the first `length` characters of `after` are trained."""
+
+    lead: str
+    after: str
+    length: int
 
 
 class SpanFinder:
@@ -93,15 +65,17 @@ class SpanFinder:
         render: the template with its tools and arguments.
         markers: pattern of control tokens in rendered text.
         eos_token: the tokenizer's EOS, the first choice among stop markers.
-        memory: what was learnt before with this template and arguments; with tools if `render` has tools, else without.
+        memory: what was kept of this template with these arguments; one if `render` has tools, another if it has none.
     """
 
     def __init__(self, render: Renderer, markers: re.Pattern[str], eos_token: str | None, memory: Memory) -> None:
         self.render, self.memory = render, memory
         self.starts = TurnStarts(render, markers)
+        if memory.header is None:
+            memory.header = self.starts.header
+        self.starts.header = memory.header
         self.ends = TurnEnds(render, markers, eos_token, self.starts)
-        self.searched = searched_pattern(render.source)
-        self.steadiness = steadiness(render.source)
+        self.searched = searched_strings(render.source)
 
     def find(self, messages: list[dict], trained: Sequence[int]) -> Rendered:
         """Render a conversation and find the span of each trained assistant turn.
@@ -110,21 +84,50 @@ class SpanFinder:
             TemplateError: the template refuses the conversation, drops a turn or a tool call, or its output does not
                 determine a span; names the turn.
         """
-        return self._find(messages, trained)[0]
-
-    def _find(self, messages: list[dict], trained: Sequence[int]) -> tuple[Rendered, Sentinels, dict[int, str]]:
-        """The spans, where the messages stand, and the characters with which turns that may start later begin."""
         text = self.render(messages)
+        prompts: dict[int, str | None] = {}
+        spans = self._printed_as_before(messages, trained, text, prompts)
+        if spans is not None:
+            return Rendered(text, spans)
         found = self._sentinels(messages, text)
         _check_printed(messages, trained, found)
-        spans: list[Span] = []
-        pending: dict[int, str] = {}
-        for turn in read_turns(messages, trained, found, self.searched, distinct=self.steadiness.compares):
-            span, pending[turn.k] = self._known(turn) or self._learn(turn)
-            if spans and span[0] < spans[-1][1]:
+        turns = read_turns(messages, trained, found, self.searched)
+        spans = []
+        for turn, start in zip(turns, self._starts(turns, prompts), strict=True):
+            if spans and start < spans[-1][1]:
                 raise TemplateError("the template renders two assistant turns over each other", turn=turn.k)
-            spans.append(span)
-        return Rendered(text, spans), found, pending
+            spans.append((start, self._end(turn, start)))
+        return Rendered(text, spans)
+
+    def _printed_as_before(
+        self, messages: list[dict], trained: Sequence[int], text: str, prompts: dict[int, str | None]
+    ) -> list[Span] | None:
+        """The spans of a conversation of texts, each right behind its prompt and closed as turns before it were.
+
+        None where this does not hold for a turn. `prompts` gets the prompts that were rendered.
+        """
+        if len(trained) > _EVERY_PROMPT or any(len(messages[k]) > 2 for k in trained):
+            return None
+        if not all(type(message.get("content")) is str for message in messages):
+            return None
+        roles = [message["role"] for message in messages]
+        spans: list[Span] = []
+        for k in trained:
+            closing = self.memory.closings.get(_roles_around(roles, k))
+            if closing is None:
+                return None
+            prompts[k] = prompt = self.starts.prompt(messages, k)
+            start = self.starts.after_prompt(text, prompt)
+            if start is None or (spans and start < spans[-1][1]):
+                return None
+            said = messages[k]["content"]
+            after = start + len(closing.lead) + len(said)
+            if not text.startswith(closing.lead + said + closing.after, start):
+                return None
+            if k == len(messages) - 1 and len(text) > after + len(closing.after):
+                return None
+            spans.append((start, after + closing.length))
+        return spans
 
     def refused_turn(self, messages: list[dict]) -> int:
         """The last message of the shortest beginning of a conversation that the template refuses."""
@@ -135,86 +138,50 @@ class SpanFinder:
                 return n - 1
         return len(messages) - 1
 
-    # -- plain conversations -----------------------------------------------------------------------------------------
+    def _starts(self, turns: list[Turn], prompts: dict[int, str | None]) -> list[int]:
+        """Where each turn starts, by its own prompt, or in a long conversation as the turns of its kind before it.
 
-    def layout(self, roles: tuple[str, ...], form: Form, quiet: Quiet, dates: tuple[str, ...] = ()) -> Layout | None:
-        """How the template prints a plain conversation with these roles, None where that depends on more than the roles.
-
-        Args:
-            roles: the role of each message.
-            form: how messages are written, one of FORMS.
-            quiet: passes texts that the template prints as they are.
-            dates: the formats in which the template prints the date.
+        Where two turns of one kind start at different places in their frames, every prompt of the conversation is rendered.
         """
-        key = roles, form, tuple(map(datetime.now().strftime, dates)) if dates else ()
-        if key not in self.memory.layouts:
-            if len(self.memory.layouts) >= _MOST_LAYOUTS:
-                self.memory.layouts.clear()
-            self.memory.layouts[key] = self._read_layout(roles, form, quiet)
-        return self.memory.layouts[key]
 
-    def _read_layout(self, roles: tuple[str, ...], form: Form, quiet: Quiet) -> Layout | None:
-        texts = [_PROBE.format(i) for i in range(len(roles))]
-        messages = form([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
-        if messages is None or not all(map(quiet.passes, texts)):
-            return None
-        trained = [i for i, role in enumerate(roles) if role == "assistant"]
-        try:
-            rendered, found, pending = self._find(messages, trained)
-        except TemplateError:  # told of the conversation itself
-            return None
-        begins, place = [], 0
-        for i, text in enumerate(texts):
-            begin = found.begins.get(i, -1)
-            if begin < place or found.ends[i] != [begin + len(text)] or not found.text.startswith(text, begin):
-                return None
-            begins.append(begin)
-            place = begin + len(text)
-        bounds = [0, *(at for begin, text in zip(begins, texts, strict=True) for at in (begin, begin + len(text)))]
-        pieces = list(zip(bounds[::2], [*begins, len(found.text)], strict=True))
-        turns: list[tuple[int, int, int, int] | None] = [None] * len(roles)
-        for k, span in zip(trained, rendered.spans, strict=True):
-            places = [
-                next(((n, at - begin) for n, (begin, end) in enumerate(pieces) if begin <= at <= end), None)
-                for at in span
-            ]
-            if None in places:
-                return None
-            turns[k] = (*places[0], *places[1])  # type: ignore[misc]
-        fixed = [found.text[begin:end] for begin, end in pieces]
-        return Layout(fixed, turns, [pending.get(i, "") for i in range(len(roles))])
+        def find(turn: Turn) -> Start:
+            if turn.k not in prompts:
+                prompts[turn.k] = self.starts.prompt(turn.messages, turn.k)
+            return self.starts.find(turn, prompts[turn.k])
 
-    # -- one turn ----------------------------------------------------------------------------------------------------
+        kinds: dict[Hashable, Start] = {}
+        starts = []
+        for n, turn in enumerate(turns):
+            known = kinds.get(turn.kind)
+            sampled = n < _EVERY_PROMPT or _is_power_of_four(n) or turn is turns[-1]
+            if known is not None and not sampled and not known.may_start_later(turn):
+                starts.append(turn.begin - known.lead)  # type: ignore[operator]
+                continue
+            start = find(turn)
+            if known is not None and known.lead != start.lead and not known.may_start_later(turn):
+                return [find(turn).place for turn in turns]
+            if start.lead is not None:
+                kinds.setdefault(turn.kind, start)
+            starts.append(start.place)
+        return starts
 
-    def _known(self, turn: Turn) -> tuple[Span, str] | None:
-        """The span of a turn of a known kind, None where its render is not that of the kind; and `Start.pending`."""
-        frame = self.memory.frames.get(turn.key)
-        if frame is None or turn.begin is None:
-            return None
-        if not turn.frame_before.endswith(frame.lead) or not turn.frame_after.endswith(frame.rest):
-            return None
-        if frame.pending and not frame.lead and turn.text[turn.begin : turn.begin + 1] in frame.pending:
-            return None
-        span = turn.begin - len(frame.lead), turn.end + len(turn.frame_after) - len(frame.rest)
-        return span, "" if frame.lead else frame.pending
-
-    def _learn(self, turn: Turn) -> tuple[Span, str]:
-        """As `_known` by the general rules; kept for turns of its kind where it depends on nothing else."""
-        start = self.starts.find(turn)
-        if not start.place < turn.end:
+    def _end(self, turn: Turn, start: int) -> int:
+        """The end of a turn's stop marker, as it was found for turns of its kind in this or an earlier conversation."""
+        if not start < turn.end:
             raise TemplateError("the template's generation prompt overlaps the text of this turn", turn=turn.k)
-        tail = self.ends.find(turn, start.place)
-        if (
-            turn.key is not None
-            and self.steadiness.steady
-            and start.lasting
-            and turn.before <= start.place <= turn.begin  # type: ignore[operator]
-            and (turn.following is None or tail.reach <= len(turn.frame_after))
-            and len(self.memory.frames) < _MOST_FRAMES
-        ):
-            lead, rest = turn.text[start.place : turn.begin], turn.frame_after[tail.length :]
-            self.memory.frames[turn.key] = Frame(lead, rest, start.pending)
-        return (start.place, turn.end + tail.length), "" if turn.begin != start.place else start.pending
+        rest = self.memory.rests.get(turn.frame_kind)
+        if rest is not None and turn.frame_after.endswith(rest):
+            return turn.end + len(turn.frame_after) - len(rest)
+        tail = self.ends.find(turn, start)
+        seen = turn.following is None or tail.reach <= len(turn.frame_after)  # else a later text was looked at
+        if turn.frame_kind is not None and seen and len(self.memory.rests) < _MOST_KINDS:
+            self.memory.rests[turn.frame_kind] = turn.frame_after[tail.length :]
+            if start <= turn.begin:  # type: ignore[operator]
+                after = turn.frame_after if turn.following is None else turn.frame_after[: tail.reach]
+                self.memory.closings[_roles_around([m["role"] for m in turn.messages], turn.k)] = Closing(
+                    turn.text[start : turn.begin], after, tail.length
+                )
+        return turn.end + tail.length
 
     def _sentinels(self, messages: list[dict], text: str) -> Sentinels:
         found = read_sentinels(self.render(mark(messages, begins=True)))
@@ -281,10 +248,10 @@ def _check_printed(messages: list[dict], trained: Sequence[int], found: Sentinel
                 raise TemplateError(f"the chat template prints message {other} inside this turn", turn=k)
 
 
-@lru_cache(maxsize=64)
-def searched_pattern(template: str) -> re.Pattern[str] | None:
-    """A pattern of the strings that a template may look for in texts, upper case or lower; None for none."""
-    strings = sorted(
-        searched_strings(template) | steadiness(template).compared, key=lambda string: (-len(string), string)
-    )
-    return re.compile("|".join(map(re.escape, strings)), re.IGNORECASE) if strings else None
+def _roles_around(roles: list[str], k: int) -> tuple[str | int, ...]:
+    """The roles of the first message, of the two before message k and of the one behind it."""
+    return (roles[0], min(k, 2), *roles[max(k - 2, 0) : k + 2])
+
+
+def _is_power_of_four(n: int) -> bool:
+    return n & (n - 1) == 0 and n.bit_length() % 2 == 1

@@ -8,27 +8,69 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.runtime import LoopContext, new_context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from transformers.utils import chat_template_utils
 
 from hf_objectives.errors import TemplateError
+from hf_objectives.labels.messages import ROLES
 
 # What looks like a control token in a template's output, whatever the tokenizer: <|im_end|>, </s>, <end_of_turn>,
 # <｜Assistant｜>, [/INST]. The tokenizer's own added tokens count as well.
 _MARKER = r"<+[^<>\s]{1,80}>+|\[/?[A-Z][A-Z_]*\]"
 
+_DICT_ATTRIBUTES, _MISSING = frozenset(dir(dict)), object()
+# Strings that templates compare with roles, kinds and keys, not with what is said.
+_KEYS = ROLES | {
+    "role",
+    "content",
+    "type",
+    "text",
+    "image",
+    "video",
+    "audio",
+    "name",
+    "function",
+    "tool_calls",
+    "arguments",
+}
 
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox of transformers with a short way to what chat templates read most; the tests hold both against each other.
+
+    The sandbox looks for an attribute first, so that it raises and catches an error for each key of a message, and asks of
+    what kind each value is. None of that can refuse a key of a dict, or a public attribute of a loop, namespace or string.
+    """
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if (kind is LoopContext or kind is str or isinstance(obj, Namespace)) and attribute[:1] != "_":
+            found = getattr(obj, attribute, _MISSING)
+            if found is not _MISSING and attribute not in ("format", "format_map"):  # those two the sandbox replaces
+                return found
+        return super().getattr(obj, attribute)
+
+
+@lru_cache(maxsize=64)
 def compile_template(template: str) -> jinja2.Template:
-    """The compiled template, from transformers' own sandboxed and cached environment.
+    """The compiled template, from transformers' own sandboxed environment.
 
     Raises:
         TemplateError: the template is not valid Jinja.
     """
     try:
-        return chat_template_utils._compile_jinja_template(template)
+        environment = copy.copy(chat_template_utils._compile_jinja_template(template).environment)
+        environment.__class__ = _Environment
+        return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise TemplateError(f"the chat template is not valid Jinja: {error}") from error
 
@@ -44,6 +86,21 @@ def literal_text(template: str) -> str:
     literals = {node.data for node in tree.find_all(nodes.TemplateData)}
     literals |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return "\0".join(sorted(literals))
+
+
+@lru_cache(maxsize=64)
+def searched_strings(template: str) -> re.Pattern[str] | None:
+    """A pattern of the strings that a template looks for in texts, upper case or lower; None for none."""
+    found: set[Any] = set()
+    for node in syntax_tree(template).find_all((nodes.Compare, nodes.Call, nodes.Filter)):
+        match node:
+            case nodes.Compare():
+                found |= {getattr(side, "value", "") for side in (node.expr, *(operand.expr for operand in node.ops))}
+            case nodes.Filter(name="replace") | nodes.Call(node=nodes.Getattr()):
+                found |= {getattr(argument, "value", "") for argument in node.args[:1]}
+    strings = {string for string in found if isinstance(string, str) and string.strip()} - _KEYS
+    longest_first = sorted(strings, key=lambda string: (-len(string), string))
+    return re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE) if strings else None
 
 
 def template_of(tokenizer: Any, chat_template: str | None, tools: Sequence | None) -> str:
@@ -134,8 +191,8 @@ class Renderer:
     ) -> None:
         self.source = template
         self._template = compile_template(template)
-        # `Template.render` copies globals and arguments for each call; a shared context built from one dict is the same
-        # at a third of the cost.
+        # `Template.render` copies globals and arguments for each call; a context that holds them all is the same at a third
+        # of the cost.
         variables = {**tokenizer.special_tokens_map, "documents": None, **template_kwargs}
         self.given = frozenset(variables)
         self._context = {
@@ -163,7 +220,9 @@ class Renderer:
         """
         context = {**self._context, "messages": messages, "add_generation_prompt": generation_prompt}
         try:
-            return "".join(self._template.root_render_func(self._template.new_context(context, shared=True)))
+            return "".join(
+                self._template.root_render_func(new_context(self._template.environment, None, {}, context, shared=True))
+            )
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:

@@ -19,14 +19,17 @@ class Start:
 
     Attributes:
         place: position in the render.
-        lasting: whether a turn with equal frames starts at the same place in them, whatever else was said.
-        pending: how the rest of the prompt, which the render does not hold, may go on; a turn whose own text begins so
-            would start later.
+        lead: characters between the start and the turn's text; None where the turn starts within its text.
+        pending: how the rest of the prompt, which the render does not hold, may go on.
     """
 
     place: int
-    lasting: bool
+    lead: int | None
     pending: str
+
+    def may_start_later(self, turn: Turn) -> bool:
+        """Whether another turn of this kind begins as the rest of the prompt does, and so may start behind it."""
+        return self.lead == 0 and turn.text[turn.begin : turn.begin + 1] in self.pending  # type: ignore[operator]
 
 
 class TurnStarts:
@@ -40,47 +43,59 @@ class TurnStarts:
     def __init__(self, render: Renderer, markers: re.Pattern[str]) -> None:
         self.render, self.markers = render, markers
 
-    def find(self, turn: Turn) -> Start:
-        """Where a turn starts, by the first of three rules that says so.
+    def prompt(self, messages: list[dict], k: int) -> str | None:
+        """What the model is given when it has to write message k; None where the template refuses an empty conversation.
 
         Raises:
-            TemplateError: the template refuses the prompt, or no rule finds it in the render.
+            TemplateError: the template refuses the messages before k.
         """
-        prompt = self._prompt(turn)
+        try:
+            return self.render(messages[:k], generation_prompt=True)
+        except TemplateError as error:
+            if k == 0:  # the prompt is then looked for in another way
+                return None
+            error.turn = k
+            raise
+
+    def find(self, turn: Turn, prompt: str | None) -> Start:
+        """Where a turn starts, by the first of three rules that says so.
+
+        Args:
+            turn: the turn.
+            prompt: see `prompt`.
+
+        Raises:
+            TemplateError: no rule finds the prompt in the render.
+        """
+        place = self.after_prompt(turn.text, prompt)
+        if place is not None:
+            return Start(place, _lead(turn, place), "")
         generation = self._generation_prompt(turn, prompt).lstrip()
         after = self._after_texts(turn, prompt)
-        exact = self.after_prompt(turn, prompt)
         place, matched = self.after_generation_prompt(turn, generation)
         if place is None:
             place = self.after_agreement(turn, after, prompted=bool(generation))
-        if exact is None and place is None:
+        if place is None:
             raise TemplateError(
                 "cannot tell where this turn starts: the render of the conversation does not hold the generation prompt "
                 f"{generation[-60:]!r} before it",
                 turn=turn.k,
             )
-        # Another turn with these frames may begin with its prompt where this one does not, or the other way round.
-        expected = exact
-        if exact is None and after is not None and turn.text.startswith(after, turn.before):
-            expected = self._after_header(turn.text, turn.before + len(after))
-        lasting = turn.k > 0 and after is not None and place is not None and expected in (None, place)
         pending = generation[matched : matched + 1]
         if after is not None and after.startswith(turn.frame_before):
             pending += after[len(turn.frame_before) :][:1]
-        start = place if exact is None else exact
-        assert start is not None
-        return Start(start, lasting, pending)
+        return Start(place, _lead(turn, place), pending)
 
-    def after_prompt(self, turn: Turn, prompt: str | None) -> int | None:
+    def after_prompt(self, text: str, prompt: str | None) -> int | None:
         """First rule: the render begins with the prompt, and the turn starts where the prompt ends.
 
         prompt  <u>Hi</s><a>
         render  <u>Hi</s><a>Hello</s>
                             ^
         """
-        if prompt is None or not turn.text.startswith(prompt):
+        if prompt is None or not text.startswith(prompt):
             return None
-        return self._after_header(turn.text, len(prompt))
+        return self._after_header(text, len(prompt))
 
     def after_generation_prompt(self, turn: Turn, generation: str) -> tuple[int | None, int]:
         """Second rule: the turn starts after the longest beginning of the generation prompt that stands before its text.
@@ -152,15 +167,6 @@ class TurnStarts:
         header = self.header if self.markers.search(self.header) else ""
         return place + (len(header) if header and text.startswith(header, place) else 0)
 
-    def _prompt(self, turn: Turn) -> str | None:
-        try:
-            return self.render(turn.messages[: turn.k], generation_prompt=True)
-        except TemplateError as error:
-            if turn.k == 0:  # many templates refuse an empty conversation; the prompt is then looked for in another way
-                return None
-            error.turn = turn.k
-            raise
-
     def _generation_prompt(self, turn: Turn, prompt: str | None) -> str:
         """What the prompt holds and the render of the same messages without a generation prompt does not."""
         if prompt is None:  # the conversation starts with the assistant: any other conversation has the same prompt
@@ -179,6 +185,10 @@ class TurnStarts:
             return None
         found: Sentinels = read_sentinels(self.render(mark(turn.messages[: turn.k]), generation_prompt=True))
         return prompt[found.last_end() :] if found.text == prompt and found.ends else None
+
+
+def _lead(turn: Turn, place: int) -> int | None:
+    return turn.begin - place if turn.kind is not None and turn.before <= place <= turn.begin else None  # type: ignore[operator]
 
 
 def _texts(message: dict) -> list[str]:

@@ -30,7 +30,8 @@ class Turn:
         head: where the first text of the conversation begins.
         frame_before: the render between the texts of earlier messages and `begin`.
         frame_after: the render between `end` and the first text of a later message.
-        key: equal for turns that the template frames in the same way; None where that is not known.
+        kind: equal for turns that look alike up to their text; None where the template does not print the turn in one piece.
+        frame_kind: equal for turns of one kind that are followed alike.
     """
 
     messages: list[dict[str, Any]]
@@ -43,7 +44,8 @@ class Turn:
     head: int
     frame_before: str
     frame_after: str
-    key: Hashable
+    kind: Hashable
+    frame_kind: Hashable
 
     @property
     def window(self) -> str:
@@ -57,25 +59,19 @@ class Turn:
 
 
 def read_turns(
-    messages: list[dict[str, Any]],
-    trained: Sequence[int],
-    found: Sentinels,
-    searched: re.Pattern[str] | None,
-    *,
-    distinct: bool = False,
+    messages: list[dict[str, Any]], trained: Sequence[int], found: Sentinels, searched: re.Pattern[str] | None
 ) -> list[Turn]:
     """The turns `trained` of a conversation, in time that is linear in its length.
 
-    A turn's key holds the frames in the render; role, content, reasoning and calls of the turn and of the two messages
-    before it; the kinds of messages since the last user message and before; and which of the strings that the template
-    searches for were said, in which order and by whom. `steadiness.py` says which templates look at more.
+    The kind of a turn holds the frame before it, and what a template may look at in the turn itself, in the two messages
+    before it, in the first message and in the last question: role, which kinds of content there are, and which are said of
+    the strings that the template looks for.
 
     Args:
         messages: the conversation.
         trained: indices of assistant messages, all of them printed.
         found: where the messages stand in the render.
-        searched: pattern of the strings that the template looks for in texts.
-        distinct: only turns before which no text was said twice have a key, for templates that compare texts.
+        searched: pattern of the strings that the template looks for in texts; None for none.
     """
     begins = [_begin(message, i, found) for i, message in enumerate(messages)]
     later = [len(found.text)] * (len(messages) + 1)
@@ -85,73 +81,35 @@ def read_turns(
             begin = found.ends[i][0] if i in found.ends else later[i + 1]
         later[i] = min(later[i + 1], begin)
     wanted, turns, before = set(trained), [], 0
-    history = _History(searched, distinct)
+    shapes = [_shape(message, searched) for message in messages]
+    asked: tuple | None = None
     for k, message in enumerate(messages):
-        history.add(message)
         if k in wanted:
             begin, first, end = begins[k], found.ends[k][0], found.ends[k][-1]
             frame_before = "" if begin is None else found.text[before:begin]
             frame_after = found.text[end : later[k + 1]]
-            key = None
-            if not history.repeated and begin is not None and before <= begin <= first and end <= later[k + 1]:
-                following = messages[k + 1]["role"] if k + 1 < len(messages) else None
-                key = (*history.key(), following, *_without_values(messages, k, frame_before, frame_after))
+            kind = frame_kind = None
+            if begin is not None and before <= begin <= first and end <= later[k + 1]:
+                bare_before, bare_after = _without_values(messages, k, frame_before, frame_after)
+                kind = (shapes[0], asked, *shapes[max(k - 2, 0) : k + 1], bare_before)
+                frame_kind = (kind, messages[k + 1]["role"] if k + 1 < len(messages) else None, bare_after)
             turns.append(
-                Turn(messages, k, found.text, before, begin, first, end, later[0], frame_before, frame_after, key)
+                Turn(messages, k, found.text, before, begin, first, end, later[0], frame_before, frame_after, kind,
+                     frame_kind)
             )  # fmt: skip
+        if message["role"] == "user":
+            asked = shapes[k]
         before = max(before, found.ends[k][-1]) if k in found.ends else before
     return turns
 
 
-class _History:
-    """What templates look at in the messages up to a turn.
-
-    Args:
-        searched: pattern of the strings that the template looks for in texts.
-        distinct: whether the template compares texts with each other.
-    """
-
-    def __init__(self, searched: re.Pattern[str] | None, distinct: bool) -> None:
-        self.searched, self.distinct = searched, distinct
-        self.shapes: list[tuple] = [(), ()]
-        self.said: list[frozenset[tuple]] = [frozenset(), frozenset()]  # by each message
-        self.order: dict[tuple, None] = {}  # what was said by which role, the latest last
-        self.asked: frozenset[tuple] = frozenset()  # by the last user message
-        self.seen: frozenset[tuple] = frozenset()  # shapes before the last message
-        self.since: frozenset[tuple] = frozenset()  # the same from the last user message on
-        self._new: tuple | None = None
-        self.texts: set[str] = set()
-        self.repeated = False
-
-    def add(self, message: dict[str, Any]) -> None:
-        """Go on to the next message."""
-        if self._new is not None:
-            before, user = self._new, self._new[0] == "user"
-            self.seen |= {before}
-            self.since = frozenset([before]) if user else self.since | {before}
-        self._new = shape = (
-            message["role"],
-            bool(message.get("content")),
-            any(message.get(field) for field in REASONING_FIELDS) if len(message) > 2 else False,
-            min(len(message.get("tool_calls") or ()), 2),
-        )
-        self.shapes.append(shape)
-        said = frozenset(_searched(message, self.searched)) if self.searched is not None else frozenset()
-        self.said.append(said)
-        for string in sorted(said):
-            self.order.pop((message["role"], *string), None)
-            self.order[message["role"], *string] = None
-        if message["role"] == "user":
-            self.asked = said
-        if self.distinct:
-            for text in content_texts(message.get("content")):
-                self.repeated = self.repeated or text.strip() in self.texts
-                self.texts.add(text.strip())
-
-    def key(self) -> tuple[Hashable, ...]:
-        """Equal after histories that no steady template tells apart."""
-        said = (*self.said[2:4], *self.said[-3:], self.asked, tuple(self.order))
-        return (self.shapes[2][0], *self.shapes[-3:], min(len(self.shapes) - 3, 2), self.seen, self.since, said)
+def _shape(message: dict[str, Any], searched: re.Pattern[str] | None) -> tuple[Hashable, ...]:
+    """What a template may look at in a message beside what it prints."""
+    said = frozenset(_searched(message, searched)) if searched is not None else ()
+    if len(message) == 2:
+        return (message["role"], bool(message.get("content")), said)
+    reasons = any(message.get(field) for field in REASONING_FIELDS)
+    return (message["role"], bool(message.get("content")), said, reasons, min(len(message.get("tool_calls") or ()), 2))
 
 
 def _begin(message: dict[str, Any], i: int, found: Sentinels) -> int | None:

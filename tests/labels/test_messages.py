@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_objectives.errors import ConversationError
-from hf_objectives.labels.messages import CLOSE, OPEN, ControlTokens, Quiet, defuse, read_messages
+from hf_objectives.labels.messages import CLOSE, OPEN, ControlTokens, defuse, read_messages
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "x", "n": 1}}}
 
@@ -27,7 +27,7 @@ def test_what_the_template_sees():
         {"role": "assistant", "content": "a", "reasoning": "r", "thinking": "r", "reasoning_content": "r"},
         {"role": "assistant", "content": "b"},
     ]
-    assert turns.trained == [2] and not turns.plain
+    assert turns.trained == [2]
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,3 @@ def test_assistants_keep_their_markup():
     assert defused[0]["content"] == f"{OPEN}<think>{CLOSE}"
     assert defused[1]["content"] == f"<think>x</think>{OPEN}<|im_end|>{CLOSE}"
     assert defuse(messages, None, None) == messages
-
-
-def test_quiet_texts_hold_no_token_and_are_no_part_of_one():
-    quiet = Quiet(["<|im_end|>", "</think>"])
-    texts = ("Hello", "a <", "think", "x <|im_end|>", "a < b", "\U00100001")
-    assert [quiet.passes(text) for text in texts] == [True, False, False, False, True, False]
-
-
-def test_a_text_that_ends_a_token_begun_before_it_is_not_quiet():
-    quiet = Quiet(["aHi"])
-    assert quiet.passes("Hello there") and not quiet.passes("Hi there") and not quiet.passes("i there")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from transformers.utils import chat_template_utils
 
@@ -66,3 +68,49 @@ def test_functions_are_tools():
     assert row == encode_chat(tokenizer, TOOL, tools=[chat_template_utils.get_json_schema(get_weather)])
     with pytest.raises(TemplateError, match="no schema can be read from the function '<lambda>'"):
         tool_schema(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *(
+            "m.role",
+            "m['role']",
+            "m.missing",
+            "m.missing is defined",
+            "m.get('role')",
+            "m.items() | list",
+            "m.keys() | list",
+        ),
+        *("loop.first", "loop.index0", "loop.previtem", "loop.missing", "loop.cycle('a', 'b')", "loop._length"),
+        *("ns.x", "ns.missing", "ns.__class__", "m.content.upper()", "m.content.missing", "'{}'.format(m.role)"),
+        *(
+            "m.content.__class__",
+            "m.__class__",
+            "m.update({})",
+            "m.pop('role')",
+            "loop.__init__",
+            "'{0.__class__}'.format(m)",
+        ),
+        *(
+            "messages.append(1)",
+            "messages[0].content.format_map",
+            "m.content.split.__self__",
+            "ns.x.__class__",
+            "m.clear",
+        ),
+    ],
+)
+def test_the_environment_reads_what_the_sandbox_reads_and_refuses_what_it_refuses(expression):
+    source = "{% set ns = namespace(x=1) %}{% for m in messages %}{{ " + expression + " }}{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "{x}"}]
+
+    def outcome(template):
+        try:
+            return re.sub("0x[0-9a-f]+", "", template.render(messages=messages))
+        except Exception as error:
+            return type(error).__name__, str(error)
+
+    theirs = chat_template_utils._compile_jinja_template(source)
+    assert outcome(compile_template(source)) == outcome(theirs)
+    assert messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "{x}"}]

@@ -19,9 +19,10 @@ def test_frames_by_hand():
     assert turn.following is None
 
 
-def test_turns_of_one_kind_have_one_key():
+def test_turns_of_one_kind():
     exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    keys = [turn.key for turn in turns(exchange * 6)]
+    found = turns(exchange * 6)
+    kinds, followed = [turn.kind for turn in found], [turn.frame_kind for turn in found]
     # The first turns have other messages before them, and nothing follows the last.
-    assert keys[2] == keys[3] == keys[4]
-    assert keys[0] != keys[2] and keys[5] != keys[2]
+    assert kinds[2] == kinds[3] == kinds[5] and kinds[0] != kinds[2]
+    assert followed[2] == followed[3] == followed[4] != followed[5]
