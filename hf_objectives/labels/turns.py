@@ -80,6 +80,9 @@ def read_turns(
         if begin is None:
             begin = found.ends[i][0] if i in found.ends else later[i + 1]
         later[i] = min(later[i + 1], begin)
+    # A message without sentinels, as they would change the render, is no part of what stands before the first text.
+    unseen = (found.text.find(text.strip()) for text in (_texts(messages[0]) if begins[0] is None else ()))
+    head = min((place for place in unseen if place >= 0), default=later[0])
     wanted, turns, before = set(trained), [], 0
     shapes = [_shape(message, searched) for message in messages]
     asked: tuple | None = None
@@ -94,7 +97,7 @@ def read_turns(
                 kind = (shapes[0], asked, *shapes[max(k - 2, 0) : k + 1], bare_before)
                 frame_kind = (kind, messages[k + 1]["role"] if k + 1 < len(messages) else None, bare_after)
             turns.append(
-                Turn(messages, k, found.text, before, begin, first, end, later[0], frame_before, frame_after, kind,
+                Turn(messages, k, found.text, before, begin, first, end, min(head, later[0]), frame_before, frame_after, kind,
                      frame_kind)
             )  # fmt: skip
         if message["role"] == "user":

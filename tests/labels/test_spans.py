@@ -108,3 +108,16 @@ def test_a_long_conversation_whose_prompts_change(condition):
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": "answer"}]
     expected = outcome(reference_render, tokenizer, messages)
     assert outcome(ChatEncoder(tokenizer).render, messages) == expected
+
+
+def test_a_question_that_looks_like_a_control_token_opens_no_turn():
+    """Sentinels would change the render of the first message, so that its place is found by its text."""
+    template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{% if loop.previtem and loop.previtem.content | length > 6 %}P{% endif %}"
+        "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    tokenizer = byte_tokenizer(template, special=["<|unused|>"])
+    messages = [{"role": "user", "content": "[INST]"}, {"role": "assistant", "content": "Think about"}]
+    rendered = ChatEncoder(tokenizer, control_tokens="allow").render([*messages, {"role": "user", "content": "H"}])
+    assert rendered.text == "<u>[INST]</s><a>Think about</s><u>PH</s>"
+    assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["Think about</s>"]
