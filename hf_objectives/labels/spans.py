@@ -39,12 +39,14 @@ class Memory:
     """What is kept of a template, with or without tools, from conversation to conversation.
 
     Attributes:
-        header: the generation prompt after a plain question; None where it was not looked for.
+        header: the generation prompt after a plain question; None before it was looked for.
+        tails: what stands after a short answer; None before it was looked for.
         rests: for each kind of turn, what stands behind its stop marker.
         closings: for turns that are text alone, by the roles around them, how they are printed.
     """
 
     header: str | None = None
+    tails: list[str] | None = None
     rests: dict[Hashable, str] = field(default_factory=dict)
     closings: dict[Hashable, Closing] = field(default_factory=dict)
 
@@ -71,10 +73,10 @@ class SpanFinder:
     def __init__(self, render: Renderer, markers: re.Pattern[str], eos_token: str | None, memory: Memory) -> None:
         self.render, self.memory = render, memory
         self.starts = TurnStarts(render, markers)
-        if memory.header is None:
-            memory.header = self.starts.header
-        self.starts.header = memory.header
         self.ends = TurnEnds(render, markers, eos_token, self.starts)
+        if memory.header is None or memory.tails is None:
+            memory.header, memory.tails = self.starts.header, self.ends.tails
+        self.starts.header, self.ends.tails = memory.header, memory.tails
         self.searched = searched_strings(render.source)
 
     def find(self, messages: list[dict], trained: Sequence[int]) -> Rendered:

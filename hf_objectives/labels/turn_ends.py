@@ -66,7 +66,11 @@ class TurnEnds:
     def _stop(self, turn: Turn, start: int, own: str, next_marker: re.Match[str] | None, closed: bool) -> int:
         stops = list(self.markers.finditer(own)) if closed else []
         openers = self._openers(turn, start) if closed else set()
-        closing = list(itertools.takewhile(lambda stop: stop.group() not in openers, stops))
+        closing = list(itertools.takewhile(lambda stop: stop.group() not in openers - {self._closer}, stops))
+        if self._closer in openers:
+            # The conversation begins with an empty turn: what stands behind its stop opens the next.
+            ends = (n for n, stop in enumerate(closing, 1) if stop.group() == self._closer)
+            closing = closing[: next(ends, None)]
         if not self.starts.header:
             closing = closing or stops[:1]  # one token may separate all turns
         eos = next((stop for stop in stops if stop.group() == self.eos_token), None)
@@ -119,12 +123,30 @@ class TurnEnds:
     @cached_property
     def _template_closes_turns(self) -> bool:
         """Whether a turn ends with a marker of its own (ChatML) or only when the next role is named (GLM)."""
+        return not self.tails or self.tails[0].strip() != ""
+
+    @cached_property
+    def _closer(self) -> str | None:
+        """The control token that the template prints right after every answer, whatever follows; None where there is none,
+        or where it begins the generation prompt, which some templates print unasked."""
+        first = [self.markers.match(tail.lstrip()) for tail in self.tails]
+        tokens = {found.group() if found else None for found in first}
+        header = self.markers.match(self.starts.header.lstrip())
+        return tokens.pop() if len(tokens) == 1 and not (header and header.group() in tokens) else None
+
+    @cached_property
+    def tails(self) -> list[str]:
+        """What the template prints after a short answer, the last message and before another question."""
         for content in ("Hello", [{"type": "text", "text": "Hello"}]):
-            exchange = [{"role": role, "content": content} for role in ("user", "assistant")]
-            try:
-                probe = read_sentinels(self.render(mark(exchange)))
-            except TemplateError:
-                continue
-            if (end := probe.end(1)) is not None:
-                return probe.text[end:].strip() != ""
-        return True
+            user, answer = ({"role": role, "content": content} for role in ("user", "assistant"))
+            tails = []
+            for exchange in ([user, answer], [user, answer, user]):
+                try:
+                    probe = read_sentinels(self.render(mark(exchange)))
+                except TemplateError:
+                    continue
+                if (end := probe.end(1)) is not None:
+                    tails.append(probe.text[end:])
+            if tails:
+                return tails
+        return []

@@ -67,3 +67,15 @@ def test_white_space_that_depends_on_what_follows():
     answer = "{% set w = ' ' if loop.last else '\\n' %}<a>{{ m.content }}" + CALL + "{{ w }}</call>{{ w }}<sep>"
     spans = runs(TOOL, answer, PROMPT, tools=TOOLS)
     assert spans == [f"{CALLED}\n</call>\n<sep>", "It is sunny.\n</call>\n<sep>", "Welcome. </call> <sep>"]
+
+
+@pytest.mark.parametrize("eos_token", ["<eos>", "</s>"])
+@pytest.mark.parametrize("blank", ["", " ", "\\n"])
+def test_the_stop_of_an_empty_system_turn_is_no_opener(blank, eos_token):
+    """Zephyr, without a system message: the conversation begins with a turn in which nothing is said."""
+    template = (
+        "{% if messages[0].role != 'system' %}<sys>BLANK</s>{% endif %}".replace("BLANK", "{{ '" + blank + "' }}")
+        + "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content }}</s>{% endfor %}" + PROMPT
+    )  # fmt: skip
+    tokenizer = byte_tokenizer(template, special=["<sys>", "<u>", "<a>", "</s>"], eos_token=eos_token)
+    assert trained_runs(tokenizer, encode_chat(tokenizer, PLAIN)) == ["It is four.</s>", "That makes six.</s>"]
