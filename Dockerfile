@@ -7,5 +7,5 @@ COPY pyproject.toml constraints.txt README.md LICENSE Makefile ./
 COPY hf_objectives hf_objectives
 COPY recipes recipes
 RUN pip install --no-cache-dir torch -c constraints.txt \
-    && pip install --no-cache-dir '.[fast,trackio]' -c constraints.txt
+    && pip install --no-cache-dir '.[trackio]' -c constraints.txt
 CMD ["accelerate", "launch", "--num_processes", "1", "recipes/sft.py", "--config", "recipes/configs/quickstart.yaml"]

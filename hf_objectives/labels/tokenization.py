@@ -55,8 +55,8 @@ class Encoded:
 class TextEncoder:
     """Encodes texts exactly as `tokenizer(text, add_special_tokens=False)` does, with the position of every token.
 
-    `fastokens` does the work where it is installed and gives the tokenizer's ids on a probe, and where the tokenizer is a
-    byte-level BPE, so that positions follow from the byte length of each id. `tokenizers` does it otherwise.
+    Where the tokenizer is a byte-level BPE, positions follow from the byte length of each id, and `fastokens` does the work
+    if it is installed and gives the tokenizer's ids on a probe. `tokenizers` does it otherwise, a batch on all cores.
 
     Args:
         tokenizer: a transformers tokenizer with a `tokenizers` backend.
@@ -76,11 +76,11 @@ class TextEncoder:
         self._slow = Tokenizer.from_str(backend.to_str())
         self._slow.no_padding()
         self._slow.no_truncation()
-        self._added = dict(tokenizer.added_tokens_encoder)
-        self._fast = _load_fastokens(self._slow)
+        self._added: dict[str, int] = dict(tokenizer.added_tokens_encoder)
+        byte_level = type(self._slow.decoder).__name__ == "ByteLevel"
+        self._fast = _load_fastokens(self._slow, list(self._added)) if byte_level else None
         self._unknown = _unknown_bytes(self._slow)
-        fast = self._fast is not None
-        self._lengths = token_byte_lengths(tokenizer, special="text") if fast else np.empty(0, np.int64)
+        self._lengths = token_byte_lengths(tokenizer, special="text") if byte_level else None
 
     @property
     def backend(self) -> str:
@@ -127,10 +127,10 @@ class TextEncoder:
         Raises:
             FormatError: see `check`.
         """
-        if self._fast is None:
+        if self._lengths is None:
             self._check_all(texts)
-            return _join([self._encode_one(text) for text in texts])
-        ids, offsets = self._encode_flat(texts)
+            return _join(self._encode_each(texts))
+        ids, offsets = self.encode_ids(texts)
         total = np.concatenate(([0], np.cumsum(self._lengths[ids])))
         sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], np.int64)
         # Byte lengths add up to the text unless the tokenizer normalises it or an added token swallows white space. Such
@@ -141,10 +141,11 @@ class TextEncoder:
         encoded = Encoded(ids, offsets, total[:-1] - base, total[1:] - base, np.ones(len(texts), bool))
         if not redo.any():
             return encoded
+        again = iter(self._encode_each([text for text, redone in zip(texts, redo, strict=True) if redone]))
         return _join(
             [
-                self._encode_one(text) if again else (encoded.ids[a:b], encoded.starts[a:b], encoded.ends[a:b], True)
-                for text, again, a, b in zip(texts, redo, offsets[:-1], offsets[1:], strict=True)
+                next(again) if redone else (encoded.ids[a:b], encoded.starts[a:b], encoded.ends[a:b], True)
+                for redone, a, b in zip(redo, offsets[:-1], offsets[1:], strict=True)
             ]
         )
 
@@ -162,12 +163,21 @@ class TextEncoder:
             raise
         return np.frombuffer(ids, "<i4"), np.frombuffer(offsets, "<i8")  # unsigned, but far below 2^31
 
-    def _encode_one(self, text: str) -> _Part:
-        """Encode one text with positions in characters; the wrapping of control tokens is not counted."""
-        if OPEN not in text and CLOSE not in text:
-            encoding = self._slow.encode(text, add_special_tokens=False)
+    def _encode_each(self, texts: Sequence[str]) -> list[_Part]:
+        """Encode texts with positions in characters; the wrapping of control tokens is not counted."""
+        loose = [text for text in texts if OPEN not in text and CLOSE not in text]
+        encodings = iter(self._slow.encode_batch(loose, add_special_tokens=False))
+        parts = []
+        for text in texts:
+            if OPEN in text or CLOSE in text:
+                parts.append(self._encode_wrapped(text))
+                continue
+            encoding = next(encodings)
             positions = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-            return np.asarray(encoding.ids, np.int32), positions[:, 0], positions[:, 1], False
+            parts.append((np.asarray(encoding.ids, np.int32), positions[:, 0], positions[:, 1], False))
+        return parts
+
+    def _encode_wrapped(self, text: str) -> _Part:
         ids: list[int] = []
         spans: _Positions = []
         begin = 0
@@ -246,24 +256,24 @@ def _join(parts: Sequence[_Part]) -> Encoded:
     return Encoded(*joined, np.array(in_bytes[1:], bool))
 
 
-def _load_fastokens(slow: Tokenizer) -> Any | None:
-    """A fastokens tokenizer that gives the ids of `slow` on the probe, or None."""
+def _load_fastokens(slow: Tokenizer, added: Sequence[str]) -> Any | None:
+    """A fastokens tokenizer that gives the ids of `slow`, a byte-level BPE, on the probe, or None."""
     try:
         import fastokens
     except ImportError:
-        logger.info("fastokens is not installed; encoding with tokenizers (pip install 'hf-objectives[fast]')")
+        logger.info("fastokens is not installed; encoding with tokenizers (pip install fastokens)")
         return None
-    if type(slow.decoder).__name__ != "ByteLevel":
-        logger.info("not a byte-level BPE; encoding with tokenizers")
-        return None
+    # Some tokenizers diverge only where a control token is written, alone, in a word, or beside another.
+    written = added[:256]
+    probe = (*_PROBE, "".join(written), "".join(f" a{token}b {token}\n" for token in written))
     try:
         fast = fastokens.Tokenizer.from_json_str(slow.to_str())
-        flat, offsets = fast.encode_batch_flat(list(_PROBE))
+        flat, offsets = fast.encode_batch_flat(list(probe))
     except Exception as error:  # foreign code on a foreign file: whatever it raises, the tokenizer's own backend works
         logger.warning("fastokens cannot load this tokenizer (%s); encoding with tokenizers", error)
         return None
     ids, bounds = np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
-    for text, begin, end in zip(_PROBE, bounds[:-1], bounds[1:], strict=True):
+    for text, begin, end in zip(probe, bounds[:-1], bounds[1:], strict=True):
         if ids[begin:end].tolist() != slow.encode(text, add_special_tokens=False).ids:
             logger.warning("fastokens disagrees with this tokenizer on %r; encoding with tokenizers", text[:40])
             return None

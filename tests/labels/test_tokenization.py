@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+import fastokens
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -76,9 +77,32 @@ def test_backend_in_use():
     assert TextEncoder(metaspace()).backend == "tokenizers"
 
 
+def test_a_backend_that_differs_at_a_control_token_alone_is_not_trusted(monkeypatch):
+    tokenizer = trained_bpe()
+    real, control = fastokens.Tokenizer, tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    class Differs:
+        @staticmethod
+        def from_json_str(source):
+            backend = Differs()
+            backend.real = real.from_json_str(source)
+            return backend
+
+        def encode_batch_flat(self, texts):
+            ids, offsets = self.real.encode_batch_flat(texts)
+            ids = np.frombuffer(ids, "<u4").copy()
+            ids[ids == control] = 0
+            return ids.tobytes(), offsets
+
+    monkeypatch.setattr(fastokens, "Tokenizer", Differs)
+    encoder = TextEncoder(tokenizer)
+    assert encoder.backend == "tokenizers"
+    assert encoder.encode_ids(["the<|im_end|>"])[0].tolist() == tokenizer("the<|im_end|>")["input_ids"]
+
+
 def test_fast_and_slow_places_agree(tokenizer):
     fast, slow = TextEncoder(tokenizer), TextEncoder(tokenizer)
-    slow._fast = None
+    slow._fast = slow._lengths = None
     for text, quick, exact, in_bytes in zip(
         TEXTS,
         rows(fast.encode_batch(TEXTS)),
@@ -219,7 +243,7 @@ def without_a_byte(byte: int) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(("byte", "text"), [(0x13, "ab\x13cd"), (0xF0, "ab😀cd"), (0x98, "ab😀cd")])
 def test_a_byte_without_a_token_is_named_not_left_out(monkeypatch, fast, byte, text):
     if not fast:
-        monkeypatch.setattr(tokenization, "_load_fastokens", lambda backend: None)
+        monkeypatch.setattr(tokenization, "_load_fastokens", lambda *_: None)
     tokenizer = without_a_byte(byte)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) != text
     encoder = TextEncoder(tokenizer)
