@@ -91,7 +91,7 @@ def test_a_backend_that_differs_at_a_control_token_alone_is_not_trusted(monkeypa
         def encode_batch_flat(self, texts):
             ids, offsets = self.real.encode_batch_flat(texts)
             ids = np.frombuffer(ids, "<u4").copy()
-            ids[ids == control] = 0
+            ids[ids == control] = control + 2
             return ids.tobytes(), offsets
 
     monkeypatch.setattr(fastokens, "Tokenizer", Differs)
