@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_objectives import demo
 from hf_objectives.diagnostics import DiagnosticsCallback, plot_mixture, plot_training_metrics
@@ -148,7 +147,7 @@ def report(recipe: Recipe, trainer: Any, results: dict[str, Any], folder: Path) 
 
 
 def resume_point(args: Any) -> str | None:
-    """The checkpoint to go on from: the one that is named, or the newest for `--resume_from_checkpoint true`.
+    """The checkpoint to go on from: the one that is named, or the newest whole one for `--resume_from_checkpoint true`.
 
     Raises:
         ConfigError: there is none.
@@ -158,10 +157,12 @@ def resume_point(args: Any) -> str | None:
         asked = asked.lower()
     if asked != "true":
         return None if asked == "false" else asked
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if found is None:
+    # The state is written last, so a checkpoint that was being written when the run was killed has none.
+    written = {path.parent.name: path.parent for path in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")}
+    steps = [int(name[11:]) for name in written if name[11:].isdigit()]
+    if not steps:
         raise ConfigError(f"no checkpoint to resume from in {args.output_dir}")
-    return found
+    return str(written[f"checkpoint-{max(steps)}"])
 
 
 def on_main() -> bool:

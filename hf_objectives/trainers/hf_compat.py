@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_objectives.errors import ConfigError
+
 
 class StepWatch:
     """What `watch_steps` calls during the steps of a Trainer; subclasses override what they need."""
@@ -104,6 +106,7 @@ class TrainerHooks:
     `hooks = {"answers_loss": "_compute_loss"}` the Trainer calls `answers_loss` where it would call `_compute_loss`.
     """
 
+    state: Any
     _signature_columns: Any
     #: Private methods, by the public names under which subclasses override them.
     hooks: ClassVar[dict[str, str]] = {}
@@ -148,6 +151,11 @@ class TrainerHooks:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
+            # The Trainer loads the weights first, and begins at step 0 where the state has gone since.
+            if not self.state.global_step:
+                raise ConfigError(
+                    f"{checkpoint} lost its trainer_state.json while it was read; end the run that still writes there"
+                )
             self.load_extra_state(Path(checkpoint))
 
 

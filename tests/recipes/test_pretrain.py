@@ -6,12 +6,11 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -277,27 +276,24 @@ def test_a_run_that_is_killed_goes_on_with_the_rows_it_would_have_seen(corpus, t
                   "--save_total_limit", "2", "--dataloader_num_workers", "2")  # fmt: skip
     words[words.index("--per_device_train_batch_size") + 1] = "2"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    slow = tmp_path / "slow.py"
-    slow.write_text(SLOW_STEPS)
+    (tmp_path / "stops.py").write_text(STOPS_IN_STEP_6)
     running = subprocess.Popen(
-        [*command, str(slow), *words],
+        [*command, str(tmp_path / "stops.py"), *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "two" / "checkpoint-4" / "trainer_state.json").exists():
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
+    assert any("IN STEP 6" in line for line in running.stdout), "the run ended early"
+    # torchrun starts each rank in its own session. A rank that lives on would write and delete checkpoints.
+    ranks = psutil.Process(running.pid).children(recursive=True)
+    for process in (running, *ranks):
+        process.kill()
     running.wait()
-    latest = max(int(path.name.split("-")[1]) for path in (tmp_path / "two").glob("checkpoint-*"))
-    assert latest < 10
-    resumed = ("--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-4"), "--dataloader_num_workers", "3")
-    words = mixed(corpus, tmp_path / "two", "--max_steps", "10", *resumed)
-    pretrain.main(words)
+    psutil.wait_procs(ranks)
+    resumed = ("--resume_from_checkpoint", "true", "--dataloader_num_workers", "3")
+    pretrain.main(mixed(corpus, tmp_path / "two", "--max_steps", "10", *resumed))
     one, two = ([log for log in history(tmp_path / run) if "loss" in log] for run in ("one", "two"))
     assert [log["step"] for log in two] == [log["step"] for log in one] == list(range(1, 11))
     for key in ("num_tokens_seen", "mixture/a/tokens", "mixture/b/tokens", "mixture/a/examples"):
@@ -305,14 +301,16 @@ def test_a_run_that_is_killed_goes_on_with_the_rows_it_would_have_seen(corpus, t
     assert [log["loss"] for log in two] == pytest.approx([log["loss"] for log in one], rel=1e-4)
 
 
-SLOW_STEPS = """
+STOPS_IN_STEP_6 = """
 import sys, time
 from hf_objectives.trainers import PerplexityTrainer
 whole = PerplexityTrainer.training_step
-def slow(self, *given, **more):
-    time.sleep(0.4)
+def stops(self, *given, **more):
+    if self.state.global_step == 5:
+        print("IN STEP 6", flush=True)
+        time.sleep(600)
     return whole(self, *given, **more)
-PerplexityTrainer.training_step = slow
+PerplexityTrainer.training_step = stops
 from hf_objectives.recipes import pretrain
 pretrain.main(sys.argv[1:])
 """
