@@ -67,6 +67,21 @@ def test_a_checkpoint_that_another_run_deletes_while_it_is_read(tmp_path, monkey
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.slow
+def test_a_checkpoint_with_the_trainers_state_is_whole(tmp_path, monkeypatch):
+    run, there = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1), []
+    save = TrainerState.save_to_json
+
+    def saved(self, path):
+        there.append((Path(path).parent / "extra").exists())
+        save(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", saved)
+    run.save_extra_state = lambda folder: (folder / "extra").touch()
+    run.train()
+    assert there == [True]
+
+
 class Seen(StepWatch):
     def __init__(self, name, calls, fail=False):
         self.name, self.calls, self.fail = name, calls, fail
