@@ -54,9 +54,7 @@ class DataArguments(EncodingArguments):
 
     dataset_name: str | None = option(None, "Hub id, a .json/.jsonl/.parquet/.txt file, or 'builtin'.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
-    sources: str | None = option(
-        None, "Several named sources, a mapping of name to dataset_name, or to a mapping (JSON)."
-    )
+    sources: str | None = option(None, "Names and paths, or mappings with path, split, weight and max_epochs (JSON).")
     mixture: str | None = option(None, MIXTURE_HELP)
     eval_share: float = option(0.1, "Share of each source that is held out.")
     max_length: int = option(1024, "Tokens of a row.")
