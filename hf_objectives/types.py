@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import field
 from typing import Any
 
 from hf_objectives.errors import ConfigError, nearest
@@ -12,6 +13,11 @@ IGNORE_INDEX = -100
 
 #: One row of a dataset: a mapping of column names to values.
 Row = Mapping[str, Any]
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options: its default, what `--help` says of it, and what else a parser wants to know."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:

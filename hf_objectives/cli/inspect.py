@@ -16,23 +16,14 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import QUANTILES, InspectedRow, Inspection, inspect_rows, visible, write_page
 from hf_objectives.labels import EncodingOptions
 from hf_objectives.preparation import load_rows
-from hf_objectives.recipes import BUILT_IN, highlight, load_tokenizer, named_sources, read_template
-from hf_objectives.types import check_keys
+from hf_objectives.recipes import BUILT_IN, load_tokenizer, named_sources, print_example, read_template, source_place
+from hf_objectives.trainers import stop_ids
 
-_SOURCE_KEYS = ("path", "split", "weight", "max_epochs")  # a mixture's; the last two change no row
-_CHARACTERS = 700
 _BAR = 40
 
 
 def inspect(options: InspectOptions) -> int | None:
-    """Show how rows are rendered and which tokens are trained, and warn of what is wrong.
-
-    Returns:
-        2 where rows are refused that training would refuse, as for any error; else None.
-
-    Raises:
-        HFObjectivesError: rows, tokenizer or settings that cannot be used.
-    """
+    """Show how rows are rendered and which tokens are trained, and warn; 2 where training would refuse a row."""
     console, name = Console(highlight=False), str(options.tokenizer)
     tokenizer = _tokenizer(name)
     encoding = {field: getattr(options, field) for field in EncodingOptions.__annotations__}
@@ -64,24 +55,17 @@ def _stops(name: str) -> list[int]:
     if name == BUILT_IN:
         return []
     try:
-        known = GenerationConfig.from_pretrained(name).eos_token_id
+        return stop_ids(GenerationConfig.from_pretrained(name))
     except OSError:  # a tokenizer without a model
         return []
-    return [] if known is None else [known] if isinstance(known, int) else list(known)
 
 
 def _rows(sources: Mapping[str, Any], options: InspectOptions, console: Console) -> list[dict[str, Any]]:
     """Rows of every source, spread evenly over it, each with its source and number."""
     rows: list[dict[str, Any]] = []
     for name, source in sources.items():
-        given = dict(source) if isinstance(source, Mapping) else {"path": source}
-        check_keys(f"source {name!r}", given, _SOURCE_KEYS)
-        path = given.get("path")
-        if not isinstance(path, str):
-            raise ConfigError(f"source {name!r} is {source!r}; expected a path, or a mapping with path")
-        found: Any = demo.chats(options.rows) if path == BUILT_IN else None
-        if found is None:
-            found = load_rows(path, split=str(given.get("split", options.dataset_split)))
+        path, split = source_place(name, source, options.dataset_split)
+        found: Any = demo.chats(options.rows) if path == BUILT_IN else load_rows(path, split=split)
         count = min(options.rows, len(found))
         rows += [{**found[i], "source": name, "row": i} for i in (k * len(found) // count for k in range(count))]
         if count < len(found):
@@ -95,13 +79,8 @@ def print_inspection(inspection: Inspection, tokenizer: Any, console: Console, *
     for row in _few(inspection.examples, examples):
         size = len(row.input_ids) - row.more
         ids, labels = row.input_ids[:size].tolist(), row.labels[:size].tolist()
-        text = highlight(tokenizer, ids, labels, brackets=not console.is_terminal)
-        text.plain = visible(text.plain)  # of the same length, so that the marks stay where they are
-        if len(text) > _CHARACTERS or row.more:
-            left = f"{max(0, len(text) - _CHARACTERS):,} characters" + (f" and {row.more:,} tokens" if row.more else "")
-            text = Text.assemble(text[:_CHARACTERS], (f" ... {left} more", "italic"))
-        head = f"{visible(row.source)} {row.row}" + (f", {row.fate}" if row.fate else "")
-        console.print(Text.assemble((f"[{head}] ", "bold"), text), "\n", sep="")
+        name = f"{row.source} {row.row}" + (f", {row.fate}" if row.fate else "")
+        print_example(name, tokenizer, ids, labels, console, more=row.more)
     console.print(_figures(inspection))
     _print_histogram(inspection, console)
     console.rule("Where every token goes", align="left")

@@ -20,11 +20,6 @@ from importlib import import_module
 from hf_objectives.cli.options import COMMANDS, parse
 from hf_objectives.errors import ConfigError, HFObjectivesError, nearest
 
-#: The module of each command, which is imported when the command runs; the function has the command's name.
-_MODULES = {"prepare": "data", "mixture": "data", "inspect": "inspect"} | dict.fromkeys(
-    ("diagnose", "plot", "replay", "report"), "runs"
-)
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. An error of ours, or of the file system, is one line on stderr and exit code 2."""
@@ -43,19 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_command(words: Sequence[str]) -> int | None:
-    """Run a command and let its errors through.
-
-    Args:
-        words: the command and its arguments.
-
-    Returns:
-        The exit code; None stands for 0.
-
-    Raises:
-        ConfigError: an unknown command or option, or a value that cannot be.
-    """
+    """Run a command, which comes before its arguments, and let its errors through; returns the exit code, None for 0."""
     name, *argv = words
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     options = parse(name, argv)
-    return getattr(import_module(f"hf_objectives.cli.{_MODULES[name]}"), name)(options)
+    return getattr(import_module(f"hf_objectives.cli.{COMMANDS[name][0]}"), name)(options)

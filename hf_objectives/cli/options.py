@@ -12,7 +12,8 @@ from typing import Any
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.preparation import CorpusSettings
-from hf_objectives.recipes import EncodingArguments, named_sources, option, parse_config
+from hf_objectives.recipes import EncodingArguments, named_sources, parse_config
+from hf_objectives.types import option
 
 SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
 _LOG = "output folder, trainer_state.json, JSON lines, CSV, TensorBoard or trackio"
@@ -116,31 +117,27 @@ class ReportOptions:
     compare: str | None = option(None, "Another run: its curves are overlaid, its settings compared.")
 
 
-#: The options of each command.
-COMMANDS: dict[str, type] = {
-    "prepare": PrepareOptions,
-    "mixture": MixtureOptions,
-    "inspect": InspectOptions,
-    "diagnose": DiagnoseOptions,
-    "plot": PlotOptions,
-    "replay": ReplayOptions,
-    "report": ReportOptions,
+#: The module of each command, which has a function of its name, and its options.
+COMMANDS: dict[str, tuple[str, type]] = {
+    "prepare": ("data", PrepareOptions),
+    "mixture": ("data", MixtureOptions),
+    "inspect": ("inspect", InspectOptions),
+    "diagnose": ("runs", DiagnoseOptions),
+    "plot": ("runs", PlotOptions),
+    "replay": ("runs", ReplayOptions),
+    "report": ("runs", ReportOptions),
 }
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:
-    """The options of a command, from its YAML file (`--config`) and its command line.
-
-    Raises:
-        ConfigError: an unknown option or key, or a value that the options refuse.
-    """
-    (options,), _ = parse_config((COMMANDS[command],), argv, parser=make_parser(command))
+    """The options of a command, from its YAML file (`--config`) and its command line."""
+    (options,), _ = parse_config((COMMANDS[command][1],), argv, parser=make_parser(command))
     return options
 
 
 def make_parser(command: str) -> argparse.ArgumentParser:
     """A parser with an option for every field of the command's dataclass; a field without a default is positional."""
-    options = COMMANDS[command]
+    options = COMMANDS[command][1]
     parser = argparse.ArgumentParser(
         f"hf-objectives {command}",
         description=options.__doc__,

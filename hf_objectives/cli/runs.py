@@ -21,14 +21,7 @@ _SAME = 1e-4  # nats per token
 
 
 def diagnose(options: DiagnoseOptions) -> int:
-    """Print the findings of logs.
-
-    Returns:
-        0, or 1 where `--fail_on` names a severity and a finding has it or a worse one.
-
-    Raises:
-        FileFormatError: there is no log, nothing in it can be read, or no run can be judged.
-    """
+    """Print the findings of logs; 1 where one is at least as bad as `--fail_on`, else 0."""
     runs = read_runs(options.log)
     found = _judge(runs)
     if options.json:
@@ -76,31 +69,17 @@ def _print(console: Console, run: Curves, findings: Sequence[Finding] | None) ->
 
 
 def plot(options: PlotOptions) -> None:
-    """Draw logs over each other and print the path of the picture.
-
-    Raises:
-        FileFormatError: there is no log, nothing in it can be read, or it has no loss.
-        ConfigError: the ending of the picture is unknown.
-    """
+    """Draw logs over each other and print the path of the picture."""
     print(plot_training_metrics(options.run, options.output, findings=[] if options.no_findings else None))
 
 
 def report(options: ReportOptions) -> None:
-    """Write the report of a run and print where it is.
-
-    Raises:
-        FileFormatError: there is no log, or nothing in it can be read.
-    """
+    """Write the report of a run and print where it is."""
     print(write_report(options.run, options.output, compare=options.compare))
 
 
 def replay(options: ReplayOptions) -> None:
-    """Print the losses of a batch as they were written and as they are now.
-
-    Raises:
-        FileFormatError: the folder holds no event.
-        ConfigError: no weights are known, or the monitor could tell no documents.
-    """
+    """Print the losses of a batch as they were written and as they are now."""
     done = diagnostics.replay(options.folder, options.model)
     event, console = done.event, Console(highlight=False)
     weights = "the weights of that step" if done.exact else "other weights than those of that step"

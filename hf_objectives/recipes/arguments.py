@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,14 +14,11 @@ import yaml
 
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
 from hf_objectives.labels import EncodingConfig
+from hf_objectives.types import check_keys
 
 BUILT_IN = "builtin"  # the name of the built-in model, tokenizer and data
+MIXTURE_KEYS = ("weight", "max_epochs")  # keys of a source that change no row
 COMMAND_LINE, DEFAULT = "command line", "default"
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a dataclass of options: its default, what `--help` says of it, and what else a parser wants to know."""
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(kw_only=True)
@@ -113,11 +110,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def read_mapping(name: str, text: str) -> dict[str, Any]:
-    """Read an option whose value is a mapping as JSON text.
-
-    Raises:
-        ConfigError: the text is no JSON, or no mapping.
-    """
+    """Read an option whose value is a mapping as JSON text."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -128,11 +121,7 @@ def read_mapping(name: str, text: str) -> dict[str, Any]:
 
 
 def named_sources(sources: str | None, dataset_name: str | None) -> Mapping[str, Any]:
-    """The sources by name: those of `sources` (JSON), or the one of `dataset_name`, named after its file.
-
-    Raises:
-        ConfigError: none or both were given, or `sources` is not a mapping.
-    """
+    """The sources by name: those of `sources` (JSON), or the one of `dataset_name`, named after its file."""
     if bool(sources) == bool(dataset_name):
         raise ConfigError("give dataset_name or sources, one of the two")
     if sources:
@@ -142,12 +131,19 @@ def named_sources(sources: str | None, dataset_name: str | None) -> Mapping[str,
     return {Path(str(dataset_name)).name.split(".")[0].strip("*-_") or "data": dataset_name}
 
 
-def read_template(template: str | None) -> str | None:
-    """A chat template: the text of the .jinja file that is named, or the text itself.
+def source_place(name: str, source: Any, split: str) -> tuple[str, str]:
+    """The path and the split of a source that is a path, or a mapping with `path`; `split` where it names none."""
+    given = source if isinstance(source, Mapping) else {"path": source}
+    check_keys(f"source {name!r}", given, ("path", "split", *MIXTURE_KEYS))
+    if not isinstance(path := given.get("path"), str):
+        raise ConfigError(
+            f"source {name!r} is {source!r}; expected a path, or a mapping with path (and split, weight, max_epochs)"
+        )
+    return path, str(given.get("split", split))
 
-    Raises:
-        FileFormatError: there is no such file.
-    """
+
+def read_template(template: str | None) -> str | None:
+    """A chat template: the text of the .jinja file that is named, or the text itself."""
     if not template or not template.endswith(".jinja"):
         return template
     if not Path(template).exists():

@@ -1,4 +1,4 @@
-"""The rows of a recipe: where they come from, which are held out, and how they become tokens."""
+"""The rows of a recipe: where they come from, which are held out, how they become tokens, and how sources are mixed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import yaml
 from datasets import Dataset, load_from_disk
 
 from hf_objectives import __version__, demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.labels import Ledger
+from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation import (
     encode_rows,
@@ -29,18 +32,19 @@ from hf_objectives.preparation import (
 )
 from hf_objectives.recipes.arguments import (
     BUILT_IN,
+    MIXTURE_KEYS,
     EncodingArguments,
     named_sources,
-    option,
     read_mapping,
     read_template,
+    source_place,
 )
-from hf_objectives.recipes.mixtures import HELP, read_mixture
+from hf_objectives.types import option
 
 Rows = list[dict[str, Any]]
-OVERLENGTH = "the prompt's beginning goes first"  # of pairs; what the plan says
 _READY, _SPLITS = "ready.pickle", ("train", "evaluation")
 _OVERFLOW = "split"  # texts longer than a packed row
+MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
 _EXAMPLES = 64  # encoded rows that are kept for the preview, from the beginning and from the end
 
 
@@ -50,10 +54,8 @@ class DataArguments(EncodingArguments):
 
     dataset_name: str | None = option(None, "Hub id, a .json/.jsonl/.parquet/.txt file, or 'builtin'.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
-    sources: str | None = option(
-        None, "Several named sources, a mapping of name to dataset_name, or to a mapping (JSON)."
-    )
-    mixture: str | None = option(None, HELP)
+    sources: str | None = option(None, "Names and paths, or mappings with path, split, weight and max_epochs (JSON).")
+    mixture: str | None = option(None, MIXTURE_HELP)
     eval_share: float = option(0.1, "Share of each source that is held out.")
     max_length: int = option(1024, "Tokens of a row.")
     packing: bool = option(True, "Pack several documents into a row.")
@@ -62,27 +64,16 @@ class DataArguments(EncodingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.places()
         self.mixture_settings()
 
     def named_sources(self) -> Mapping[str, Any]:
         """The sources by name, as they were given."""
         return named_sources(self.sources, self.dataset_name)
 
-    def paths(self) -> dict[str, str]:
-        """The path of each source.
-
-        Raises:
-            ConfigError: a source without a path.
-        """
-        paths = {}
-        for name, source in self.named_sources().items():
-            path = source.get("path") if isinstance(source, Mapping) else source
-            if not isinstance(path, str):
-                raise ConfigError(
-                    f"a source is {source!r}; expected a path, or a mapping with path (and weight, max_epochs)"
-                )
-            paths[name] = path
-        return paths
+    def places(self) -> dict[str, tuple[str, str]]:
+        """The path and the split of each source, see `source_place`."""
+        return {name: source_place(name, source, self.dataset_split) for name, source in self.named_sources().items()}
 
     def mixture_settings(self) -> dict[str, Any] | None:
         """The settings of the mixture to train on; None where the rows are trained as they are."""
@@ -91,13 +82,9 @@ class DataArguments(EncodingArguments):
 
 @dataclass
 class Prepared:
-    """Encoded data.
+    """Encoded rows to train on, packed unless they are mixed first, and to evaluate on.
 
-    Attributes:
-        train: rows to train on, packed unless they are mixed first.
-        evaluation: rows to evaluate on, or None.
-        examples: a few encoded rows before packing.
-        ledger: what happened to every token of the rows to train on.
+    `examples` are a few before packing; the ledger says what happened to every token to train on.
     """
 
     train: Any
@@ -125,10 +112,9 @@ class Prepared:
 
 
 def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) -> Prepared:
-    """Load, split, encode and pack every source.
+    """Load, split, encode and pack every source; the tokenizer gets the chat template that `data` names.
 
-    In a launch of several processes one of them does it, in a folder of the run, while the others wait on its lock. The
-    tokenizer gets the chat template that `data` names.
+    In a launch of several processes one of them does it, in a folder of the run, while the others wait on its lock.
     """
     set_template(tokenizer, data.chat_template)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -137,9 +123,9 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) 
     mixed = data.mixture_settings() is not None
     settings = {
         **asdict(data),
-        **{"num_proc": None, "chat_template": tokenizer.chat_template, "sources": data.paths(), "mixture": mixed},
+        **{"num_proc": None, "chat_template": tokenizer.chat_template, "sources": data.places(), "mixture": mixed},
     }
-    versions = [_version(path, data.dataset_split) for path in data.paths().values()]
+    versions = [_version(*place) for place in data.places().values()]
     fingerprint = json.dumps([settings, seed, tokenizer_digest(tokenizer), versions], sort_keys=True)
     folder = Path(output_dir) / "prepared" / hashlib.sha256(fingerprint.encode()).hexdigest()[:20]
     with exclusive(folder, lambda: "encoding rows"):
@@ -169,12 +155,12 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
         check_packing(data.max_length, data.strategy, _OVERFLOW)
     train: Rows = []
     held_out: Rows = []
-    for name, path in data.paths().items():
+    for name, (path, split) in data.places().items():
         if path == BUILT_IN:
             train += demo.chats(14_000, seed=seed)
             held_out += demo.chats(400, seed=seed, split="test")
             continue
-        kept, out = _split(path, name, data.dataset_split, data.eval_share, seed)
+        kept, out = _split(path, name, split, data.eval_share, seed)
         train += kept
         held_out += out
     ledger = Ledger()
@@ -217,6 +203,7 @@ class RowArguments:
     dataset_name: str = option(BUILT_IN, "Rows: a Hub id, a file, or 'builtin'.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
     eval_share: float = option(0.1, "Share of the rows that is held out.")
+    packing, overlength = False, "the prompt's beginning goes first"  # what the plan says
 
 
 @dataclass
@@ -228,11 +215,7 @@ class WatchedArguments(RowArguments):
     )
 
     def watched(self) -> dict[str, Any] | None:
-        """The rows that are watched, by name.
-
-        Raises:
-            ConfigError: not a mapping, or a part that the built-in corpus does not have.
-        """
+        """The rows that are watched, by name."""
         if not self.lm_datasets:
             return None
         built_in = {"texts": demo.texts, "chats": demo.chats}
@@ -249,17 +232,76 @@ class WatchedArguments(RowArguments):
 def split_rows(data: RowArguments, *, seed: int, built_in: tuple[int, int]) -> tuple[Rows, Rows]:
     """Rows to train on and rows held out, each with its `source` and its number there in `row`.
 
-    Args:
-        data: where they come from.
-        seed: decides which are held out.
-        built_in: how many built-in preference rows to train on, and how many to hold out.
-
-    Raises:
-        FileFormatError: a file that cannot be read.
-        ConfigError: an `eval_share` that leaves nothing to train on.
+    `built_in` says how many built-in rows to train on, and how many to hold out.
     """
     if data.dataset_name != BUILT_IN:
         return _split(data.dataset_name, Path(data.dataset_name).name, data.dataset_split, data.eval_share, seed)
     parts = (demo.preferences(built_in[0], seed=seed), demo.preferences(built_in[1], seed=seed, split="test"))
     train, held_out = ([{**row, "source": BUILT_IN, "row": i} for i, row in enumerate(part)] for part in parts)
     return train, held_out
+
+
+def encode_pairs(rows: Rows, encode: Callable[..., dict], tokenizer: Any, options: Mapping[str, Any]) -> Dataset:
+    """Pairs as ids, by `encode_pair` or its like. From Python values: an Arrow struct would mix the keys of two rows."""
+    return Dataset.from_list(
+        [encode(tokenizer, row, source=row["source"], row_index=row["row"], **options) for row in rows]
+    )
+
+
+def read_mixture(mixture: str | None, sources: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of a mixture, with the weights beside the sources; None where nothing asks for one.
+
+    `mixture` is JSON text of a mapping or the path of a YAML file; `sources` are paths or mappings.
+    """
+    beside = {name: source_settings(source) for name, source in sources.items()}
+    if not mixture and not any(beside.values()):
+        return None
+    settings = _mixture_settings(mixture) if mixture else {}
+    if not sources:
+        return settings
+    own = settings.get("sources") or {}
+    if not isinstance(own, dict) or not all(source is None or isinstance(source, dict) for source in own.values()):
+        raise ConfigError(f"mixture: sources is {own!r}; expected names with weight and max_epochs")
+    for name in own:
+        if name not in sources:
+            raise ConfigError(f"mixture names source {name!r}; expected one of {', '.join(sources)}")
+    return {**settings, "sources": {name: {**beside[name], **(own.get(name) or {})} for name in sources}}
+
+
+def source_settings(source: Any) -> dict[str, Any]:
+    """Of a source, what the mixture reads: its weight and its epochs, where it has them."""
+    return {key: source[key] for key in MIXTURE_KEYS if key in source} if isinstance(source, Mapping) else {}
+
+
+def _mixture_settings(mixture: str) -> dict[str, Any]:
+    is_json = mixture.lstrip().startswith("{")
+    if not is_json and not Path(mixture).is_file():
+        raise ConfigError(f"mixture names a file that does not exist: {mixture}")
+    try:
+        settings = json.loads(mixture) if is_json else yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"mixture cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"mixture is {type(settings).__name__}; expected a mapping, see MixtureConfig")
+    return settings
+
+
+def mix_folder(settings: Mapping[str, Any], folder: Path, tokenizer: Any, seed: int) -> DatasetMixture:
+    """Mix the sources of a prepared folder."""
+    sources = {name: {"path": str(folder), **source} for name, source in settings["sources"].items()}
+    return build_mixture({**settings, "sources": sources}, tokenizer=tokenizer, seed=seed)
+
+
+def mix_rows(
+    settings: Mapping[str, Any], rows: Dataset, *, max_length: int, packing: bool, seed: int
+) -> DatasetMixture:
+    """Mix encoded rows by their `source` column; pack across sources unless the settings say otherwise."""
+    names = np.array(rows["source"][:])
+    sources = {}
+    for name, source in settings["sources"].items():
+        numbers = np.flatnonzero(names == name)
+        if not len(numbers):
+            raise ConfigError(f"source {name!r} has no row to train on; take it out")
+        sources[name] = {"dataset": rows.select(numbers).remove_columns("source"), **source}
+    packed = {"packing": "across", "max_length": max_length} if packing else {}
+    return build_mixture(MixtureConfig.read({**packed, **settings, "sources": sources}), seed=seed)

@@ -8,19 +8,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from datasets import Dataset
-from trl import get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from hf_objectives.labels import encode_pair
-from hf_objectives.recipes.arguments import option
-from hf_objectives.recipes.data import OVERLENGTH, Rows, WatchedArguments, set_template, split_rows
-from hf_objectives.recipes.models import RecipeModel, load_policy
-from hf_objectives.recipes.run import Recipe, run
+from hf_objectives.recipes.data import WatchedArguments, encode_pairs, set_template, split_rows
+from hf_objectives.recipes.models import load_policy
+from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PerplexityDPOConfig, PerplexityDPOTrainer
+from hf_objectives.types import option
 
 
 @dataclass
@@ -28,13 +26,12 @@ class DpoData(WatchedArguments):
     """Where the pairs come from, and what is watched beside them."""
 
     chat_template: str | None = option(None, "A template, or the path of a .jinja file.")
-    packing, overlength = False, OVERLENGTH  # what the plan says
 
 
 class Dpo(Recipe):
     """Direct preference optimisation."""
 
-    arguments = (RecipeModel, DpoData, PerplexityDPOConfig)
+    arguments = (ModelConfig, DpoData, PerplexityDPOConfig)
     objective = "dpo"
     figures: ClassVar[dict[str, str]] = {
         "eval_chosen_perplexity": "perplexity of chosen answers",
@@ -54,6 +51,8 @@ class Dpo(Recipe):
         set_template(tokenizer, data.chat_template)
         pairs, held_out = split_rows(data, seed=args.seed, built_in=(16_000, 400))
         self.num_rows = self.results["num_pairs"] = len(pairs)
+        options = {name: getattr(args, name) for name in ("max_length", "train_on", "control_tokens")}
+        train, evaluation = (encode_pairs(rows, encode_pair, tokenizer, options) for rows in (pairs, held_out))
         lora = get_peft_config(self.model_config)
         # A copy, since the parent would load the model by its name again. LoRA's reference is the model without it.
         reference = None if lora or args.precompute_ref_log_probs else copy.deepcopy(model)
@@ -61,24 +60,12 @@ class Dpo(Recipe):
             model,
             reference,
             args,
-            train_dataset=encode(pairs, tokenizer, args),
-            eval_dataset=encode(held_out, tokenizer, args) if held_out else None,
+            train_dataset=train,
+            eval_dataset=evaluation if held_out else None,
             processing_class=tokenizer,
             peft_config=lora,
             eval_lm_datasets=data.watched(),
         )
 
 
-def encode(rows: Rows, tokenizer: Any, args: PerplexityDPOConfig) -> Dataset:
-    """Pairs as ids. From Python values, so that no Arrow struct mixes the keys of two rows."""
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("max_length", "train_on", "control_tokens")}
-    encoded = [
-        {**encode_pair(tokenizer, row, source=row["source"], row_index=row["row"], **options), "row": row["row"]}
-        for row in rows
-    ]
-    return Dataset.from_list(encoded)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns what `results.json` holds."""
-    return run(Dpo, argv)
+main = Dpo.run

@@ -30,6 +30,9 @@ from hf_objectives import demo
 from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture import (
+    COMBINED,
+    LAWS,
+    MEAN,
     MIN_TRIALS,
     MixtureConfig,
     build_mixture,
@@ -41,20 +44,21 @@ from hf_objectives.mixture import (
     summarise,
 )
 from hf_objectives.preparation import CorpusSettings, Manifest, load_prepared, prepare_corpus
-from hf_objectives.recipes.arguments import BUILT_IN, named_sources, option, parse_config
-from hf_objectives.recipes.mixtures import source_settings
+from hf_objectives.recipes.arguments import BUILT_IN, named_sources, parse_config
+from hf_objectives.recipes.data import source_settings
 from hf_objectives.recipes.models import PretrainModel, load_or_draw
 from hf_objectives.recipes.pretrain import PretrainArguments, set_length
-from hf_objectives.recipes.search_figures import plot, print_tables
+from hf_objectives.recipes.preview import table
 from hf_objectives.recipes.trials import ENGINES, Job, Place, run_jobs
 from hf_objectives.trainers import PerplexityTrainer
-from hf_objectives.types import check_keys, check_one_of
+from hf_objectives.types import check_keys, check_one_of, option
 
 # Arguments of a Trainer that change no loss, or of which every trial has its own, by how they begin.
 _NO_MATTER = tuple(
     "log save hub push eval per_device_eval dataloader report run_name project trackio output_dir disable_tqdm local_rank "
     "do_ ddp seed data_seed max_tokens include skip".split()
 )
+_COLOURS = {"natural": "tab:gray", "recommended": "tab:red"}
 _OWN = {"save_strategy": "no", "eval_strategy": "no", "push_to_hub": False, "report_to": "none", "disable_tqdm": True}
 
 
@@ -68,11 +72,7 @@ class SearchData(CorpusSettings):
     isolate_documents: bool = option(True, "No document sees another of its row.")
 
     def named_sources(self) -> dict[str, Any]:
-        """The path or mapping of each source, by name.
-
-        Raises:
-            ConfigError: none, or one alone; or an unknown engine.
-        """
+        """The path or mapping of each source, by name."""
         check_one_of("engine", self.engine, ENGINES)
         if self.prepared and self.sources:
             raise ConfigError("give prepared or sources, not both")
@@ -110,11 +110,7 @@ CLASSES = (PretrainModel, SearchData, SearchSettings, PretrainArguments)
 
 
 def read_evaluation(text: str, sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By name of the evaluation set its `weight`, and a list of `path` or of `source`.
-
-    Raises:
-        ConfigError: neither path nor source, an unknown source or key, or weights that mean nothing.
-    """
+    """By name of the evaluation set its `weight`, and a list of `path` or of `source`."""
     read: dict[str, dict[str, Any]] = {}
     for name, given in named_sources(text, None).items():
         entry = {"weight": 1, **(given if isinstance(given, dict) else {"path": given})}
@@ -178,15 +174,7 @@ def train_trial(job: Job) -> None:
 
 
 class Search:
-    """A search: its arguments, its prepared rows, and the runs that it makes.
-
-    Attributes:
-        config, data, settings, args: the arguments.
-        out: the output folder.
-        evaluation: the evaluation sets, see `read_evaluation`.
-        sources: each source as the mixture of a trial has it, but for its weight.
-        natural: the natural weights, float64 [sources].
-    """
+    """A search: its arguments, its prepared rows, its natural weights (float64 [sources]), and the runs that it makes."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         self.argv, self.console = list(argv), Console()
@@ -241,6 +229,75 @@ class Search:
             )
         results = run_jobs(jobs, train_trial, self.data.engine, self.settings.parallel, self.console)
         return np.array([[result["losses"][name] for name in self.evaluation] for result in results])
+
+
+def print_tables(results: Mapping[str, Any], console: Console) -> None:
+    """Print shares, losses, and how well the laws hold."""
+    shares = [
+        (row[0], *(f"{share:.1%}" for share in row[1:]))
+        for row in zip(*(results[key] for key in ("sources", *_COLOURS, "recommended_error")), strict=True)
+    ]
+    console.print(table("Share of tokens", ("source", *_COLOURS, "±"), shares))
+    kinds = [f"{kind}\n{figure}" for kind in _COLOURS for figure in ("predicted", "measured")]
+    columns = ("evaluation", "weight", *kinds, "difference")
+    console.print(table("Loss, nats a token", columns, [_losses(*item) for item in results["evaluation"].items()]))
+    forms = (*LAWS, MEAN)
+    errors = [
+        (name, *(f"{found['cv_rmse'][form]:.4f}" for form in forms), f"{found['p_value']:.2g}", found["law"])
+        for name, found in results["evaluation"].items()
+        if "law" in found
+    ]
+    console.print(table("Error of each law in cross-validation", ("evaluation", *forms, "p", "chosen"), errors))
+    for note in results["notes"]:
+        console.print(f"Note: {note}.", highlight=False, markup=False)
+
+
+def _losses(name: str, found: Mapping[str, Any]) -> list[str]:
+    """A row of the table of losses."""
+    cells = [name, "" if found["weight"] is None else f"{found['weight']:g}"]
+    for kind in (found[kind] for kind in _COLOURS):
+        measured = f"{np.mean(kind['measured']):.4f}" if kind["measured"] else "-"
+        cells += ["{:.4f} ± {:.4f}".format(*kind["predicted"]), measured]
+    gaps = np.subtract(found["recommended"]["measured"], found["natural"]["measured"])
+    return [*cells, f"{gaps.mean():+.4f}\n{gaps.min():+.4f} to {gaps.max():+.4f}" if len(gaps) else "-"]
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Draw trials as predicted and as measured, shares, and the loss over the share of the most influential source."""
+    from matplotlib.figure import Figure
+
+    sets = results["evaluation"]
+    shown = sorted((name for name in sets if "law" in sets[name]), key=lambda name: -sets[name]["weight"])[:4]
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    rows: Any = figure.subfigures(2, 1)
+    above, (left, right) = rows[0].subplots(1, len(shown), squeeze=False)[0], rows[1].subplots(1, 2)
+    for name, axes in zip(shown, above, strict=True):
+        found = sets[name]
+        axes.scatter(found["held_out"], found["trials"], s=22, label="trials, each left out of the fit")
+        ends = [end(end(found["held_out"]), end(found["trials"])) for end in (min, max)]
+        axes.plot(ends, ends, color="black", lw=0.8, alpha=0.5)
+        for kind, colour in _COLOURS.items():
+            seen, predicted = found[kind]["measured"], found[kind]["predicted"][0]
+            axes.scatter([predicted] * len(seen), seen, marker="D", color=colour, label=f"{kind}, checked")
+        axes.set(title=f"{name}: {found['law']}", xlabel="predicted loss", ylabel="measured loss")
+    above[0].legend(frameon=False)
+    places = np.arange(len(results["sources"]))
+    most, combined = results["influential"], sets[COMBINED]
+    right.scatter([row[most["source"]] for row in results["trials"]], combined["trials"], s=22, label="trials")
+    right.plot(most["shares"], most["combined"], label="laws, other sources in natural proportion")
+    for kind, colour in _COLOURS.items():
+        errors = results["recommended_error"] if kind == "recommended" else None
+        left.bar(places + (0.2 if errors else -0.2), results[kind], 0.4, yerr=errors, color=colour, label=kind)
+        seen = combined[kind]["measured"] or combined[kind]["predicted"][:1]
+        right.scatter([results[kind][most["source"]]] * len(seen), seen, marker="D", color=colour, label=kind)
+    left.set_xticks(places, results["sources"], rotation=40, ha="right")
+    left.set(title="Share of tokens")
+    right.set(title="Combined loss", xlabel=f"share of {results['sources'][most['source']]}")
+    for axes in (*above, left, right):
+        axes.grid(alpha=0.25)
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

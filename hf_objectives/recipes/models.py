@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,20 +18,16 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
-from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError
-from hf_objectives.recipes.arguments import BUILT_IN, option
+from hf_objectives.recipes.arguments import BUILT_IN
+from hf_objectives.trainers import suppress_seqcls_warning
+from hf_objectives.types import option
 
 
 @dataclass
-class RecipeModel(ModelConfig):
-    """TRL's model arguments; `model_name_or_path: builtin` is the tiny model of the built-in corpus."""
-
-
-@dataclass
-class PretrainModel(RecipeModel):
+class PretrainModel(ModelConfig):
     """The model of pretraining: a checkpoint to go on from, or a configuration whose weights are drawn at random."""
 
     model_config: str | None = option(None, "From scratch: a config.json, or a mapping with model_type (JSON).")
@@ -43,11 +40,7 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
 
 
 def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
-    """Load a language model and its tokenizer.
-
-    Raises:
-        ConfigError: no model is named, or a 4-bit one for a CPU.
-    """
+    """Load a language model and its tokenizer."""
     name = _checked_name(config, use_cpu)
     tokenizer = load_tokenizer(name, config.model_revision)
     if name == BUILT_IN:
@@ -69,11 +62,7 @@ def load_policy(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any
 
 
 def load_scorer(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
-    """Load a model with a score head, which is new where the folder has none, and its tokenizer.
-
-    Raises:
-        ConfigError: no model is named, or a 4-bit one for a CPU.
-    """
+    """Load a model with a score head, which is new where the folder has none, and its tokenizer."""
     name = _checked_name(config, use_cpu)
     tokenizer = load_tokenizer(name, config.model_revision)
     if name == BUILT_IN:
@@ -100,9 +89,8 @@ def _checked_name(config: ModelConfig, use_cpu: bool) -> str:
 
 
 def _loading(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained`; `dtype` is taken unless the configuration names one.
-
-    transformers loads the checkpoint's dtype; weights that an optimizer moves want float32 unless asked otherwise.
+    """Arguments of `from_pretrained`; `dtype` is taken unless the configuration names one: weights that an optimizer moves
+    want float32, whatever the checkpoint has.
     """
     return {
         "attn_implementation": config.attn_implementation,
@@ -119,8 +107,6 @@ def _base_of_adapter(config: ModelConfig) -> str | None:
 
 
 def _with_adapter_merged(model: Any, folder: str, *, generates: bool = True) -> Any:
-    from peft import PeftConfig, PeftModel
-
     lora = PeftConfig.from_pretrained(folder)
     lora.task_type = lora.task_type if generates else None
     merged: Any = PeftModel.from_pretrained(model, folder, config=lora).merge_and_unload()
@@ -132,8 +118,6 @@ def with_lora(model: Any, config: ModelConfig, *, gradient_checkpointing: bool) 
     lora = get_peft_config(config)
     if lora is None:
         return model
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
     if config.load_in_4bit or config.load_in_8bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     elif gradient_checkpointing:
@@ -142,11 +126,7 @@ def with_lora(model: Any, config: ModelConfig, *, gradient_checkpointing: bool) 
 
 
 def load_or_draw(config: PretrainModel, *, use_cpu: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of pretraining: those of a checkpoint, or random weights (float32) of a configuration.
-
-    Raises:
-        ConfigError: no model, a configuration that names none, or a vocabulary smaller than the tokenizer's.
-    """
+    """Model and tokenizer of pretraining: those of a checkpoint, or random weights (float32) of a configuration."""
     if not config.model_config:
         return load_model(config, use_cpu=use_cpu)
     name = config.tokenizer_name or config.model_name_or_path

@@ -28,16 +28,7 @@ class Line(NamedTuple):
 
 
 def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mapping[str, str]) -> list[Line]:
-    """The plan of a training run.
-
-    Args:
-        args: TrainingArguments.
-        data: the recipe's data arguments; they or `args` have `max_length` (None for no limit), `train_on`, `overlength`,
-            `packing` and, for packed rows, `strategy`.
-        model: the loaded model.
-        num_rows: rows to train on, after preparation.
-        origin: where each value came from, see `parse_config`.
-    """
+    """The plan of a run on `num_rows` prepared rows; `origin` says where each value came from, see `parse_config`."""
     processes = world_size()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     per_epoch = max(1, -(-num_rows // rows))
@@ -77,11 +68,7 @@ def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mappin
 
 
 def check_launch(args: Any) -> None:
-    """Check that a launch will do what it says.
-
-    Raises:
-        ConfigError: settings that contradict each other, this machine or accelerate's configuration.
-    """
+    """Refuse settings that contradict each other, this machine or accelerate's configuration."""
     if args.n_gpu > 1:
         line = f"accelerate launch --num_processes {args.n_gpu} {' '.join(sys.argv)}"
         raise ConfigError(

@@ -9,24 +9,24 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, get_peft_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config
 
 from hf_objectives import demo
 from hf_objectives.diagnostics import plot_rewards
 from hf_objectives.errors import ConfigError, nearest
 from hf_objectives.evaluation import LanguageModelEvaluation
 from hf_objectives.labels import with_prompts
-from hf_objectives.recipes.arguments import BUILT_IN, option
+from hf_objectives.recipes.arguments import BUILT_IN
 from hf_objectives.recipes.data import Rows, WatchedArguments, split_rows
-from hf_objectives.recipes.models import RecipeModel, load_policy
-from hf_objectives.recipes.run import Recipe, run
+from hf_objectives.recipes.models import load_policy
+from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PPOConfig, PPOTrainer
-from hf_objectives.types import check_one_of
+from hf_objectives.types import check_one_of, option
 
 TRL_TRAINERS: dict[str, tuple[type, type]] = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 
@@ -48,7 +48,7 @@ class PpoData(WatchedArguments):
 class Ppo(Recipe):
     """Reinforcement learning, by PPO or another algorithm with the same options."""
 
-    arguments = (RecipeModel, PpoData, PPOConfig)
+    arguments = (ModelConfig, PpoData, PPOConfig)
     figures: ClassVar[dict[str, str]] = {
         "eval_reward": "mean reward",
         "eval_exact_match": "exact match",
@@ -142,11 +142,7 @@ class Ppo(Recipe):
 
 
 def as_config(config_class: type, args: PPOConfig) -> Any:
-    """The values of a PPOConfig as TRL's config, as far as it has them.
-
-    Raises:
-        ConfigError: one answer a prompt, which the algorithm has nothing to compare with.
-    """
+    """The values of a PPOConfig as TRL's config, as far as it has them."""
     if args.num_generations < 2:
         raise ConfigError(
             f"num_generations is {args.num_generations}; RLOO and GRPO compare answers, expected 2 or more"
@@ -156,11 +152,7 @@ def as_config(config_class: type, args: PPOConfig) -> Any:
 
 
 def read_reward(name: str) -> str | Callable[..., Any]:
-    """A reward by its name: the built-in one, a function of a file, or the folder or id of a reward model.
-
-    Raises:
-        ConfigError: no such file or function.
-    """
+    """A reward by its name: the built-in one, a function of a file, or the folder or id of a reward model."""
     if name == BUILT_IN:
         return demo.answer_reward
     path, _, function = name.partition(".py:")
@@ -180,6 +172,4 @@ def read_reward(name: str) -> str | Callable[..., Any]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns what `results.json` holds."""
-    return run(Ppo, argv)
+main = Ppo.run

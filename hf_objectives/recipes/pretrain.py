@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,13 +20,13 @@ from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture import build_mixture
 from hf_objectives.preparation import CorpusSettings, Manifest, OrderedStream, load_prepared, prepare_corpus
-from hf_objectives.recipes.arguments import BUILT_IN, DEFAULT, named_sources, option
-from hf_objectives.recipes.mixtures import HELP, mix_folder, read_mixture
+from hf_objectives.recipes.arguments import BUILT_IN, DEFAULT, named_sources
+from hf_objectives.recipes.data import MIXTURE_HELP, mix_folder, read_mixture
 from hf_objectives.recipes.models import PretrainModel, load_or_draw
-from hf_objectives.recipes.preview import highlight
-from hf_objectives.recipes.run import Recipe, run
-from hf_objectives.recipes.tables import figures_table
+from hf_objectives.recipes.preview import figures_table, print_example
+from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+from hf_objectives.types import option
 
 _WSD = "warmup_stable_decay"
 
@@ -39,7 +39,7 @@ class PretrainData(CorpusSettings):
     prepared: str | None = option(None, "A folder made by hf-objectives prepare.")
     dataset_name: str | None = option(None, "A path, a glob, a Hub id or 'builtin'.")
     sources: str | None = option(None, "A mapping of names to paths or mappings (JSON).")
-    mixture: str | None = option(None, HELP)
+    mixture: str | None = option(None, MIXTURE_HELP)
     prepared_dir: str | None = option(None, "Where raw sources are prepared.")
     streaming: bool = option(False, "Stream the shards instead of mapping them.")
     isolate_documents: bool = option(True, "No document sees another of its row.")
@@ -103,12 +103,7 @@ class Pretrain(Recipe):
         )
 
     def load(self, tokenizer: Any) -> tuple[Any, Any, int]:
-        """Rows to train on (mapped, a stream, or a mixture), rows held out, and the tokens of `num_rows` rows to train on.
-
-        Raises:
-            ConfigError: a mixture that cannot be.
-            PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
-        """
+        """Rows to train on (mapped, a stream, or a mixture), rows held out, and the tokens of `num_rows` rows to train on."""
         data, seed = self.data, self.args.seed
         if data.is_mixture_alone:
             settings = {"packing": "within", "max_length": data.max_length, **(read_mixture(data.mixture, {}) or {})}
@@ -136,8 +131,8 @@ class Pretrain(Recipe):
         super().introduce(trainer)
         batch = self.collator([next(iter(trainer.train_dataset))])
         self.console.rule("A packed row (trained tokens marked)", align="left")
-        shown = [batch[name][0, :200].tolist() for name in ("input_ids", "labels")]
-        self.console.print(highlight(trainer.processing_class, *shown, brackets=not self.console.is_terminal))
+        ids, labels = (batch[name][0, :200].tolist() for name in ("input_ids", "labels"))
+        print_example("row 0", trainer.processing_class, ids, labels, self.console)
         for line in self.manifest.lines() if self.manifest else trainer.train_dataset.notes:
             self.console.print(line, highlight=False, markup=False)
 
@@ -163,11 +158,7 @@ def ledger(manifest: Manifest) -> dict[str, Any]:
 
 
 def prepare(data: PretrainData, tokenizer: Any, seed: int, output_dir: Path, origin: Mapping[str, str]) -> Path:
-    """The prepared folder. Raw sources are prepared by one process, while the others wait on its lock.
-
-    Raises:
-        PreparedDataError: a folder made with another tokenizer or under other settings than this run's.
-    """
+    """The prepared folder. Raw sources are prepared by one process, while the others wait on its lock."""
     if data.prepared:
         asked = {f.name for f in fields(CorpusSettings) if origin.get(f.name, DEFAULT) != DEFAULT}
         asked = {"max_length", *asked} - {"num_proc", "engine", "on_error", "labels"}
@@ -183,15 +174,9 @@ def prepare(data: PretrainData, tokenizer: Any, seed: int, output_dir: Path, ori
 
 
 def set_length(args: Any, num_rows: int, num_tokens: int, *, endless: bool) -> None:
-    """Turn tokens into steps, and give the learning rate its decay.
+    """Turn tokens into steps, and give the learning rate its decay, in `args`.
 
-    Args:
-        args: the training arguments; these change.
-        num_rows, num_tokens: rows to train on and their tokens, or those of a sample of them.
-        endless: the rows have no end.
-
-    Raises:
-        ConfigError: rows without an end, and no length of the run.
+    `num_tokens` are those of `num_rows` rows to train on; `endless` rows need a length of the run.
     """
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
     if args.max_tokens is not None:
@@ -204,6 +189,4 @@ def set_length(args: Any, num_rows: int, num_tokens: int, *, endless: bool) -> N
         args.lr_scheduler_kwargs = {**decay, **(args.lr_scheduler_kwargs or {})}
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns what `results.json` holds."""
-    return run(Pretrain, argv)
+main = Pretrain.run

@@ -7,22 +7,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
-from trl import get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from hf_objectives.diagnostics import plot_reward_model
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import Reliability
-from hf_objectives.recipes.arguments import option
-from hf_objectives.recipes.data import OVERLENGTH, RowArguments, Rows, set_template, split_rows
-from hf_objectives.recipes.models import RecipeModel, load_scorer
-from hf_objectives.recipes.run import Recipe, run
+from hf_objectives.recipes.data import RowArguments, encode_pairs, set_template, split_rows
+from hf_objectives.recipes.models import load_scorer
+from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import RewardModelConfig, RewardModelTrainer, encode_reward_row
+from hf_objectives.types import option
 
 
 @dataclass
@@ -31,17 +30,13 @@ class RewardData(RowArguments):
 
     chat_template: str | None = option(None, "A template, or the path of a .jinja file.")
     merge_adapter: bool = option(True, "Save a LoRA run as a whole model; false saves the adapter and its head.")
-    packing, overlength, train_on = (
-        False,
-        OVERLENGTH,
-        "the score at the last token of each answer",
-    )  # what the plan says
+    train_on = "the score at the last token of each answer"  # what the plan says
 
 
 class Reward(Recipe):
     """A reward model."""
 
-    arguments = (RecipeModel, RewardData, RewardModelConfig)
+    arguments = (ModelConfig, RewardData, RewardModelConfig)
     objective = "reward"
     figures: ClassVar[dict[str, str]] = {
         "eval_accuracy": "accuracy",
@@ -64,11 +59,13 @@ class Reward(Recipe):
         self.num_rows = self.results["num_pairs"] = len(pairs)
         self.diagrams: dict[str, Reliability] = {}
         self.model_config.lora_task_type = "SEQ_CLS"  # the score head is trained, and saved with the adapter
+        options = {name: getattr(args, name) for name in ("max_length", "control_tokens")}
+        train, evaluation = (encode_pairs(rows, encode_reward_row, tokenizer, options) for rows in (pairs, held_out))
         return RewardModelTrainer(
             model,
             args,
-            train_dataset=encode(pairs, tokenizer, args),
-            eval_dataset=encode(held_out, tokenizer, args),
+            train_dataset=train,
+            eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(self.model_config),
         )
@@ -97,20 +94,10 @@ class Reward(Recipe):
         super().print_figures(before, dict.fromkeys(self.figures) | dict(after))
 
 
-def encode(rows: Rows, tokenizer: Any, args: RewardModelConfig) -> Dataset:
-    """Pairs as ids. From Python values, so that no Arrow struct mixes the keys of two rows."""
-    options: dict[str, Any] = {"max_length": args.max_length, "control_tokens": args.control_tokens}
-    return Dataset.from_list(
-        [encode_reward_row(tokenizer, row, source=row["source"], row_index=row["row"], **options) for row in rows]
-    )
-
-
 def as_json(diagram: Reliability) -> dict[str, list[float | None]]:
     """The bins of a reliability diagram as lists; None in an empty bin."""
     values = {name: getattr(diagram, name).tolist() for name in ("edges", "counts", "confidence", "accuracy")}
     return {name: [None if value != value else value for value in bins] for name, bins in values.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns what `results.json` holds."""
-    return run(Reward, argv)
+main = Reward.run

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_objectives import demo
 from hf_objectives.diagnostics import DiagnosticsCallback, plot_mixture, plot_training_metrics
@@ -22,11 +21,11 @@ from hf_objectives.mixture import DatasetMixture
 from hf_objectives.publishing import push, write_card
 from hf_objectives.recipes.arguments import parse_config
 from hf_objectives.recipes.plan import check_launch, print_plan, resolve_plan
-from hf_objectives.recipes.tables import figures_table, mixture_table
+from hf_objectives.recipes.preview import figures_table, mixture_table
 
 
 class Recipe:
-    """A recipe: its arguments, the trainer that it builds and the figures that it reports. `run` does the rest.
+    """A recipe: its arguments, the trainer that it builds and the figures that it reports; `run` is its course.
 
     Attributes:
         arguments: dataclasses of the model, the data and the training; their fields are the recipe's options.
@@ -85,83 +84,68 @@ class Recipe:
         """Print the held-out figures before and after."""
         self.console.print(figures_table(before, after, self.figures))
 
+    @classmethod
+    def run(cls, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run the recipe with these arguments; None for those of the program.
 
-def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run a recipe.
+        Returns:
+            What `results.json` holds: the held-out metrics `before` and `after`, and what the recipe adds.
+        """
+        (model_config, data, args), origin = parse_config(cls.arguments, argv)
+        check_launch(args)
+        set_seed(args.seed)
+        wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
+        recipe = cls(model_config, data, args, origin)
+        trainer = recipe.build_trainer()
+        folder = Path(args.output_dir)
+        if on_main():
+            recipe.introduce(trainer)
+            save_environment(folder / "environment.json", (args, data, model_config))
+        trainer.add_callback(DiagnosticsCallback(trainer))
+        before = recipe.evaluate(trainer)
+        trainer.train(resume_from_checkpoint=resume_point(args))
+        after = recipe.evaluate(trainer)
+        recipe.save(trainer)
+        results = {"before": before, "after": after, "figures": list(cls.figures), **recipe.results}
+        if recipe.mixture is not None:
+            results["mixture"] = recipe.mixture.report(trainer.rows_taken).to_dict()
+        if on_main():
+            recipe.report(trainer, results, folder)
+            if wants_push:
+                push(folder, args.hub_model_id, private=bool(args.hub_private_repo), console=recipe.console)
+        trainer.accelerator.wait_for_everyone()
+        return results
 
-    Args:
-        recipe_class: the recipe.
-        argv: its arguments; None for those of the program.
-
-    Returns:
-        What `results.json` holds: the held-out metrics `before` and `after`, and what the recipe adds.
-
-    Raises:
-        ConfigError: arguments that cannot work; before anything is trained.
-    """
-    (model_config, data, args), origin = parse_config(recipe_class.arguments, argv)
-    check_launch(args)
-    set_seed(args.seed)
-    wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
-    recipe = recipe_class(model_config, data, args, origin)
-    trainer = recipe.build_trainer()
-    folder = Path(args.output_dir)
-    if on_main():
-        recipe.introduce(trainer)
-        save_environment(folder / "environment.json", (args, data, model_config))
-    trainer.add_callback(DiagnosticsCallback(trainer))
-    before = recipe.evaluate(trainer)
-    trainer.train(resume_from_checkpoint=resume_point(args))
-    after = recipe.evaluate(trainer)
-    recipe.save(trainer)
-    results = {"before": before, "after": after, "figures": list(recipe.figures), **recipe.results}
-    if recipe.mixture is not None:
-        results["mixture"] = recipe.mixture.report(trainer.rows_taken).to_dict()
-    if on_main():
-        report(recipe, trainer, results, folder)
-        if wants_push:
-            push(folder, args.hub_model_id, private=bool(args.hub_private_repo), console=recipe.console)
-    trainer.accelerator.wait_for_everyone()
-    return results
-
-
-def report(recipe: Recipe, trainer: Any, results: dict[str, Any], folder: Path) -> None:
-    """Write results, pictures and model card, then print the figures."""
-    console = recipe.console
-    if recipe.mixture is not None:
-        console.print(mixture_table(recipe.mixture.report(trainer.rows_taken)))
-        plot_mixture(trainer.state.log_history, folder / "mixture.png")
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
-    picture = recipe.draw(trainer, results["before"], folder / "training_curves.png")
-    from_scratch = getattr(recipe.model_config, "model_config", None) is not None
-    write_card(
-        folder,
-        results=results,
-        base_model=None if from_scratch else recipe.model_config.model_name_or_path,
-        data=recipe.data,
-        args=recipe.args,
-        objective=recipe.objective,
-    )
-    if results["after"]:
-        recipe.print_figures(results["before"], results["after"])
-    console.print(f"Model, {picture.name}, results.json and README.md are in {folder}", highlight=False)
+    def report(self, trainer: Any, results: dict[str, Any], folder: Path) -> None:
+        """Write results, pictures and model card, then print the figures."""
+        if self.mixture is not None:
+            self.console.print(mixture_table(self.mixture.report(trainer.rows_taken)))
+            plot_mixture(trainer.state.log_history, folder / "mixture.png")
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+        picture = self.draw(trainer, results["before"], folder / "training_curves.png")
+        from_scratch = getattr(self.model_config, "model_config", None) is not None
+        base_model = None if from_scratch else self.model_config.model_name_or_path
+        write_card(
+            folder, results=results, base_model=base_model, data=self.data, args=self.args, objective=self.objective
+        )
+        if results["after"]:
+            self.print_figures(results["before"], results["after"])
+        self.console.print(f"Model, {picture.name}, results.json and README.md are in {folder}", highlight=False)
 
 
 def resume_point(args: Any) -> str | None:
-    """The checkpoint to go on from: the one that is named, or the newest for `--resume_from_checkpoint true`.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The checkpoint to go on from: the one that is named, or the newest whole one for `--resume_from_checkpoint true`."""
     asked = str(args.resume_from_checkpoint or "false")
-    if asked.lower() in ("true", "false"):
-        asked = asked.lower()
-    if asked != "true":
-        return None if asked == "false" else asked
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if found is None:
+    if asked.lower() == "false":
+        return None
+    if asked.lower() != "true":
+        return asked
+    # The state is written last, so a checkpoint that was being written when the run was killed has none.
+    written = {path.parent.name: path.parent for path in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")}
+    steps = [int(name[11:]) for name in written if name[11:].isdigit()]
+    if not steps:
         raise ConfigError(f"no checkpoint to resume from in {args.output_dir}")
-    return found
+    return str(written[f"checkpoint-{max(steps)}"])
 
 
 def on_main() -> bool:

@@ -11,23 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from trl import ModelConfig
+
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.demo import Question
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import save_label_preview
 from hf_objectives.recipes.arguments import BUILT_IN
-from hf_objectives.recipes.data import DataArguments, Prepared, prepare
-from hf_objectives.recipes.mixtures import mix_rows
-from hf_objectives.recipes.models import RecipeModel, load_model, with_lora
+from hf_objectives.recipes.data import DataArguments, Prepared, mix_rows, prepare
+from hf_objectives.recipes.models import load_model, with_lora
 from hf_objectives.recipes.preview import print_preview
-from hf_objectives.recipes.run import Recipe, run
+from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
 
 class Sft(Recipe):
     """Fine-tuning."""
 
-    arguments = (RecipeModel, DataArguments, PerplexityTrainingArguments)
+    arguments = (ModelConfig, DataArguments, PerplexityTrainingArguments)
     figures: ClassVar[dict[str, str]] = {
         "eval_bits_per_byte": "bits per byte",
         "eval_stop_probability": "probability of stopping at a turn's end",
@@ -72,7 +73,7 @@ class Sft(Recipe):
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Exact perplexity; of the built-in corpus also the share of right answers."""
         metrics = super().evaluate(trainer)
-        if BUILT_IN in self.data.paths().values():
+        if any(path == BUILT_IN for path, _ in self.data.places().values()):
             metrics["eval_exact_match"], self.answers = self.answer_built_in(trainer)
         return metrics
 
@@ -84,6 +85,4 @@ class Sft(Recipe):
             self.console.print(f"  {question.question} -> {said!r} ({verdict})", highlight=False, markup=False)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns what `results.json` holds."""
-    return run(Sft, argv)
+main = Sft.run

@@ -26,9 +26,9 @@ from hf_objectives.demo import SYSTEM, exact_match
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import LanguageModelEvaluation
 from hf_objectives.recipes import dpo, ppo, pretrain, reward, sft
-from hf_objectives.recipes.arguments import BUILT_IN, option, parse_config
-from hf_objectives.recipes.tables import figure, table
-from hf_objectives.types import check_one_of
+from hf_objectives.recipes.arguments import BUILT_IN, parse_config
+from hf_objectives.recipes.preview import figure, table
+from hf_objectives.types import check_one_of, option
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo")
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"  # of a checkout
@@ -128,16 +128,8 @@ def tokens_of(folder: Path) -> int | None:
 
 
 def measure(policy: Path, judge: Path | None, base: Path | None, *, seed: int) -> dict[str, float]:
-    """Held-out figures of a checkpoint.
-
-    Args:
-        policy: its folder.
-        judge: the folder of the reward model whose mean reward of its sampled answers is told.
-        base: the folder of the model that the distance is told to.
-        seed: of the sampled answers.
-
-    Returns:
-        `texts` and `chats` (perplexity), `exact_match` (greedy), `reward`, and `kl`, in nats per answer.
+    """Held-out figures of a checkpoint: perplexity of `texts` and `chats`, `exact_match` (greedy), the mean `reward` that a
+    judge gives its sampled answers, and `kl` to the base in nats per answer.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(policy)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)

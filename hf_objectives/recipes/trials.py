@@ -24,23 +24,12 @@ Place = tuple[str, str, list[str]]  # rows of some sources in a split of a prepa
 
 @dataclass(frozen=True)
 class Job:
-    """A training run.
-
-    Attributes:
-        folder: where its result and its log go.
-        argv: its arguments.
-        mixture: the configuration of its mixture.
-        sample: rows and tokens in a sample of the mixture.
-        evaluation: where its evaluation sets are, by name.
-        settings: all that its result depends on.
-        threads: threads of torch.
-        use_cpu: no GPU is asked for.
-    """
+    """A training run: its folder, arguments and evaluation sets by name, and in `settings` all that its result depends on."""
 
     folder: str
     argv: list[str]
     mixture: dict[str, Any]
-    sample: tuple[int, int]
+    sample: tuple[int, int]  # rows of the mixture, and their tokens
     evaluation: dict[str, Place]
     settings: dict[str, Any]
     threads: int
@@ -143,12 +132,7 @@ ENGINES = {"local": run_local, "ray": run_ray}
 
 
 def run_jobs(jobs: Sequence[Job], train: Train, engine: str, parallel: int, console: Console) -> list[dict[str, Any]]:
-    """The results of jobs, in order; a job that has a result is not run again.
-
-    Raises:
-        ConfigError: a result was made under other settings; says which.
-        WorkerError: jobs failed; names them and their logs, once all others are done.
-    """
+    """The results of jobs, in order; a job that has a result is not run again. Jobs that fail are told after all others."""
     for job in jobs:
         Path(job.folder).mkdir(parents=True, exist_ok=True)
         if (result := job.result()) and (different := difference(result["settings"], job.settings)):

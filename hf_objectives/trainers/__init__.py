@@ -14,16 +14,15 @@ if TYPE_CHECKING:
         PerplexityTrainingArguments,  # its arguments
     )
     from hf_objectives.trainers.dpo import (
+        PerplexityDPOConfig,  # `trl.DPOConfig` with settings of what is measured
         PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures and two cures for falling answers
-    )
-    from hf_objectives.trainers.dpo_config import (
-        PerplexityDPOConfig,  # its arguments
     )
     from hf_objectives.trainers.hf_compat import (
         StepWatch,  # what `watch_steps` calls
         attention_of,  # the name of a model's attention implementation
         origin_of,  # the folder or Hub id that a model was loaded from
         prepared_batch,  # a batch on the device of the run
+        stop_ids,  # the EOS ids of a generation config or a tokenizer
         watch_steps,  # watch batches, losses and gradient norms of any Trainer
     )
     from hf_objectives.trainers.isolation import (
@@ -36,11 +35,9 @@ if TYPE_CHECKING:
         PPOConfig,  # its arguments
     )
     from hf_objectives.trainers.reward import (
+        RewardModelConfig,  # `trl.RewardConfig` with the settings of encoding
         RewardModelTrainer,  # `trl.RewardTrainer` with exact figures
         encode_reward_row,  # one preference row as `RewardModelTrainer` takes it
-    )
-    from hf_objectives.trainers.reward_config import (
-        RewardModelConfig,  # its arguments
     )
     from hf_objectives.trainers.stream_callback import (
         OrderedStreamCallback,  # keeps a stream's place in the checkpoints of any Trainer

@@ -30,6 +30,7 @@ from hf_objectives.trainers.hf_compat import (
     count_shifted_labels,
     prepare_sharded,
     prepared_batch,
+    stop_ids,
     train_batch_size,
     watch_steps,
 )
@@ -101,7 +102,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Make the parent's loader.
 
-        An `OrderedStream` is told how many rows all ranks take together. It leaves the random state of the run alone, so
+        An `OrderedStream` is told how many rows all ranks take together. It draws nothing from the run's random state, so
         that a resumed run draws what an uninterrupted one does.
         """
         if not isinstance(self.train_dataset, OrderedStream):
@@ -118,11 +119,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         return 0 if self._stream is None else self._stream.rows_taken
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of one micro-batch as its share of the mean over the whole step; see the parent.
 
@@ -238,11 +235,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Count all batches of all ranks; the parent's `evaluate` calls this method.
-
-        Raises:
-            NothingSupervisedError: no row of the evaluation data trains a token.
-        """
+        """Count all batches of all ranks; the parent's `evaluate` calls this method."""
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = dataloader
         counts, rows = EvaluationCounts(), 0
@@ -297,11 +290,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         return model
 
     def prove_isolation(self, model: nn.Module) -> None:
-        """Run `probe_isolation` once where rows are packed.
-
-        Raises:
-            PackingLeakError: packed documents see each other.
-        """
+        """Run `probe_isolation` once where rows are packed."""
         if self._isolation_proved:
             return
         self._isolation_proved = True
@@ -311,11 +300,8 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             logger.info("packed documents are isolated under %s: %.2g", report.attention, report.change)
 
     def _stop_ids(self) -> set[int]:
-        stops = set(self.trained_stop_ids())
-        for holder in (self.tokenizer, getattr(self.model, "generation_config", None)):
-            ids = getattr(holder, "eos_token_id", None)
-            stops.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
-        return stops
+        generation = getattr(self.model, "generation_config", None)
+        return {*self.trained_stop_ids(), *stop_ids(self.tokenizer), *stop_ids(generation)}
 
 
 class _RunCallback(TrainerCallback, StepWatch):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.types import option
 
 
 @dataclass
@@ -18,27 +19,17 @@ class PerplexityTrainingArguments(TrainingArguments):
 
     Args:
         z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5); 0 for none.
-        check_isolation: before the first step and the first evaluation, prove on the live model that packed documents do
-            not see each other.
-        stop_on_non_finite: stop all ranks before an optimizer step whose loss or gradient norm is NaN or infinite.
+        check_isolation: see `probe_isolation`; before the first step and the first evaluation.
 
     Raises:
         ConfigError: a negative `z_loss`, or a setting of the parent that would make numbers wrong.
     """
 
-    z_loss: float = field(
-        default=0.0, metadata={"help": "Weight of the squared log-partition (PaLM: 1e-4); 0 for none."}
-    )
-    check_isolation: bool = field(
-        default=True, metadata={"help": "Prove on the live model that packed documents do not see each other."}
-    )
-    stop_on_non_finite: bool = field(
-        default=True, metadata={"help": "Stop all ranks before a step whose loss or gradient norm is not finite."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Collators take whole rows; leave this off."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Would hide a loss that is not finite; leave this off."}
-    )
+    z_loss: float = option(0.0, "Weight of the squared log-partition (PaLM: 1e-4); 0 for none.")
+    check_isolation: bool = option(True, "Prove on the live model that packed documents do not see each other.")
+    stop_on_non_finite: bool = option(True, "Stop all ranks before a step whose loss or gradient norm is not finite.")
+    remove_unused_columns: bool = option(False, "Collators take whole rows; leave this off.")
+    logging_nan_inf_filter: bool = option(False, "Would hide a loss that is not finite; leave this off.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,14 +19,9 @@ _FILE = "critic.pt"
 
 
 class Critic(nn.Module):
-    """Values of the states before each token of an answer.
+    """Values of the states before each token of an answer; the head begins at 0. Every process holds the whole critic.
 
-    The head begins at 0, so the first values are 0. Every process holds the whole critic. Gradients are averaged over
-    processes when the optimizer steps.
-
-    Args:
-        policy: the causal language model, with its adapters.
-        backbone: a decoder of the critic's own; None for a head on the policy's.
+    `backbone` is a decoder of the critic's own; None for a head on the policy's.
     """
 
     backbone: Any
@@ -44,14 +39,8 @@ class Critic(nn.Module):
     def of(cls, policy: Any, kind: str, model: Any = None) -> Critic | None:
         """Make the critic that `PPOConfig.critic` names.
 
-        Args:
-            policy: the causal language model.
-            kind: "separate", "shared" or "none".
-            model: a model (a reward model, for example). A separate critic begins with its backbone and, if it has one, its
-                score head; with None, with a copy of the policy's backbone.
-
-        Raises:
-            ConfigError: `model` without a separate critic, or with another vocabulary than the policy.
+        A separate one begins with the backbone of `model` (a reward model, for example) and, if it has one, its score head;
+        with None, with a copy of the policy's backbone.
         """
         if model is not None and kind != "separate":
             raise ConfigError(f"critic_model is given and critic is {kind!r}; expected 'separate'")
@@ -60,9 +49,7 @@ class Critic(nn.Module):
         if kind == "shared":
             return cls(policy)
         if model is None:
-            if hasattr(
-                policy, "merge_and_unload"
-            ):  # adapters are part of what the policy knows: merge them in the copy
+            if hasattr(policy, "merge_and_unload"):  # its adapters are part of what it knows
                 backbone = copy.deepcopy(policy).merge_and_unload().base_model
             else:
                 backbone = copy.deepcopy(decoder_of(policy))
@@ -119,11 +106,7 @@ def decoder_of(policy: nn.Module) -> Any:
 class CriticOptimizer:
     """Steps the critic when the policy's optimizer has stepped, and is saved with it.
 
-    Args:
-        critic: the critic.
-        args: the Trainer's. Optimizer, schedule and clipping are the policy's, with `critic_learning_rate`.
-        policy: for the Trainer's choice of an optimizer.
-        num_training_steps: steps of the run, for the schedule.
+    Optimizer, schedule and clipping are those of the policy, with `critic_learning_rate`.
     """
 
     def __init__(self, critic: Critic, args: Any, policy: nn.Module, num_training_steps: int) -> None:
@@ -155,11 +138,7 @@ class CriticOptimizer:
         torch.save({name: part.state_dict() for name, part in parts.items()}, folder / _FILE)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: the folder has no critic, or one of another kind.
-        """
+        """Read what `save` wrote."""
         if not (folder / _FILE).exists():
             raise ConfigError(f"{folder} has no {_FILE}; it is no checkpoint of a PPO run with a critic")
         device = self.critic.head.weight.device

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import PartialState
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
+from trl import DPOConfig
 
 from hf_objectives.collators import DataCollatorForPreferencePairs
 from hf_objectives.distributed import gather_objects
@@ -28,14 +28,78 @@ from hf_objectives.evaluation import (
     pair_figures,
     unique_rows,
 )
-from hf_objectives.labels import encode_pair
-from hf_objectives.trainers.dpo_config import PerplexityDPOConfig
-from hf_objectives.trainers.guards import check_stream
+from hf_objectives.labels import CONTROL_TOKENS, TRAIN_ON, encode_pair
+from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.metrics import PairMetrics
 from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks
+from hf_objectives.types import check_one_of, option
 
 # TRL logs the mean of its batches' means under these names. Here they are counted over rows.
 _COUNTED = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+
+
+@dataclasses.dataclass
+class PerplexityDPOConfig(DPOConfig):
+    """`trl.DPOConfig` with settings of what is measured, and two cures for chosen answers that become less likely.
+
+    Args:
+        nll_weight: adds this many times the negative log-likelihood per chosen token to the loss (RPO, Pang et al., arXiv
+            2404.19733, equations 1 and 2). The mean is over the tokens of the micro-batch; the paper divides each answer
+            by its own length.
+        dpop_lambda: penalty on a chosen answer that is less likely than under the reference (DPO-Positive, Pal et al., arXiv
+            2402.13228, equation 3): −log σ(β (Δw − Δl − λ max(0, −Δw))), Δ the log ratio of an answer to the reference.
+        warn_chosen_drop: nats per token since the start; None for no warning, which is given once.
+        max_perplexity_increase: a share (0.1: ten per cent); None for no bound.
+        train_on, control_tokens: how rows are encoded, see `encode_pair`.
+
+    Raises:
+        ConfigError: a setting out of its range, or `dpop_lambda` with a loss that it is not defined for.
+    """
+
+    nll_weight: float = option(0.0, "Weight of the NLL of chosen answers (RPO); 0 for none.")
+    dpop_lambda: float = option(0.0, "Penalty of DPO-Positive; 0 for none.")
+    warn_chosen_drop: float | None = option(
+        0.1, "Warn when chosen answers lose more nats per token than this while the margin grows."
+    )
+    max_perplexity_increase: float | None = option(
+        None, "Stop when a dataset of eval_lm_datasets is this share over its start."
+    )
+    train_on: str = option("assistant", "Turns of the answers that are compared.")
+    control_tokens: str = option("plain", "How control tokens in texts are read.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("train_on", self.train_on, TRAIN_ON)
+        check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
+        for name, at_least in (
+            ("nll_weight", "0 or more"),
+            ("dpop_lambda", "0 or more"),
+            ("warn_chosen_drop", "0 or more, or None"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} is {value}; expected {at_least}")
+        if self.max_perplexity_increase is not None and not self.max_perplexity_increase > 0:
+            raise ConfigError(
+                f"max_perplexity_increase is {self.max_perplexity_increase}; expected more than 0, or None"
+            )
+        if self.dpop_lambda:
+            self._check_dpop()
+
+    def _check_dpop(self) -> None:
+        settings: dict[str, tuple[Any, Any]] = {
+            "loss_type": (self.loss_type, ["sigmoid"]),
+            "f_divergence_type": (self.f_divergence_type, "reverse_kl"),
+            "use_weighting": (self.use_weighting, False),
+            "ld_alpha": (self.ld_alpha, None),
+        }
+        for name, (value, needed) in settings.items():
+            if value != needed:
+                raise ConfigError(
+                    f"dpop_lambda changes the sigmoid loss of DPO alone: {name} is {value!r}; expected {needed!r}"
+                )
+
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PerplexityDPOConfig)}
 
 
@@ -63,10 +127,6 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         ConfigError: settings that contradict each other, or a dataset without rows.
     """
 
-    args: Any
-    model: Any
-    _metrics: Any
-    _signature_columns: Any
     extra_columns = ("chosen_mask", "rejected_mask", "row")
 
     def __init__(
@@ -78,7 +138,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        compute_metrics: Callable[..., dict] | None = None,
+        compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
@@ -120,33 +180,22 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
     # -- rows ----------------------------------------------------------------------------------------------------
 
     def prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """Encode and number the rows. Rows that have ids already keep them.
-
-        Raises:
-            ConfigError: a dataset without rows, or a stream whose rows have no common numbers.
-            DataError: a row that cannot be used.
-        """
+        """Encode and number the rows. Rows that have ids already keep them."""
         first = next(iter(dataset), None)
         if first is None:
             raise ConfigError(f"dataset {dataset_name!r} has no rows; expected preference pairs")
         if isinstance(processing_class, ProcessorMixin):
             return super().prepare_dataset(dataset, processing_class, args, dataset_name)
-        options: dict[str, Any] = {"with_indices": True}
-        if isinstance(dataset, Dataset):  # a stream takes neither
-            options |= {"num_proc": args.dataset_num_proc, "desc": f"Encoding {dataset_name} dataset"}
-        if dataset_name != "train":
-            check_stream(dataset, args.dataloader_num_workers, dataset_name)
         if "prompt_ids" in first:
-            return dataset.map(_number, **options)
+            return map_numbered(dataset, _number, dataset_name, args)
         settings = {
             "max_length": args.max_length,
             "train_on": getattr(args, "train_on", _DEFAULTS["train_on"]),
             "control_tokens": getattr(args, "control_tokens", _DEFAULTS["control_tokens"]),
             "source": dataset_name,
         }
-        with PartialState().main_process_first():
-            arguments = {"tokenizer": self.text_tokenizer, "settings": settings}
-            return dataset.map(_encode, fn_kwargs=arguments, **options)
+        arguments = {"tokenizer": self.text_tokenizer, "settings": settings}
+        return map_numbered(dataset, _encode, dataset_name, args, fn_kwargs=arguments)
 
     def _use_pair_collator(self) -> None:
         """Replace the collator that the parent makes where it is given none."""
@@ -192,11 +241,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the parent's loss, plus `nll_weight` and `dpop_lambda`; the figures come from its forward passes."""
         inputs = dict(inputs)
@@ -243,31 +288,18 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as the parent does; the figures of pairs are gathered once at the end and counted row by row."""
         self._pairs = []
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             own = torch.cat(self._pairs).cpu().numpy() if self._pairs else np.empty((0, len(COLUMNS)))
         finally:
             self._pairs = None
         rows = unique_rows(gather_objects(own))
-        if not len(rows):
-            return output
-        figures = pair_figures(rows)
-        self.replace_booked({name: figures[name] for name in _COUNTED}, "eval")
-        figures |= self._change(rows, metric_key_prefix)
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        if len(rows):
+            figures = pair_figures(rows) | self._change(rows, metric_key_prefix)
+            self.add_figures(output, figures, metric_key_prefix, _COUNTED)
         return output
 
     def _change(self, rows: Any, prefix: str) -> dict[str, float]:

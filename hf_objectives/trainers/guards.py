@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from hf_objectives.distributed import any_rank, rank, world_size
 from hf_objectives.errors import ConfigError, NonFiniteError, StopTokenError
 from hf_objectives.evaluation import document_losses
+from hf_objectives.trainers.hf_compat import stop_ids
 
 logger = logging.getLogger(__name__)
 _TEXT_KEPT = 2_000  # characters of a row in the report
@@ -33,11 +34,9 @@ def stop_if_not_finite(
     """Raise on every rank if a loss or the gradient norm is not finite on any rank. Call it before the optimizer's step.
 
     Args:
-        losses: the loss of each micro-batch of the step on this rank.
+        losses, batches: those of each micro-batch of the step on this rank.
         grad_norm: the norm of the step's gradient; None where an fp16 scaler handles overflow.
-        batches: the micro-batches, for the report.
         model: finds the rows at fault; where it is sharded, the wrapped model.
-        tokenizer: decodes their text; None leaves it out.
         step: number of the step that is not taken.
         folder: gets the report of this rank, `non_finite_step_<step>_rank_<rank>.json`.
 
@@ -81,11 +80,7 @@ def _rows(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[di
 
 
 def check_stream(dataset: Any, workers: int, name: str) -> None:
-    """Refuse a stream whose rows have no common numbers: read in parts, each part counts its rows from 0.
-
-    Raises:
-        ConfigError: a stream of several shards for several ranks or loader workers.
-    """
+    """Refuse a stream whose rows have no common numbers: read in parts, each part counts its rows from 0."""
     shards = getattr(dataset, "num_shards", 1) if isinstance(dataset, IterableDataset) else 1
     if shards > 1 and (workers > 1 or world_size() > 1):
         raise ConfigError(
@@ -94,15 +89,18 @@ def check_stream(dataset: Any, workers: int, name: str) -> None:
         )
 
 
+def map_numbered(dataset: Any, encode: Callable[..., dict], name: str, args: Any, **options: Any) -> Any:
+    """Map the rows of a dataset, each with its number, once a machine; `name` is "train" or that of an evaluation set."""
+    if name != "train":
+        check_stream(dataset, args.dataloader_num_workers, name)
+    if isinstance(dataset, Dataset):  # a stream takes neither
+        options |= {"num_proc": args.dataset_num_proc, "desc": f"Encoding {name} dataset"}
+    with args.main_process_first(desc=f"encoding {name}"):
+        return dataset.map(encode, with_indices=True, **options)
+
+
 def ensure_stop_tokens(model: nn.Module, trained_stops: Sequence[int], tokenizer: Any) -> list[int]:
-    """Put every trained stop token among the EOS ids of the model's generation config.
-
-    Returns:
-        The ids that were added.
-
-    Raises:
-        StopTokenError: the model has no generation config.
-    """
+    """Put every trained stop token among the EOS ids of the model's generation config; returns those that were added."""
     if not trained_stops:
         return []
     config = getattr(model, "generation_config", None)
@@ -112,8 +110,7 @@ def ensure_stop_tokens(model: nn.Module, trained_stops: Sequence[int], tokenizer
             f"turns were trained to end with {', '.join(map(repr, names))}, and the model has no generation config that "
             "could stop there; set model.generation_config"
         )
-    known = config.eos_token_id
-    listed = [] if known is None else [known] if isinstance(known, int) else list(known)
+    listed = stop_ids(config)
     missing = [i for i in trained_stops if i not in listed]
     if missing:
         config.eos_token_id = listed + missing if listed or len(missing) > 1 else missing[0]

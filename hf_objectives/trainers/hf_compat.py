@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_objectives.errors import ConfigError
+
 
 class StepWatch:
     """What `watch_steps` calls during the steps of a Trainer; subclasses override what they need."""
@@ -104,6 +106,7 @@ class TrainerHooks:
     `hooks = {"answers_loss": "_compute_loss"}` the Trainer calls `answers_loss` where it would call `_compute_loss`.
     """
 
+    state: Any
     _signature_columns: Any
     #: Private methods, by the public names under which subclasses override them.
     hooks: ClassVar[dict[str, str]] = {}
@@ -113,12 +116,14 @@ class TrainerHooks:
         for public, private in cls.hooks.items():
             if public in vars(cls):
                 setattr(cls, private, vars(cls)[public])
+            else:
+                setattr(cls, public, getattr(cls, private))
 
     #: Columns of the rows that reach the collator, beside those that the model takes.
     extra_columns: tuple[str, ...] = ()
 
     def save_extra_state(self, folder: Path) -> None:
-        """Write state of the subclass beside a checkpoint that was just saved with its optimizer."""
+        """Write state of the subclass into a checkpoint that is about to be saved with its optimizer."""
 
     def load_extra_state(self, folder: Path) -> None:
         """Read what `save_extra_state` wrote, when a run is resumed."""
@@ -138,16 +143,21 @@ class TrainerHooks:
         return torch.tensor(count, device=device)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
         trainer: Any = self
         if not trainer.args.save_only_model:
             folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             self.save_extra_state(folder)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # writes the Trainer's state last
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
+            # The Trainer loads the weights first, and begins at step 0 where the state has gone since.
+            if not self.state.global_step:
+                raise ConfigError(
+                    f"{checkpoint} lost its trainer_state.json while it was read; end the run that still writes there"
+                )
             self.load_extra_state(Path(checkpoint))
 
 
@@ -184,3 +194,9 @@ def attention_of(model: Any) -> str | None:
 def origin_of(model: Any) -> str | None:
     """The folder or Hub id that a model was loaded from; empty for a model that was built."""
     return getattr(getattr(model, "config", None), "_name_or_path", None)
+
+
+def stop_ids(holder: Any) -> list[int]:
+    """The EOS ids of a generation config or a tokenizer, which names none, one or several."""
+    ids = getattr(holder, "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

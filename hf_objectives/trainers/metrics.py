@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricSums:
-    """Sums of named values since the last log; float64, on the device of the values.
-
-    Args:
-        names: the names, in the order of the values given to `add`.
-    """
+    """Sums of named values since the last log; float64, on the device of the values, in the order of their names."""
 
     def __init__(self, *names: str) -> None:
         self._names = names

@@ -29,9 +29,14 @@ from hf_objectives.losses import (
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
 from hf_objectives.trainers.metrics import PolicyMetrics
 from hf_objectives.trainers.ppo_config import PPOConfig
-from hf_objectives.trainers.reference import asking_for_none, own_reference
 from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
-from hf_objectives.trainers.trl_compat import RLOOHooks, disable_dropout_in_model, place_reference
+from hf_objectives.trainers.trl_compat import (
+    RLOOHooks,
+    asking_for_none,
+    disable_dropout_in_model,
+    own_reference,
+    place_reference,
+)
 
 _STATE = "ppo_state_rank_{rank}.pt"
 
@@ -71,10 +76,6 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     """
 
     loss_is_scaled_for_ga: Any = True  # divided by the tokens of the whole step, see answers_made
-    args: PPOConfig
-    model: Any
-    _metrics: Any
-    _signature_columns: Any
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             raise ConfigError("no parameter of the policy requires a gradient; nothing would be trained")
         if self.is_multimodal:
             raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
-        needed = self.args.generation_batch_size // self.args.num_generations  # type: ignore[operator]
+        needed = self.args.generation_batch_size // self.args.num_generations
         rows: Any = self.train_dataset
         if hasattr(rows, "__len__") and len(rows) < needed:
             raise ConfigError(
@@ -164,11 +165,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     # -- answers -------------------------------------------------------------------------------------------------
 
     def tokenize_prompts(self, prompts: list) -> Any:
-        """Tokenize prompts.
-
-        Raises:
-            ConfigError: a prompt that leaves no room for an answer; names its row.
-        """
+        """Tokenize prompts; one that leaves no room for an answer is an error that names its row."""
         result = super().tokenize_prompts(prompts)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for i, ids in enumerate(result[0]):
@@ -364,11 +361,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         torch.save(state, folder / _STATE.format(rank=rank()))
 
     def load_extra_state(self, folder: Path) -> None:
-        """Read what `save_extra_state` wrote.
-
-        Raises:
-            ConfigError: the folder was written by another trainer or by fewer processes.
-        """
+        """Read what `save_extra_state` wrote."""
         if self.critic_optimizer is not None:
             self.critic_optimizer.load(folder)
         file = folder / _STATE.format(rank=rank())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl import RLOOConfig
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.losses import KL_ESTIMATORS
-from hf_objectives.types import check_one_of
+from hf_objectives.types import check_one_of, option
 
 _CHOICES = {
     "critic": ("separate", "shared", "none"),
@@ -31,53 +31,43 @@ class PPOConfig(RLOOConfig):
     of the ratio, `beta` the coefficient of the KL penalty, `reward_clip_range` the clip of the score. One answer to a prompt
     (`num_generations`) is enough. Dropout is off, so that the ratio begins at 1.
 
+    What each field does stands in its help; more of some:
+
     Args:
         critic: "separate": a value head on a copy of the policy's backbone; "shared": on the policy's own, whose weights the
             value loss then moves too; "none": no critic, V = 0.
-        critic_learning_rate: learning rate of the critic; None for `learning_rate`.
         gamma, lam: discount and λ of generalised advantage estimation (arXiv 1506.02438).
-        vf_coef: weight of the value loss.
-        cliprange_value: how far a value may move from the old one; None for no clip.
-        entropy_coef: weight of the entropy bonus, per token.
-        kl_estimator: "k1", "k2" or "k3", see `losses.KL_ESTIMATORS`.
+        kl_estimator: see `losses.KL_ESTIMATORS`.
         kl_target: nats per answer that an adaptive coefficient aims at (arXiv 1909.08593); None keeps `beta`.
-        kl_horizon: number of answers over which the coefficient changes by a fifth at most.
-        whiten_advantages: scale the advantages of a batch to mean 0 and variance 1.
-        whiten_rewards: scale the token rewards of a batch to variance 1, and keep their mean.
-        missing_eos_penalty: taken off the score of an answer that did not stop within `max_completion_length`.
+        whiten_rewards: their mean stays.
+        missing_eos_penalty: for answers that did not stop within `max_completion_length`.
         reward_errors: "error", or "missing": leave out and count the answers on which a function or model fails or gives NaN,
             whatever the others give.
-        eval_lm_max_length: tokens of a row of `eval_lm_datasets`.
-        max_perplexity_increase: stop when perplexity on one of them is over its start by more than this (0.1: ten per cent).
 
     Raises:
         ConfigError: an unknown name, a value out of range, or settings that contradict each other.
     """
 
-    num_generations: int = field(default=1, metadata={"help": "Answers to each prompt in a batch."})
-    num_iterations: int = field(default=4, metadata={"help": "Epochs over each batch of answers."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Dropout off, so that the ratio begins at 1."})
-    critic: str = field(default="separate", metadata={"help": "separate, shared or none."})
-    critic_learning_rate: float | None = field(default=None, metadata={"help": "None for learning_rate."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip of the value around the old one."})
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, per token."})
-    kl_estimator: str = field(default="k1", metadata={"help": "k1, k2 or k3."})
-    kl_target: float | None = field(default=None, metadata={"help": "Nats per answer that an adaptive beta steers to."})
-    kl_horizon: int = field(default=10_000, metadata={"help": "Answers over which beta moves by a fifth at most."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Scale advantages to mean 0 and variance 1."})
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
-    missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Taken off the score of an answer that did not stop."}
-    )
-    reward_errors: str = field(
-        default="error", metadata={"help": "error, or missing: leave out answers that could not be scored."}
-    )
-    eval_lm_max_length: int | None = field(default=1024, metadata={"help": "Tokens of a row of eval_lm_datasets."})
-    max_perplexity_increase: float | None = field(
-        default=None, metadata={"help": "Stop when perplexity on an eval_lm_dataset rose by more (0.1: 10 %)."}
+    num_generations: int = option(1, "Answers to each prompt in a batch.")
+    num_iterations: int = option(4, "Epochs over each batch of answers.")
+    disable_dropout: bool = option(True, "Dropout off, so that the ratio begins at 1.")
+    critic: str = option("separate", "separate, shared or none.")
+    critic_learning_rate: float | None = option(None, "None for learning_rate.")
+    gamma: float = option(1.0, "Discount.")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation.")
+    vf_coef: float = option(0.1, "Weight of the value loss.")
+    cliprange_value: float | None = option(0.2, "Clip of the value around the old one.")
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus, per token.")
+    kl_estimator: str = option("k1", "k1, k2 or k3.")
+    kl_target: float | None = option(None, "Nats per answer that an adaptive beta steers to.")
+    kl_horizon: int = option(10_000, "Answers over which beta moves by a fifth at most.")
+    whiten_advantages: bool = option(True, "Scale advantages to mean 0 and variance 1.")
+    whiten_rewards: bool = option(False, "Scale token rewards to variance 1.")
+    missing_eos_penalty: float = option(0.0, "Taken off the score of an answer that did not stop.")
+    reward_errors: str = option("error", "error, or missing: leave out answers that could not be scored.")
+    eval_lm_max_length: int | None = option(1024, "Tokens of a row of eval_lm_datasets.")
+    max_perplexity_increase: float | None = option(
+        None, "Stop when perplexity on an eval_lm_dataset rose by more (0.1: 10 %)."
     )
 
     def __post_init__(self) -> None:
@@ -104,7 +94,7 @@ class PPOConfig(RLOOConfig):
             raise ConfigError(f"reward_clip_range is {self.reward_clip_range}; expected a lower and a higher bound")
         if self.kl_target is not None and not self.beta:
             raise ConfigError("kl_target moves beta, and beta is 0; give it a value to begin with, such as 0.05")
-        if self.steps_per_generation % self.gradient_accumulation_steps:  # type: ignore[operator]
+        if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ConfigError(
                 f"steps_per_generation is {self.steps_per_generation}, gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}; expected a multiple, so that a minibatch is one step"

@@ -16,14 +16,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
+from trl import RewardConfig
 
 from hf_objectives.distributed import gather_objects
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.evaluation import PairRewards
 from hf_objectives.labels import encode_pair
-from hf_objectives.trainers.guards import check_stream
+from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.score_position import check_batch, check_vocabulary, read_past_end, spare_pad_token
 from hf_objectives.trainers.trl_compat import RewardCollator, RewardHooks, get_dataset_column_names
+from hf_objectives.types import check_one_of, option
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,32 @@ def encode_reward_row(
     return encoded
 
 
+@dataclasses.dataclass
+class RewardModelConfig(RewardConfig):
+    """`trl.RewardConfig` with the settings of encoding.
+
+    `max_length` has another meaning than for the parent, which drops longer rows: here their prompt is shortened, see
+    `encode_pair`.
+
+    Args:
+        control_tokens: see `encode_chat`.
+        allow_eos_padding: where EOS is the only token to pad with, read the score of a text that ends with EOS before it, as
+            TRL does. Without it, such a text is an error.
+
+    Raises:
+        ConfigError: an unknown `control_tokens`.
+    """
+
+    control_tokens: str = option("plain", "plain or allow.")
+    allow_eos_padding: bool = option(
+        False, "Pad with EOS where there is nothing else, and read scores before a closing EOS."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("control_tokens", self.control_tokens, ("plain", "allow"))
+
+
 class RewardModelTrainer(RewardHooks):
     """`trl.RewardTrainer` with its signature, its loss (Bradley and Terry's) and its options.
 
@@ -105,11 +133,6 @@ class RewardModelTrainer(RewardHooks):
         DataError: a row that cannot be used.
     """
 
-    args: Any
-    processing_class: Any
-    train_dataset: Any
-    _metrics: Any
-    _signature_columns: Any
     extra_columns = (*_LENGTHS, _ROW)
 
     def __init__(self, model: Any, args: Any = None, *rest: Any, **kwargs: Any) -> None:
@@ -129,10 +152,12 @@ class RewardModelTrainer(RewardHooks):
             )
         self.data_collator = _Numbered(
             self.data_collator,
-            pad_token_id=config.get_text_config().pad_token_id,
-            token=self.processing_class.pad_token,
-            num_embeddings=self._num_embeddings,
-            allow_eos_padding=self._allow_eos_padding,
+            {
+                "pad_token_id": config.get_text_config().pad_token_id,
+                "token": self.processing_class.pad_token,
+                "num_embeddings": self._num_embeddings,
+                "allow_eos_padding": self._allow_eos_padding,
+            },
         )
 
     def _own_pad_token(self) -> None:
@@ -157,33 +182,21 @@ class RewardModelTrainer(RewardHooks):
     def prepare_dataset(
         self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str
     ) -> Any:
-        """Encode and number the rows.
-
-        Raises:
-            ConfigError: a stream whose rows have no common numbers.
-            DataError: a row that cannot be used.
-        """
+        """Encode and number the rows."""
         names = get_dataset_column_names(dataset)
         if "chosen_input_ids" in names and "chosen_ids" not in names:
             unlimited = copy.copy(args)
             unlimited.max_length = None
             dataset = super().prepare_dataset(dataset, processing_class, unlimited, dataset_name)  # only renames
             names = get_dataset_column_names(dataset)
-        if dataset_name != "train":
-            check_stream(dataset, args.dataloader_num_workers, dataset_name)
-        options: dict[str, Any] = {"with_indices": True}
-        if isinstance(dataset, Dataset):
-            options |= {"num_proc": args.dataset_num_proc, "desc": f"Encoding {dataset_name}"}
         settings: dict[str, Any] = {"max_length": args.max_length, "source": dataset_name}
-        encode: Any = _measured
-        if not set(_SIDES) <= set(names):
-            settings |= {"tokenizer": processing_class, "control_tokens": getattr(args, "control_tokens", "plain")}
-            if isinstance(dataset, Dataset) and "margin" in names and dataset.features["margin"].dtype == "null":
-                dataset = dataset.remove_columns("margin")  # the column is from other sources; no row here has a margin
-            encode = _encoded
-            options["remove_columns"] = [name for name in get_dataset_column_names(dataset) if name != "margin"]
-        with args.main_process_first(desc=f"encoding {dataset_name}"):
-            return dataset.map(encode, fn_kwargs=settings, **options)
+        if set(_SIDES) <= set(names):
+            return map_numbered(dataset, _measured, dataset_name, args, fn_kwargs=settings)
+        settings |= {"tokenizer": processing_class, "control_tokens": getattr(args, "control_tokens", "plain")}
+        if isinstance(dataset, Dataset) and "margin" in names and dataset.features["margin"].dtype == "null":
+            dataset = dataset.remove_columns("margin")  # the column is from other sources; no row here has a margin
+        others = [name for name in get_dataset_column_names(dataset) if name != "margin"]
+        return map_numbered(dataset, _encoded, dataset_name, args, fn_kwargs=settings, remove_columns=others)
 
     # -- loss and evaluation ---------------------------------------------------------------------------------------
 
@@ -197,27 +210,14 @@ class RewardModelTrainer(RewardHooks):
             self._seen.append((rows, outputs.logits.detach().squeeze(-1).float(), inputs.get("margin")))
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate as the parent does, with figures over all rows of all ranks, each once.
-
-        Raises:
-            NonFiniteError: a reward that is not finite; names its row.
-        """
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as the parent does, with figures over all rows of all ranks, each once."""
         self._seen = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.pair_rewards = PairRewards.of_ranks(gather_objects(_joined(self._seen)))
         self._seen = []
         figures = self.pair_rewards.metrics(center=self.args.center_rewards_coefficient)
-        metrics: Any = output.metrics
-        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        self.replace_booked({name: figures[name] for name in REPLACED}, "eval")
+        self.add_figures(output, figures, metric_key_prefix, REPLACED)
         return output
 
     def save_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -234,28 +234,17 @@ class RewardModelTrainer(RewardHooks):
 
 @dataclasses.dataclass
 class _Numbered:
-    """A collator of pairs that checks each batch against what the model will read, and adds numbers and lengths of its rows,
-    int64 [n, 3]."""
+    """A collator of pairs that checks each batch by `check_batch`, and adds numbers and lengths of its rows, int64 [n, 3]."""
 
     collate: Any
-    pad_token_id: int
-    token: str
-    num_embeddings: int
-    allow_eos_padding: bool
+    checks: dict[str, Any]
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         extra = (_ROW, *_LENGTHS)
         batch = self.collate([{k: v for k, v in example.items() if k not in extra} for example in examples])
         numbered = all(name in example for example in examples for name in extra)
-        check_batch(
-            batch["input_ids"],
-            batch.get("attention_mask"),
-            pad_token_id=self.pad_token_id,
-            num_embeddings=self.num_embeddings,
-            rows=[example[_ROW] for example in examples] if numbered else range(len(examples)),
-            token=self.token,
-            allow_eos_padding=self.allow_eos_padding,
-        )
+        rows = [example[_ROW] for example in examples] if numbered else range(len(examples))
+        check_batch(batch["input_ids"], batch.get("attention_mask"), rows=rows, **self.checks)
         if numbered:
             batch[_BATCH] = torch.tensor([[example[name] for name in extra] for example in examples])
         return batch

@@ -96,10 +96,6 @@ def checked_rewards(
         functions: a function, a model, the path of one, or a list of these.
         tokenizers: one for each, or None.
         on_error, tell_failed: see `checked`.
-
-    Raises:
-        ConfigError: neither a function nor a model, a model that gives no rewards (see `check_reward_model`), or another
-            number of tokenizers.
     """
     functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
     if tokenizers is None:
@@ -202,16 +198,7 @@ def _answer(arguments: dict[str, Any], i: int) -> str:
 
 
 def check_finite(rewards: Tensor, name: str, answers: Sequence[Any]) -> None:
-    """Check the rewards of a reward model.
-
-    Args:
-        rewards: float [batch], one for each answer.
-        name: name of the model.
-        answers: the answers, for the error.
-
-    Raises:
-        RewardError: a reward is NaN or infinite; names the first such answer.
-    """
+    """Refuse rewards of a reward model, float [batch], that are not finite; names the first such answer."""
     bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
     if bad:
         answer = _answer({"completions": answers}, bad[0])
@@ -233,12 +220,7 @@ def load_scorer(path: str) -> tuple[Any, bool]:
 def check_reward_model(model: nn.Module, tokenizer: Any) -> Any:
     """Find the tokenizer of a reward model, which is its own and not the policy's.
 
-    Args:
-        model: a sequence classifier with one label.
-        tokenizer: the tokenizer given for it; None for that of its folder.
-
-    Raises:
-        ConfigError: more than one label, no tokenizer, or the tokenizer of another model.
+    `tokenizer` is the one given for it; None for that of its folder.
     """
     config: Any = model.config
     origin = origin_of(model)

@@ -25,10 +25,6 @@ def spare_pad_token(tokenizer: Any, num_embeddings: int) -> str | None:
 
     It is a control token with an embedding, not EOS or BOS, and not in the chat template. A token named after padding comes
     first, then the unknown token, then a reserved one.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        num_embeddings: number of token embeddings of the model.
     """
     templates = tokenizer.chat_template
     text = " ".join(templates.values()) if isinstance(templates, dict) else templates or ""
@@ -47,12 +43,9 @@ def spare_pad_token(tokenizer: Any, num_embeddings: int) -> str | None:
 
 
 def check_vocabulary(tokenizer: Any, num_embeddings: int) -> None:
-    """Check that the model has an embedding for every token that text or padding can produce.
+    """Refuse a model without an embedding for a token that text or padding can produce.
 
     Unused control tokens may be without one: some text models have the tokenizer of a vision model of their family.
-
-    Raises:
-        TokenizerError: a token without an embedding.
     """
     if len(tokenizer) <= num_embeddings:
         return
@@ -91,15 +84,10 @@ def check_batch(
     Args:
         input_ids: int64 [2n, length], chosen answers first.
         attention_mask: int64 [2n, length], 0 at padding; None without padding.
-        pad_token_id: the padding id of the model's config.
+        pad_token_id, token: the padding of the model's config.
         num_embeddings: number of token embeddings of the model.
         rows: numbers of the n rows, for errors.
-        token: the padding token.
         allow_eos_padding: let a text end with the padding token.
-
-    Raises:
-        ConfigError: padding with another id, or a text that ends with the padding token.
-        FormatError: an id without an embedding.
     """
     kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     wrong = input_ids[~kept & (input_ids != pad_token_id)]

@@ -35,7 +35,7 @@ class OrderedStreamCallback(TrainerCallback):
         self.stream = stream
         self.rows_taken = 0  # by all ranks, from the stream's row 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         """Find the place, and log what lies ahead."""
         if not args.ignore_data_skip:
             raise ConfigError(
@@ -47,7 +47,8 @@ class OrderedStreamCallback(TrainerCallback):
                 "accelerate hands out the batches of one process, whose loader workers take turns by all ranks' rows; set "
                 "accelerator_config={'dispatch_batches': False}, or dataloader_num_workers to 0 or 1"
             )
-        self.stream.batch_rows = args.train_batch_size * args.world_size
+        # Not `args.train_batch_size`, which `auto_find_batch_size` leaves as it was.
+        self.stream.batch_rows = train_dataloader.batch_size * args.world_size
         kept = state.stateful_callbacks.get(_STATE)
         if state.global_step and kept is None:
             raise ConfigError(

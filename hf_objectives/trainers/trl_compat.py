@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model, send_to_device
+from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOTrainer, RewardTrainer, RLOOTrainer
 from trl.data_utils import get_dataset_column_names as get_dataset_column_names
@@ -42,12 +44,40 @@ def place_reference(model: Any, accelerator: Any, *, temperature: float = 1.0) -
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
+def own_reference(model: Any, args: Any, peft_config: Any) -> Any:
+    """Copy the policy as its frozen reference; None without a KL penalty, and where TRL makes the reference.
+
+    TRL loads a reference from the folder or Hub id in the policy's config, whatever the policy is now. For a path, a
+    PeftModel and a `peft_config` that is right.
+    """
+    adapted = isinstance(model, PeftModel)
+    if not isinstance(model, str) and not adapted and getattr(model, "peft_config", None):
+        raise ConfigError("the model carries an adapter that transformers loaded; merge it, or load it with PeftModel")
+    if isinstance(model, str) or adapted or peft_config is not None or not args.beta:
+        return None
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@contextmanager
+def asking_for_none(args: Any, own: bool) -> Iterator[None]:
+    """Within it, `args` ask TRL for no reference if we have our own. Afterwards they are the caller's, also on an error."""
+    beta, sync = args.beta, args.sync_ref_model
+    if own:
+        args.beta, args.sync_ref_model = 0.0, False
+    try:
+        yield
+    finally:
+        args.beta, args.sync_ref_model = beta, sync
+
+
 class _TRLHooks(TrainerHooks):
     """What the trainers of TRL have in common."""
 
     args: Any
+    data_collator: Any
     model: Any
     _metrics: Any
+    _precompute_model_hash: Any
     _tokenizer: Any
 
     @property
@@ -76,16 +106,16 @@ class _TRLHooks(TrainerHooks):
         for name, value in figures.items():
             self._metrics[mode or self.mode][name] = [value]
 
+    def add_figures(self, output: Any, figures: Mapping[str, float], prefix: str, replaced: Iterable[str]) -> None:
+        """Put exact figures into the metrics of an evaluation, and those that are `replaced` into TRL's next log too."""
+        output.metrics.update({f"{prefix}_{name}": value for name, value in figures.items()})
+        self.replace_booked({name: figures[name] for name in replaced}, "eval")
+
 
 class DPOHooks(_TRLHooks, DPOTrainer):
     """`trl.DPOTrainer` with hooks."""
 
-    args: Any
-    model: Any
-    _metrics: Any
-    _signature_columns: Any
     hooks: ClassVar = {"prepare_dataset": "_prepare_dataset"}
-    prepare_dataset: Any = DPOTrainer._prepare_dataset
 
     def reference_settings(self) -> str:
         """What the cache of reference log-probabilities depends on, beside rows and model."""
@@ -106,11 +136,7 @@ class DPOHooks(_TRLHooks, DPOTrainer):
 
     @contextmanager
     def watching_forwards(self) -> Iterator[dict[str, Tensor]]:
-        """Within it: the log-probabilities of each token, [2n, length], of "policy" and "reference".
-
-        Raises:
-            ConfigError: another number of forward passes than that of trl 1.16.
-        """
+        """Within it: the log-probabilities of each token, [2n, length], of "policy" and "reference"."""
         seen: dict[str, Tensor] = {}
         passes: list[str] = []
 
@@ -137,13 +163,7 @@ class DPOHooks(_TRLHooks, DPOTrainer):
 class RewardHooks(_TRLHooks, RewardTrainer):
     """`trl.RewardTrainer` with hooks."""
 
-    args: Any
-    model: Any
-    _metrics: Any
-    _signature_columns: Any
     hooks: ClassVar = {"prepare_dataset": "_prepare_dataset", "save_weights": "_save"}
-    prepare_dataset: Any = RewardTrainer._prepare_dataset
-    save_weights: Any = RewardTrainer._save
 
 
 class Forward(NamedTuple):
@@ -161,13 +181,9 @@ class Forward(NamedTuple):
 class RLOOHooks(_TRLHooks, RLOOTrainer):
     """`trl.RLOOTrainer` with hooks, and the model card of PPO."""
 
-    args: Any
-    model: Any
-    _metrics: Any
-    _signature_columns: Any
-    _tag_names: ClassVar = ["trl", "ppo"]  # type: ignore[misc]
+    _tag_names: ClassVar = ["trl", "ppo"]
     _name = "PPO"
-    _paper: ClassVar = {  # type: ignore[misc]
+    _paper: ClassVar = {
         "title": "Proximal Policy Optimization Algorithms",
         "id": "1707.06347",
         "citation": textwrap.dedent("""\
@@ -184,11 +200,6 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
         "generate_and_score": "_generate_and_score_completions",
         "answers_loss": "_compute_loss",
     }
-    tokenize_prompts: Any = RLOOTrainer._tokenize_prompts
-    calculate_rewards: Any = RLOOTrainer._calculate_rewards
-    generate_and_score: Any = RLOOTrainer._generate_and_score_completions
-    answers_loss: Any = RLOOTrainer._compute_loss
-    _logs: Any
     #: The last forward pass of the "policy" and of the "reference".
     forwards: dict[str, Forward]
 
@@ -236,7 +247,7 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
         shown.extend(advantages)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return PromptOrder.like(super()._get_train_sampler(dataset))  # type: ignore[arg-type]
+        return PromptOrder.like(super()._get_train_sampler(dataset))
 
     @property
     def is_multimodal(self) -> bool:

@@ -81,8 +81,16 @@ def test_bad_lm_datasets(given, message):
         ({"sources": "{"}, "sources is not a mapping"),
         ({"sources": "{}"}, "one of the two|an empty mapping"),
         ({"dataset_name": "x.json", "train_on": "user"}, "train_on is 'user'"),
+        ({"sources": '{"a": {"path": "x.json", "slpit": "test"}}'}, "source 'a': unknown key 'slpit' .*'split'"),
+        ({"sources": '{"a": {"weight": 2}}'}, "source 'a' is .*expected a path"),
     ],
 )
 def test_bad_arguments(given, message):
     with pytest.raises(ConfigError, match=message):
         DataArguments(**given)
+
+
+def test_a_source_names_its_own_split():
+    sources = {"a": "x.json", "b": {"path": "org/rows", "split": "validation"}}
+    given = DataArguments(sources=json.dumps(sources), dataset_split="test")
+    assert given.places() == {"a": ("x.json", "test"), "b": ("org/rows", "validation")}

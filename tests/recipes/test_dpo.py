@@ -15,31 +15,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_objectives import compute_perplexity, demo
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.recipes.dpo import main
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def sharegpt(row: dict) -> dict:
-    """A preference row as LLaMA-Factory's files have it."""
-    system, question = (message["content"] for message in row["prompt"])
-    answers = {name: {"from": "gpt", "value": row[name][0]["content"]} for name in ("chosen", "rejected")}
-    return {"system": system, "conversations": [{"from": "human", "value": question}], **answers}
+from tests.support.recipes import QUIET, ROOT, command_line, save_small_model, sharegpt, write_rows
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A user's folder: a small model, pairs, and texts to watch."""
     folder = tmp_path_factory.mktemp("user")
-    tokenizer = demo.build_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    demo.build_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
+    save_small_model(folder)
     (folder / "pairs.json").write_text(json.dumps([sharegpt(row) for row in demo.preferences(60)]))
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(8, split="test")))
+    write_rows(folder / "texts.jsonl", demo.texts(8, split="test"))
     return folder
 
 
 def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     given = {
+        **QUIET,
         "model_name_or_path": corpus / "model",
         "dataset_name": corpus / "pairs.json",
         "lm_datasets": json.dumps({"mine": str(corpus / "texts.jsonl"), "chats": "builtin"}),
@@ -48,16 +39,12 @@ def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "max_steps": 4,
-        "logging_steps": 1,
         "learning_rate": "3e-3",
-        "use_cpu": "true",
         "bf16": "false",
         "gradient_checkpointing": "false",
         "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": "true",
     }
-    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
+    return command_line(given, *more)
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
+from trl import ModelConfig
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError
-from hf_objectives.recipes.models import PretrainModel, RecipeModel, load_model, load_or_draw, load_policy, load_scorer
+from hf_objectives.recipes.models import PretrainModel, load_model, load_or_draw, load_policy, load_scorer
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
@@ -36,8 +37,8 @@ def adapter(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def test_an_adapter_becomes_part_of_the_weights_and_all_are_trained(adapter):
     folder, merged = adapter
-    policy, tokenizer = load_policy(RecipeModel(model_name_or_path=str(folder)), use_cpu=True)
-    scorer, _ = load_scorer(RecipeModel(model_name_or_path=str(folder)), use_cpu=True)
+    policy, tokenizer = load_policy(ModelConfig(model_name_or_path=str(folder)), use_cpu=True)
+    scorer, _ = load_scorer(ModelConfig(model_name_or_path=str(folder)), use_cpu=True)
     assert len(tokenizer) == 640 and scorer.score.weight.shape == (1, 32)
     for model in (policy, scorer):
         assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -48,7 +49,7 @@ def test_an_adapter_becomes_part_of_the_weights_and_all_are_trained(adapter):
 
 @pytest.mark.slow
 def test_without_an_adapter_a_policy_is_the_model():
-    config = RecipeModel(model_name_or_path="builtin")
+    config = ModelConfig(model_name_or_path="builtin")
     policy, model = load_policy(config)[0], load_model(config)[0]
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), model.parameters(), strict=True))
 
@@ -68,11 +69,11 @@ def test_random_weights_follow_the_configuration_and_the_seed(tmp_path):
 @pytest.mark.parametrize(
     ("load", "config", "words"),
     [
-        (load_model, RecipeModel(), "model_name_or_path is missing"),
-        (load_policy, RecipeModel(), "model_name_or_path is missing"),
-        (load_scorer, RecipeModel(), "model_name_or_path is missing"),
-        (load_model, RecipeModel(model_name_or_path="x", load_in_4bit=True), "load_in_4bit on a CPU"),
-        (load_scorer, RecipeModel(model_name_or_path="x", load_in_4bit=True), "load_in_4bit on a CPU"),
+        (load_model, ModelConfig(), "model_name_or_path is missing"),
+        (load_policy, ModelConfig(), "model_name_or_path is missing"),
+        (load_scorer, ModelConfig(), "model_name_or_path is missing"),
+        (load_model, ModelConfig(model_name_or_path="x", load_in_4bit=True), "load_in_4bit on a CPU"),
+        (load_scorer, ModelConfig(model_name_or_path="x", load_in_4bit=True), "load_in_4bit on a CPU"),
         (load_or_draw, PretrainModel(model_config="{}", tokenizer_name="builtin"), "names no model_type"),
         (load_or_draw, PretrainModel(model_config=json.dumps(TINY)), "tokenizer_name is missing"),
         (

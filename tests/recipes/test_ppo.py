@@ -14,8 +14,8 @@ from hf_objectives import PPOConfig, demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes.ppo import as_config, main, read_reward
 from hf_objectives.trainers.reward_functions import RewardError
+from tests.support.recipes import QUIET, command_line, save_small_model
 
-ROOT = Path(__file__).parent.parent.parent
 REWARDS = """
 def short(prompts, completions, **_):
     return [-float(len(one[-1]["content"])) for one in completions]
@@ -29,14 +29,11 @@ def fails(prompts, completions, **_):
 def corpus(tmp_path_factory) -> Path:
     """A user's folder: a small model, a reward model, questions in a file, and reward functions."""
     folder = tmp_path_factory.mktemp("user")
-    tokenizer = demo.build_tokenizer()
-    model = demo.build_model(tokenizer, hidden_size=32, num_layers=1)
-    model.save_pretrained(folder / "model")
+    model, tokenizer = save_small_model(folder)
     torch.manual_seed(0)
     model.config.num_labels = 1
     LlamaForSequenceClassification(model.config).save_pretrained(folder / "judge")
-    for name in ("model", "judge"):
-        tokenizer.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "judge")
     rows = [{"instruction": q.question, "output": q.answer} for q in demo.questions(60)]
     (folder / "asked.json").write_text(json.dumps(rows))
     (folder / "rewards.py").write_text(REWARDS)
@@ -45,6 +42,7 @@ def corpus(tmp_path_factory) -> Path:
 
 def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     given = {
+        **QUIET,
         "model_name_or_path": corpus / "model",
         "output_dir": out,
         "per_device_train_batch_size": 4,
@@ -54,16 +52,12 @@ def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
         "num_iterations": 1,
         "max_completion_length": 6,
         "max_steps": 2,
-        "logging_steps": 1,
         "learning_rate": "1e-3",
         "gradient_checkpointing": "false",
         "bf16": "false",
-        "use_cpu": "true",
-        "report_to": "none",
-        "disable_tqdm": "true",
         "save_strategy": "no",
     }
-    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
+    return command_line(given, *more)
 
 
 @pytest.mark.slow

@@ -6,12 +6,10 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -21,8 +19,16 @@ from hf_objectives.errors import ConfigError, FileFormatError, PreparedDataError
 from hf_objectives.preparation.config import CorpusSettings
 from hf_objectives.preparation.corpus import prepare_corpus
 from hf_objectives.recipes import pretrain, sft
+from tests.support.recipes import (
+    QUIET,
+    ROOT,
+    TWO_PROCESSES,
+    command_line,
+    run_two_processes,
+    save_small_model,
+    write_rows,
+)
 
-ROOT = Path(__file__).parents[2]
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
 
@@ -31,10 +37,8 @@ TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_
 def corpus(tmp_path_factory):
     """A tokenizer, a checkpoint and texts of two sources, as a user would have them."""
     folder = tmp_path_factory.mktemp("corpus")
-    tokenizer = demo.build_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    demo.build_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(300)))
+    _, tokenizer = save_small_model(folder)
+    write_rows(folder / "a.jsonl", demo.texts(300))
     (folder / "b.txt").write_text("\n\n".join(row["text"] for row in demo.texts(100, seed=1)))
     prepare_corpus(
         {"a": str(folder / "a.jsonl"), "b": str(folder / "b.txt")},
@@ -47,18 +51,15 @@ def corpus(tmp_path_factory):
 
 def arguments(corpus: Path, out: Path, *more: str, data: tuple[str, ...] = ()) -> list[str]:
     given = {
+        **QUIET,
         "output_dir": out,
         "max_length": 64,
         "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "use_cpu": "true",
-        "report_to": "none",
-        "disable_tqdm": "true",
         "learning_rate": "1e-2",
     }
     data = data or ("--prepared", str(corpus / "prepared"))
     model = () if "--model_config" in more else ("--model_name_or_path", str(corpus / "model"))
-    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *data, *model, *more]
+    return command_line(given, *data, *model, *more)
 
 
 def history(out: Path) -> list[dict]:
@@ -95,7 +96,7 @@ def test_raw_files_to_a_model_from_scratch(corpus, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_fine_tuning_recipe_starts_from_it(corpus, tmp_path):
     pretrain.main(arguments(corpus, tmp_path / "base", "--max_steps", "2"))
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.chats(40)))
+    write_rows(tmp_path / "chats.jsonl", demo.chats(40))
     results = sft.main(
         [
             *("--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(tmp_path / "chats.jsonl")),
@@ -158,11 +159,7 @@ def test_two_processes_with_loader_workers_stream_the_rows_of_one(corpus, tmp_pa
     pretrain.main(arguments(corpus, tmp_path / "one", *more))
     words = arguments(corpus, tmp_path / "two", *more, "--dataloader_num_workers", "2")
     words[words.index("--per_device_train_batch_size") + 1] = "2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "recipes/pretrain.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_two_processes("recipes/pretrain.py", words)
     one, two = ([log for log in history(tmp_path / run) if "loss" in log] for run in ("one", "two"))
     assert [log["num_tokens_seen"] for log in two] == [log["num_tokens_seen"] for log in one]
     assert [log["loss"] for log in two] == pytest.approx([log["loss"] for log in one], rel=1e-5)
@@ -194,18 +191,7 @@ def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_p
     raw = ("--sources", json.dumps({"a": str(corpus / "a.jsonl")}), "--eval_share", "0.1", "--num_proc", "1")
     more = ("--ddp_timeout", "30", "--max_steps", "3", "--streaming", "true")
     words = arguments(corpus, tmp_path / "run", *more, data=raw)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "slow.py"), *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    # Which process failed first stands above what the others say of it.
-    errors = [line for line in done.stderr.splitlines() if "Error" in line]
-    assert done.returncode == 0, "\n".join([*errors, done.stderr[-4000:]])
+    done = run_two_processes(tmp_path / "slow.py", words)
     assert done.stdout.count("PREPARING") == 1
     seen = [log["num_tokens_seen"] for log in history(tmp_path / "run") if "num_tokens_seen" in log]
     assert 3 * 8 * 64 * 0.8 < seen[-1] <= 3 * 8 * 64
@@ -276,28 +262,24 @@ def test_a_run_that_is_killed_goes_on_with_the_rows_it_would_have_seen(corpus, t
     words = mixed(corpus, tmp_path / "two", "--max_steps", "10", "--save_strategy", "steps", "--save_steps", "2",
                   "--save_total_limit", "2", "--dataloader_num_workers", "2")  # fmt: skip
     words[words.index("--per_device_train_batch_size") + 1] = "2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    slow = tmp_path / "slow.py"
-    slow.write_text(SLOW_STEPS)
+    (tmp_path / "stops.py").write_text(STOPS_IN_STEP_6)
     running = subprocess.Popen(
-        [*command, str(slow), *words],
+        [*TWO_PROCESSES, str(tmp_path / "stops.py"), *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "two" / "checkpoint-4" / "trainer_state.json").exists():
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
+    assert any("IN STEP 6" in line for line in running.stdout), "the run ended early"
+    # torchrun starts each rank in its own session. A rank that lives on would write and delete checkpoints.
+    ranks = psutil.Process(running.pid).children(recursive=True)
+    for process in (running, *ranks):
+        process.kill()
     running.wait()
-    latest = max(int(path.name.split("-")[1]) for path in (tmp_path / "two").glob("checkpoint-*"))
-    assert latest < 10
-    resumed = ("--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-4"), "--dataloader_num_workers", "3")
-    words = mixed(corpus, tmp_path / "two", "--max_steps", "10", *resumed)
-    pretrain.main(words)
+    psutil.wait_procs(ranks)
+    resumed = ("--resume_from_checkpoint", "true", "--dataloader_num_workers", "3")
+    pretrain.main(mixed(corpus, tmp_path / "two", "--max_steps", "10", *resumed))
     one, two = ([log for log in history(tmp_path / run) if "loss" in log] for run in ("one", "two"))
     assert [log["step"] for log in two] == [log["step"] for log in one] == list(range(1, 11))
     for key in ("num_tokens_seen", "mixture/a/tokens", "mixture/b/tokens", "mixture/a/examples"):
@@ -305,14 +287,16 @@ def test_a_run_that_is_killed_goes_on_with_the_rows_it_would_have_seen(corpus, t
     assert [log["loss"] for log in two] == pytest.approx([log["loss"] for log in one], rel=1e-4)
 
 
-SLOW_STEPS = """
+STOPS_IN_STEP_6 = """
 import sys, time
 from hf_objectives.trainers import PerplexityTrainer
 whole = PerplexityTrainer.training_step
-def slow(self, *given, **more):
-    time.sleep(0.4)
+def stops(self, *given, **more):
+    if self.state.global_step == 5:
+        print("IN STEP 6", flush=True)
+        time.sleep(600)
     return whole(self, *given, **more)
-PerplexityTrainer.training_step = slow
+PerplexityTrainer.training_step = stops
 from hf_objectives.recipes import pretrain
 pretrain.main(sys.argv[1:])
 """

@@ -27,6 +27,15 @@ def test_trained_runs_are_styled_and_bracketed():
     assert "⟦It is four.<|im_end|>⟧\n" in highlight(TOKENIZER, row["input_ids"], row["labels"], brackets=True).plain
 
 
+def test_a_text_does_not_steer_the_terminal():
+    ids = TOKENIZER("a\x1b[31m b\x9b31m")["input_ids"]
+    encoded = [{"input_ids": ids, "labels": ids, "source": "c\x1bd"}]
+    console = Console(record=True, width=200, force_terminal=False)
+    print_preview(TOKENIZER, encoded, Ledger(), console)
+    printed = console.export_text()
+    assert "[c␛d] ⟦a␛[31m b" in printed and "\x1b" not in printed and "\x9b" not in printed
+
+
 def test_preview_prints_rows_share_and_ledger():
     encoded, ledger = rows()
     console = Console(record=True, width=200, force_terminal=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,30 +13,21 @@ from hf_objectives import demo
 from hf_objectives.errors import ConfigError, DataError, FileFormatError
 from hf_objectives.preparation import hold_out
 from hf_objectives.recipes.reward import main
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def sharegpt(row: dict) -> dict:
-    """A preference row as LLaMA-Factory's files have it."""
-    system, question = (message["content"] for message in row["prompt"])
-    answers = {name: {"from": "gpt", "value": row[name][0]["content"]} for name in ("chosen", "rejected")}
-    return {"system": system, "conversations": [{"from": "human", "value": question}], **answers}
+from tests.support.recipes import QUIET, command_line, run_two_processes, save_small_model, sharegpt
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A user's folder: a small model, and pairs in a file."""
     folder = tmp_path_factory.mktemp("user")
-    tokenizer = demo.build_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    demo.build_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
+    save_small_model(folder)
     (folder / "pairs.json").write_text(json.dumps([sharegpt(row) for row in demo.preferences(111)]))
     return folder
 
 
 def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     given = {
+        **QUIET,
         "model_name_or_path": corpus / "model",
         "dataset_name": corpus / "pairs.json",
         "output_dir": out,
@@ -46,16 +35,12 @@ def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 4,
         "max_steps": 6,
-        "logging_steps": 1,
-        "use_cpu": "true",
         "bf16": "false",
         "gradient_checkpointing": "false",
         "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": "true",
         "learning_rate": "1e-2",
     }
-    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
+    return command_line(given, *more)
 
 
 def scores(folder: Path, conversations: list[list[dict]]) -> list[float]:
@@ -154,12 +139,8 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, wo
 def test_two_processes_report_what_one_reports(corpus, tmp_path):
     """Fifteen held-out pairs, four a batch: ranks that run out are given rows twice, which count once."""
     one = main(arguments(corpus, tmp_path / "one", "--learning_rate", "0"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = arguments(corpus, tmp_path / "two", "--learning_rate", "0")
-    done = subprocess.run(
-        [*command, "recipes/reward.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_two_processes("recipes/reward.py", words)
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     timed = ("runtime", "per_second", "num_tokens", "preparation_time", "epoch")
     for key, value in one["before"].items():

@@ -27,8 +27,12 @@ def test_the_checkpoint_to_go_on_from(tmp_path):
     assert point("runs/a/checkpoint-3") == "runs/a/checkpoint-3"
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
         point("true")
-    for step in (2, 10):
+    for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        point("true")
+    for step in (2, 10):  # the run was killed while it wrote the third
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     assert [point(asked) for asked in ("true", "True", True)] == [str(tmp_path / "checkpoint-10")] * 3
 
 

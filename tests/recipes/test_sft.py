@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,18 +13,15 @@ from hf_objectives import compute_perplexity, demo
 from hf_objectives.errors import ConfigError, FileFormatError, NothingSupervisedError
 from hf_objectives.recipes.data import DataArguments, prepare
 from hf_objectives.recipes.sft import main
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.recipes import QUIET, command_line, run_two_processes, save_small_model, write_rows
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A user's folder: a small model, conversations of two sources."""
     folder = tmp_path_factory.mktemp("user")
-    tokenizer = demo.build_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    demo.build_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.chats(80)))
+    save_small_model(folder)
+    write_rows(folder / "chats.jsonl", demo.chats(80))
     alpaca = [{"instruction": q.question, "input": "", "output": q.answer} for q in demo.questions(60)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
     return folder
@@ -35,19 +30,16 @@ def corpus(tmp_path_factory) -> Path:
 def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     sources = {"chats": str(corpus / "chats.jsonl"), "alpaca": str(corpus / "alpaca.json")}
     given = {
+        **QUIET,
         "model_name_or_path": corpus / "model",
         "sources": json.dumps(sources),
         "output_dir": out,
         "max_length": 256,
         "per_device_train_batch_size": 2,
         "max_steps": 4,
-        "logging_steps": 1,
-        "use_cpu": "true",
-        "report_to": "none",
-        "disable_tqdm": "true",
         "learning_rate": "1e-2",
     }
-    return [*(str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])), *more]
+    return command_line(given, *more)
 
 
 @pytest.mark.slow
@@ -117,10 +109,8 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, wo
 @pytest.mark.distributed
 def test_two_processes_report_what_one_reports(corpus, tmp_path, monkeypatch):
     one = main(arguments(corpus, tmp_path / "one", "--learning_rate", "0"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = arguments(corpus, tmp_path / "two", "--learning_rate", "0")
-    done = subprocess.run([*command, "recipes/sft.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[:4000]
+    done = run_two_processes("recipes/sft.py", words)
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["after"]["eval_loss"] == pytest.approx(one["before"]["eval_loss"], rel=1e-6)
     assert "2 (DDP over gloo)" in done.stdout
@@ -162,5 +152,5 @@ def test_sources_with_weights_are_a_mixture(corpus, tmp_path, capsys):
     assert "shares of supervised" in capsys.readouterr().out and (tmp_path / "run" / "mixture.png").exists()
     with pytest.raises(ConfigError, match="a mixture has no length; say how long with max_steps"):
         main([*words, *more[:-1], "-1"])
-    with pytest.raises(ConfigError, match="a source is {'weight': 1}; expected a path, or a mapping with path"):
+    with pytest.raises(ConfigError, match="source 'a' is {'weight': 1}; expected a path, or a mapping with path"):
         main([*words, "--sources", '{"a": {"weight": 1}}'])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from trl import SFTTrainer
 
+from hf_objectives.errors import ConfigError
 from hf_objectives.trainers import PerplexityTrainer, StepWatch, watch_steps
 from tests.support.language_models import trainer
 
@@ -48,6 +50,36 @@ def test_attributes(tmp_path):
     source = inspect.getsource(Trainer._run_epoch)
     order = [source.index(call) for call in ("._get_grad_norm(", ".on_pre_optimizer_step(", ".optimizer.step(")]
     assert order == sorted(order), MOVED.format("the gradient norm is not computed right before the optimizer's step")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_another_run_deletes_while_it_is_read(tmp_path, monkeypatch):
+    trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    read = TrainerState.load_from_json
+
+    def read_once(path):
+        state = read(path)
+        Path(path).unlink()
+        return state
+
+    monkeypatch.setattr(TrainerState, "load_from_json", read_once)
+    with pytest.raises(ConfigError, match="checkpoint-1 lost its trainer_state.json while it was read"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_the_trainers_state_is_whole(tmp_path, monkeypatch):
+    run, there = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1), []
+    save = TrainerState.save_to_json
+
+    def saved(self, path):
+        there.append((Path(path).parent / "extra").exists())
+        save(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", saved)
+    run.save_extra_state = lambda folder: (folder / "extra").touch()
+    run.train()
+    assert there == [True]
 
 
 class Seen(StepWatch):

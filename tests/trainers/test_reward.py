@@ -21,8 +21,7 @@ from trl import RewardConfig, RewardTrainer
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError, DataError, FormatError, NonFiniteError, TokenizerError
 from hf_objectives.labels.chat import encode_chat
-from hf_objectives.trainers.reward import REPLACED, RewardModelTrainer, encode_reward_row
-from hf_objectives.trainers.reward_config import RewardModelConfig
+from hf_objectives.trainers.reward import REPLACED, RewardModelConfig, RewardModelTrainer, encode_reward_row
 from tests.support.chat_corpus import byte_tokenizer, with_bos
 
 TOKENIZER = demo.build_tokenizer()

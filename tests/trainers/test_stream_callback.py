@@ -53,6 +53,22 @@ def make(request):
 
 
 @pytest.mark.slow
+def test_rows_are_those_of_the_batch_size_that_fits(make, tmp_path):
+    run = make(tmp_path, mixture(), Collate(), auto_find_batch_size=True, max_steps=2, gradient_accumulation_steps=1)
+    step = run.training_step
+
+    def fits_one_row(model, inputs, *given):
+        if len(inputs["input_ids"]) > 1:
+            raise RuntimeError("CUDA out of memory.")
+        return step(model, inputs, *given)
+
+    run.training_step = fits_one_row
+    run.train()
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["train_stream"]["row"] == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_resumed_run_sees_the_rows_that_it_would_have_seen(make, streams, tmp_path):
     runs = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from hf_objectives.recipes.tables import figure, figures_table
+from hf_objectives.recipes.preview import figure, figures_table
 
 
 def rows(table: Table) -> list[list[str]]:

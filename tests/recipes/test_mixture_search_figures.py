@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from hf_objectives.mixture import COMBINED, LAWS, MEAN
-from hf_objectives.recipes.search_figures import plot, print_tables
+from hf_objectives.recipes.mixture_search import plot, print_tables
 
 
 @pytest.fixture
