@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_objectives.collators.base import Batch, LanguageModelCollator
+from hf_objectives.errors import FormatError
 from hf_objectives.labels import PieceEncoder
 from hf_objectives.types import IGNORE_INDEX, Row
 
@@ -18,12 +19,13 @@ class DataCollatorForAssistantOnlyLM(LanguageModelCollator):
 
     Takes raw rows of any format of `formats.py`, which it encodes, or encoded rows (`input_ids`, `labels`). It works as
     `data_collator` of a `Trainer`, of TRL's trainers and of a DataLoader with workers. In a `Trainer` that is given raw
-    rows set `remove_unused_columns=False`.
+    rows set `remove_unused_columns=False`, and in TRL's SFTTrainer `dataset_kwargs={"skip_prepare_dataset": True}` as well.
 
     Args:
         tokenizer: a fast transformers tokenizer.
         max_length: longer rows are cut off, and a turn that the cut goes through is not trained.
-        train_on, control_tokens, chat_template, template_kwargs: see `LabelConfig`.
+        train_on, control_tokens, chat_template, template_kwargs: see `LabelConfig`. Only "all" accepts encoded rows that
+            have no labels or labels equal to their ids.
         pad_to_multiple_of: widths are multiples of this.
         allow_empty: accept a batch in which nothing is trained, which is an error otherwise.
         return_source: give the source and the row number of each token (`source_names`, list of str; `source_ids` and
@@ -33,7 +35,7 @@ class DataCollatorForAssistantOnlyLM(LanguageModelCollator):
     tokenizer's padding side; `labels` are unshifted and -100 on padding, on what is not trained and on the first token.
 
     Raises:
-        DataError: a row that cannot be used; `row` counts within the batch.
+        DataError: a row that cannot be used, or one that holds several documents; `row` counts within the batch.
         NothingSupervisedError: no token of the batch is trained.
         TokenizerError: neither a pad nor an EOS token.
         ConfigError: an unknown option, or `max_length` under 2.
@@ -49,7 +51,13 @@ class DataCollatorForAssistantOnlyLM(LanguageModelCollator):
     def __call__(self, features: Sequence[Row]) -> Batch:
         encoder = PieceEncoder(self.tokenizer, self)
         rows = [self.read(row, i, encoder, max_ids=self.max_length) for i, row in enumerate(features)]
-        for row in rows:
+        for i, row in enumerate(rows):
+            if len(row.lengths) > 1:
+                raise FormatError(
+                    f"the row holds {len(row.lengths)} documents, which would see each other here; use "
+                    "DataCollatorWithEosPacking for packed rows",
+                    row=i,
+                )
             row.labels[:1] = IGNORE_INDEX  # nothing predicts the first token
         seen = self.pad([np.ones(len(row.ids)) for row in rows], 0)
         return {**self.tensors(rows, len(rows)), "attention_mask": seen}

@@ -26,7 +26,7 @@ class EncodedRow:
         weights: float32 [tokens], weights of the labels; None where the row has none.
         lengths: tokens of each document in the row; of one document where the row is not packed.
         sources, numbers: source and row number of each document; None where the row has none.
-        packed: whether the row was packed before.
+        packed: whether the row was packed before: it says where its documents lie.
     """
 
     ids: NDArray[np.int64]
@@ -96,7 +96,10 @@ class LanguageModelCollator(Collator):
         Raises:
             DataError: the row cannot be used; `row` counts within the batch.
         """
-        ids, labels, packed = row.get("input_ids"), row.get("labels"), row.get("seq_lengths") is not None
+        ids, labels = row.get("input_ids"), row.get("labels")
+        packed = row.get("seq_lengths") is not None or row.get("position_ids") is not None
+        if ids is not None and self.train_on != "all" and row.get("loss_weights") is None:
+            _check_masked(ids, labels, self.train_on, i)
         if ids is None or (not packed and max_ids is not None and len(ids) > max_ids):
             encoded = encoder.encode_one(row, source=row.get("source"), number=i)
             ids, labels = encoded.ids, encoded.labels
@@ -111,9 +114,7 @@ class LanguageModelCollator(Collator):
             weights = np.asarray(weights, np.float32)[: len(ids)]
             if weights.shape != ids.shape:
                 raise FormatError(f"{len(weights)} loss_weights for {len(ids)} tokens; expected one per token", row=i)
-        lengths = [int(length) for length in row["seq_lengths"]] if packed else [len(ids)]
-        if sum(lengths) != len(ids):
-            raise FormatError(f"seq_lengths add up to {sum(lengths)}, the row has {len(ids)} tokens", row=i)
+        lengths = _document_lengths(row, len(ids), i) if packed else [len(ids)]
         sources = row.get("sources") or ([row["source"]] * len(lengths) if row.get("source") is not None else None)
         numbers = row.get("rows") or ([row["row"]] if isinstance(row.get("row"), int) else None)
         if numbers is not None:
@@ -146,3 +147,52 @@ class LanguageModelCollator(Collator):
         if self.return_source and any(row.numbers for row in rows):
             batch["row_ids"] = self.pad([row.per_token(row.numbers) for row in rows], -1)
         return batch
+
+
+def _document_lengths(row: Row, size: int, i: int) -> list[int]:
+    """Tokens of each document of a packed row, from `seq_lengths` or from `position_ids`, which start at 0 in each.
+
+    A plain Trainer drops the first, SFTTrainer the second.
+
+    Raises:
+        FormatError: they do not cover the row, or do not agree.
+    """
+    given, positions = row.get("seq_lengths"), row.get("position_ids")
+    lengths = None if given is None else [int(length) for length in given]
+    cause = "something cut the row after it was packed (SFTTrainer does, to its max_length): pass rows as they are"
+    if lengths is not None and sum(lengths) != size:
+        raise FormatError(f"seq_lengths add up to {sum(lengths)}, the row has {size} tokens; {cause}", row=i)
+    if positions is None:
+        return lengths or []
+    places = np.asarray(positions, np.int64)
+    begins = np.flatnonzero(places == 0)
+    ends = np.append(begins[1:], len(places))
+    expected = np.arange(len(places)) - np.repeat(begins, ends - begins) if len(begins) and begins[0] == 0 else None
+    if len(places) != size or (size and (expected is None or not np.array_equal(places, expected))):
+        raise FormatError(
+            f"{len(places)} position_ids for {size} tokens; expected places that count up from 0 in each document; {cause}",
+            row=i,
+        )
+    found = (ends - begins).tolist()
+    if lengths is not None and [length for length in lengths if length] != found:
+        raise FormatError(
+            f"seq_lengths say {len(lengths)} documents, position_ids {len(found)} or others; {cause}", row=i
+        )
+    return found if lengths is None else lengths
+
+
+def _check_masked(ids: Any, labels: Any, train_on: str, i: int) -> None:
+    """Refuse ids of which every token would be trained: a host that tokenises rows leaves such behind.
+
+    Raises:
+        FormatError: the labels are missing or are the ids.
+    """
+    if labels is None or np.array_equal(np.asarray(ids), np.asarray(labels)):
+        found = "no labels" if labels is None else "labels that are its ids"
+        raise FormatError(
+            f"a row of {len(ids)} ids has {found}, so that every token would be trained, and train_on is {train_on!r}; pass "
+            "train_on='all' to the collator if that is meant. If the host tokenised conversations (SFTTrainer does), set "
+            "its dataset_kwargs={'skip_prepare_dataset': True} and remove_unused_columns=False, so that the collator gets "
+            "the messages, or assistant_only_loss=True, which masks them",
+            row=i,
+        )

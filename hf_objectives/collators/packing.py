@@ -22,7 +22,7 @@ class DataCollatorWithEosPacking(LanguageModelCollator):
 
     A document that ends with EOS (or with EOS and one token of white space, as ChatML renders end) gets no other one. The
     EOS of any other document is trained if the document's last token is. Rows that `prepare_dataset` or `pack_dataset`
-    packed (`seq_lengths`) are taken as they are.
+    packed are taken as they are: `seq_lengths` or `position_ids` say where their documents lie, and have to agree.
 
     Args:
         tokenizer: a fast transformers tokenizer with an EOS token.

@@ -47,7 +47,7 @@ class LanguageModelEvaluation:
         if not named:
             raise ConfigError("eval_lm_datasets has no dataset; expected a dataset, or a mapping of names to datasets")
         self._rows = {name: _encoded(rows, name, tokenizer, max_length) for name, rows in named.items()}
-        self._collate = DataCollatorForAssistantOnlyLM(tokenizer, allow_empty=True)
+        self._collate = DataCollatorForAssistantOnlyLM(tokenizer, allow_empty=True, train_on="all")
         self._byte_lengths = token_byte_lengths(tokenizer)
         self._batch_size = batch_size
         #: Perplexity of each dataset under the model that training started from; set by the first measurement.

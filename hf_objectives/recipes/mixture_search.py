@@ -161,7 +161,7 @@ def train_trial(job: Job) -> None:
     mixture = build_mixture(job.mixture, tokenizer=tokenizer, seed=args.data_seed)
     set_length(args, *job.sample, endless=True)
     collator = DataCollatorWithEosPacking(
-        tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents
+        tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents, train_on="all"
     )
     trainer = PerplexityTrainer(model, args, collator, train_dataset=mixture, processing_class=tokenizer)
     trainer.train()

@@ -96,7 +96,7 @@ class Pretrain(Recipe):
         if args.max_tokens is not None:
             self.origin = {**self.origin, "max_steps": f"max_tokens, {self.origin['max_tokens']}"}
         self.collator = DataCollatorWithEosPacking(
-            tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents
+            tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents, train_on="all"
         )
         return PerplexityTrainer(
             model, args, self.collator, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer

@@ -50,9 +50,10 @@ class Sft(Recipe):
             if args.max_steps <= 0:
                 raise ConfigError("a mixture has no length; say how long with max_steps")
         model = with_lora(model, self.model_config, gradient_checkpointing=args.gradient_checkpointing)
-        collator: Any = DataCollatorForAssistantOnlyLM(self.tokenizer)
+        # The rows are encoded: their labels say what is trained, of texts all of it.
+        collator: Any = DataCollatorForAssistantOnlyLM(self.tokenizer, train_on="all")
         if data.packing:
-            collator = DataCollatorWithEosPacking(self.tokenizer, max_length=data.max_length)
+            collator = DataCollatorWithEosPacking(self.tokenizer, max_length=data.max_length, train_on="all")
         return PerplexityTrainer(
             model,
             args,

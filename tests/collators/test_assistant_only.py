@@ -18,7 +18,7 @@ IGNORE = -100
 def test_padded_by_hand():
     TOKENIZER.padding_side = "left"  # collators pad on the right all the same
     batch = DataCollatorForAssistantOnlyLM(TOKENIZER)(
-        [{"input_ids": [1, 2, EOS], "labels": [1, 2, EOS]}, {"input_ids": [3, 4], "labels": [IGNORE, 4]}]
+        [{"input_ids": [1, 2, EOS], "labels": [IGNORE, 2, EOS]}, {"input_ids": [3, 4], "labels": [IGNORE, 4]}]
     )
     assert batch["input_ids"].tolist() == [[1, 2, EOS], [3, 4, EOS]]
     assert batch["labels"].tolist() == [[IGNORE, 2, EOS], [IGNORE, 4, IGNORE]]  # the real EOS stays, the pad is none

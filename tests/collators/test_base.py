@@ -26,7 +26,7 @@ IGNORE = -100
 def test_sources_and_weights_ride_along():
     rows = [
         {"input_ids": [1, 2], "source": "a", "loss_weights": [1.0, 0.5]},
-        {"input_ids": [3, 4, 5], "source": "b"},
+        {"input_ids": [3, 4, 5], "labels": [IGNORE, 4, 5], "source": "b"},
     ]
     padded = DataCollatorForAssistantOnlyLM(TOKENIZER, return_source=True)(rows)
     assert padded["source_names"] == ["a", "b"] and padded["source_ids"].tolist() == [[0, 0, -1], [1, 1, 1]]
@@ -67,11 +67,11 @@ def test_tokenizer_without_eos():
     with pytest.raises(TokenizerError, match="no EOS token to join"):
         DataCollatorWithEosPacking(tokenizer, max_length=8)
     with pytest.raises(TokenizerError, match="neither a pad nor an EOS"):
-        DataCollatorForAssistantOnlyLM(tokenizer)([{"input_ids": [1, 2]}])
+        DataCollatorForAssistantOnlyLM(tokenizer)([{"input_ids": [1, 2], "labels": [IGNORE, 2]}])
 
 
 def test_formats_may_be_mixed_in_a_batch_and_weights_must_fit():
-    rows = [{"text": "ab"}, {"messages": PLAIN[:2]}, {"input_ids": [1, 2]}]
+    rows = [{"text": "ab"}, {"messages": PLAIN[:2]}, {"input_ids": [1, 2], "labels": [IGNORE, 2]}]
     batch = DataCollatorForAssistantOnlyLM(TOKENIZER)(rows)
     for i, row in enumerate(rows):
         ids = encode_row(TOKENIZER, row)["input_ids"]
@@ -85,7 +85,7 @@ def test_what_changes_between_two_batches_is_used():
     collate = DataCollatorForAssistantOnlyLM(tokenizer)
     first = collate([row])["input_ids"]
     collate.max_length = 8
-    assert collate([{"input_ids": list(range(9))}])["input_ids"].shape == (1, 8)
+    assert collate([{"input_ids": list(range(9)), "labels": [IGNORE, *range(1, 9)]}])["input_ids"].shape == (1, 8)
     collate.max_length = None
     tokenizer.chat_template = "BEGIN" + tokenizer.chat_template
     assert tokenizer.decode(collate([row])["input_ids"][0]) == "BEGIN" + tokenizer.decode(first[0])
@@ -98,3 +98,51 @@ def test_max_length_may_follow_the_tokenizer_without_its_name(kind):
     assert kind(TOKENIZER, 8) == kind(tokenizer=TOKENIZER, max_length=8)
     with pytest.raises(TypeError, match="positional arguments"):
         kind(TOKENIZER, 8, "all")
+
+
+@pytest.mark.parametrize("labels", [{}, {"labels": [1, 2, 3]}, {"labels": np.array([1, 2, 3])}])
+@pytest.mark.parametrize("packed", [{}, {"seq_lengths": [1, 2]}])
+def test_ids_that_a_host_made_are_not_trained_whole(labels, packed):
+    """SFTTrainer tokenises conversations before the collator sees them, and leaves labels that are the ids."""
+    row = {"input_ids": [1, 2, 3], **labels, **packed}
+    for kind in (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking):
+        with pytest.raises(
+            FormatError, match=r"row 0: a row of 3 ids has .*train_on is 'assistant'.*skip_prepare_dataset"
+        ):
+            kind(TOKENIZER, max_length=8)([row])
+    trained = DataCollatorWithEosPacking(TOKENIZER, max_length=8, train_on="all")([row])["labels"]
+    assert (trained != IGNORE).sum() == (
+        1 if packed else 3
+    )  # first tokens are no targets; a loose document gets an EOS
+    masked = {**row, "labels": [IGNORE, IGNORE, 3]}
+    assert DataCollatorWithEosPacking(TOKENIZER, max_length=8)([masked])["labels"][0, 2] == 3
+
+
+PACKED = {"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORE, 2, IGNORE, 4, 5]}
+
+
+@pytest.mark.parametrize("columns", [{"seq_lengths": [2, 3]}, {"position_ids": [0, 1, 0, 1, 2]},
+                                     {"seq_lengths": [2, 3], "position_ids": [0, 1, 0, 1, 2]}])  # fmt: skip
+def test_documents_of_a_packed_row_are_known_from_either_column(columns):
+    row = {**PACKED, **columns}
+    batch = DataCollatorWithEosPacking(TOKENIZER, max_length=8)([row])
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]] and batch["cu_seq_lens_q"].tolist() == [0, 2, 5]
+    with pytest.raises(FormatError, match="row 0: the row holds 2 documents, which would see each other"):
+        DataCollatorForAssistantOnlyLM(TOKENIZER)([row])
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"seq_lengths": [2, 2]}, "seq_lengths add up to 4, the row has 5 tokens"),
+        ({"seq_lengths": [3, 4]}, "seq_lengths add up to 7"),
+        ({"position_ids": [0, 1, 0, 1]}, "4 position_ids for 5 tokens"),
+        ({"position_ids": [1, 2, 0, 1, 2]}, "count up from 0"),
+        ({"position_ids": [0, 1, 0, 2, 3]}, "count up from 0"),
+        ({"position_ids": [1, 2, 3, 4, 5]}, "count up from 0"),
+        ({"seq_lengths": [2, 3], "position_ids": [0, 1, 2, 0, 1]}, "seq_lengths say 2 documents"),
+    ],
+)
+def test_columns_that_do_not_cover_a_packed_row_are_refused(columns, words):
+    with pytest.raises(FormatError, match=words):
+        DataCollatorWithEosPacking(TOKENIZER, max_length=8)([{**PACKED, **columns}])

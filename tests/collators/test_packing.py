@@ -19,7 +19,7 @@ IGNORE = -100
 
 
 def pack(rows, **options):
-    batch = DataCollatorWithEosPacking(TOKENIZER, **{"max_length": 8, **options})(rows)
+    batch = DataCollatorWithEosPacking(TOKENIZER, **{"max_length": 8, "train_on": "all", **options})(rows)
     return {key: value.tolist() if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
@@ -50,7 +50,7 @@ def test_one_eos_between_documents():
     batch = pack(texts)
     assert TOKENIZER.decode(batch["input_ids"][0]) == "ab<|im_end|>cd<|im_end|>"
     assert batch["cu_seq_lens_q"] == [0, 3, 6]
-    chats = pack([{"messages": PLAIN[:2]}, {"messages": PLAIN[2:]}], max_length=96)
+    chats = pack([{"messages": PLAIN[:2]}, {"messages": PLAIN[2:]}], max_length=96, train_on="assistant")
     closed = "It is four.<|im_end|>\n<|im_start|>user\nAnd"
     assert closed in TOKENIZER.decode(chats["input_ids"][0])
     untrained = pack([{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, IGNORE]}])
@@ -68,7 +68,7 @@ def test_rows_packed_before_are_taken_as_they_are():
 
 @pytest.mark.parametrize("strategy", ["best_fit", "first_fit"])
 def test_overflowing_conversation_is_cut_before_its_turn(strategy):
-    batch = pack([{"messages": PLAIN}], max_length=60, strategy=strategy)
+    batch = pack([{"messages": PLAIN}], max_length=60, strategy=strategy, train_on="assistant")
     trained = [label for label in batch["labels"][0] if label != IGNORE]
     assert TOKENIZER.decode(trained) == "It is four.<|im_end|>"
 
@@ -91,7 +91,7 @@ def test_packed_losses_are_those_of_each_document_alone(attention, rows_per_batc
             for d in documents
         ]
     )
-    collate = DataCollatorWithEosPacking(TOKENIZER, max_length=80 // rows_per_batch + 4)
+    collate = DataCollatorWithEosPacking(TOKENIZER, max_length=80 // rows_per_batch + 4, train_on="all")
     batch = collate([{"input_ids": document} for document in documents])
     assert batch["input_ids"].shape[0] == rows_per_batch
     with torch.no_grad():
