@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_objectives.mixture.feeds import Integers, Units
+from hf_objectives.mixture.feeds import Units
+from hf_objectives.mixture.row_table import Integers
 from hf_objectives.packing import PackedRows, pack_rows
 from hf_objectives.types import IGNORE_INDEX
 

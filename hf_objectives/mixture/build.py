@@ -13,8 +13,8 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.across import Packer
 from hf_objectives.mixture.config import MixtureConfig
 from hf_objectives.mixture.dataset import DatasetMixture
-from hf_objectives.mixture.feeds import Feed
 from hf_objectives.mixture.sources import Opened, open_source
+from hf_objectives.mixture.stream_feed import Feed
 from hf_objectives.mixture.weights import WeightPlan, plan_weights
 
 logger = logging.getLogger(__name__)

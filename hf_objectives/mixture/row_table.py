@@ -13,9 +13,19 @@ from numpy.typing import NDArray
 from hf_objectives.errors import ConfigError
 
 Row = dict[str, Any]
+Integers = NDArray[np.int64]
+Counted = Callable[[NDArray], NDArray[np.bool_]]
 INTEGERS = "lists of integers"  # the type of a column of these, whatever their width
-# For one column, the values of some rows of a chunk.
-_Read = Callable[[NDArray[np.int64]], list[Any]]
+
+
+def gathered(groups: Integers, read: Callable[[int, Integers], Sequence[Any]]) -> list[Any]:
+    """Values in the order of their groups, where `read(group, places)` gives those of one group."""
+    found: list[Any] = [None] * len(groups)
+    for group in np.unique(groups).tolist():
+        places = np.flatnonzero(groups == group)
+        for place, value in zip(places.tolist(), read(group, places), strict=True):
+            found[place] = value
+    return found
 
 
 class RowTable:
@@ -46,16 +56,14 @@ class RowTable:
             decoded = rows.features._column_requires_decoding
             if not all(is_direct(table[name].type) and not decoded[name] for name in self.names):
                 self._dataset = rows.with_format(None, columns=self.names)
-        self._size = len(rows)
         # Columns may be cut in different places (add_column); batches are cut where any is.
-        batches = table.select(self.names).to_batches()
-        self._types = {name: table.schema.field(name).type for name in self.names}
-        self._chunks = {name: [batch.column(name) for batch in batches] for name in self.names}
-        self._begins = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._reads: dict[tuple[str, int], _Read] = {}
+        self._table = table.select(self.names)
+        self._batches = self._table.to_batches()
+        self._begins = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._readers: dict[int, list[Callable[[Integers], list[Any]]]] = {}
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._rows)
 
     def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
         """The first row that has other columns than these, and its columns."""
@@ -63,56 +71,45 @@ class RowTable:
 
     def types(self) -> dict[str, str]:
         """The type of each column."""
-        return {name: INTEGERS if _is_list(kind) else str(kind) for name, kind in self._types.items()}
+        return {field.name: INTEGERS if _is_list(field.type) else str(field.type) for field in self._table.schema}
 
-    def lengths(self, name: str) -> NDArray[np.int64]:
+    def lengths(self, name: str) -> Integers:
         """Lengths of the lists of a column, int64 [rows]; no values are read."""
-        return self._per_row([np.diff(chunk.offsets.to_numpy()) for chunk in self._chunks[name]])
+        return self._per_row(name, lambda lists: np.diff(lists.offsets.to_numpy()))
 
-    def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
+    def counts(self, name: str, counted: Counted) -> Integers:
         """How many values of each list `counted` is true for, int64 [rows]."""
-        parts = []
-        for chunk in self._chunks[name]:
-            ends = np.concatenate(([0], np.cumsum(counted(chunk.flatten().to_numpy()))))
-            offsets = chunk.offsets.to_numpy().astype(np.int64)
-            parts.append(np.diff(ends[offsets - offsets[0]]))
-        return self._per_row(parts)
 
-    def _per_row(self, parts: list[NDArray]) -> NDArray[np.int64]:
+        def count(lists: Any) -> NDArray:
+            ends = np.concatenate(([0], np.cumsum(counted(lists.flatten().to_numpy()))))
+            offsets = lists.offsets.to_numpy().astype(np.int64)
+            return np.diff(ends[offsets - offsets[0]])
+
+        return self._per_row(name, count)
+
+    def _per_row(self, name: str, measure: Callable[[Any], NDArray]) -> Integers:
+        parts = [measure(chunk) for chunk in self._table[name].chunks]
         values = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
         return values if self._indices is None else values[self._indices]
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column, in the order of the rows."""
-        column = pa.chunked_array(self._chunks[name], self._types[name])
+        column = self._table[name]
         return column if self._indices is None else column.take(pa.array(self._indices))
 
-    def read(self, rows: NDArray[np.int64]) -> list[Row]:
+    def read(self, rows: Integers) -> list[Row]:
         """Rows by their numbers."""
         if self._dataset is not None:
             return self._dataset.__getitems__(rows.tolist())
         places = rows if self._indices is None else self._indices[rows].astype(np.int64)
-        if len(self._begins) == 2:
-            return self._from_chunk(0, places)
-        chunks = np.searchsorted(self._begins, places, "right") - 1
-        found: list[Row] = [{}] * len(rows)
-        order = np.argsort(chunks, kind="stable")
-        for chosen in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1) if len(rows) else []:
-            chunk = int(chunks[chosen[0]])
-            for i, row in zip(
-                chosen.tolist(), self._from_chunk(chunk, places[chosen] - self._begins[chunk]), strict=True
-            ):
-                found[i] = row
-        return found
+        batches = np.searchsorted(self._begins, places, "right") - 1
+        return gathered(batches, lambda batch, chosen: self._read_batch(batch, places[chosen] - self._begins[batch]))
 
-    def _from_chunk(self, chunk: int, rows: NDArray[np.int64]) -> list[Row]:
-        columns = []
-        for name in self.names:
-            if (name, chunk) not in self._reads:
-                self._reads[name, chunk] = _reader(self._chunks[name][chunk])
-            columns.append(self._reads[name, chunk](rows))
-        names = self.names
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    def _read_batch(self, number: int, rows: Integers) -> list[Row]:
+        if number not in self._readers:
+            self._readers[number] = list(map(_reader, self._batches[number].columns))
+        columns = [read(rows) for read in self._readers[number]]
+        return [dict(zip(self.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def __reduce__(self) -> Any:
         # A dataset goes to another process by the files that it maps; the views of it would go by value.
@@ -139,11 +136,11 @@ class RowList:
         kinds = {str: "string", int: "int64", float: "double", bool: "bool"}
         return {name: kinds.get(type(value), "") for name, value in self._rows[0].items()}
 
-    def lengths(self, name: str) -> NDArray[np.int64]:
+    def lengths(self, name: str) -> Integers:
         """See `RowTable`."""
         return np.array([len(row[name]) for row in self._rows], np.int64)
 
-    def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
+    def counts(self, name: str, counted: Counted) -> Integers:
         """See `RowTable`."""
         return np.array([int(counted(np.asarray(row[name])).sum()) for row in self._rows], np.int64)
 
@@ -151,7 +148,7 @@ class RowList:
         """See `RowTable`."""
         return pa.chunked_array([pa.array([row[name] for row in self._rows])])
 
-    def read(self, rows: NDArray[np.int64]) -> list[Row]:
+    def read(self, rows: Integers) -> list[Row]:
         """See `RowTable`."""
         return [dict(self._rows[i]) for i in rows.tolist()]
 
@@ -165,13 +162,9 @@ def is_direct(kind: pa.DataType) -> bool:
     return _is_list(kind) or not pa.types.is_nested(kind)
 
 
-def _reader(chunk: pa.Array) -> _Read:
+def _reader(chunk: pa.Array) -> Callable[[Integers], list[Any]]:
     if not _is_list(chunk.type) or chunk.null_count:
         return lambda rows: chunk.take(pa.array(rows)).to_pylist()
     offsets = chunk.offsets.to_numpy().astype(np.int64)
     values = chunk.values.to_numpy(zero_copy_only=False)
-
-    def read(rows: NDArray[np.int64]) -> list[NDArray]:
-        return [values[a:b] for a, b in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)]
-
-    return read
+    return lambda rows: [values[a:b] for a, b in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)]

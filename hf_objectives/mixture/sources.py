@@ -17,10 +17,9 @@ from datasets import Dataset, IterableDataset, load_dataset
 from hf_objectives.errors import ConfigError, DataError, HFObjectivesError, nearest
 from hf_objectives.labels import BatchEncoder, Ledger, detect_format
 from hf_objectives.mixture.config import MixtureConfig, SourceConfig
-from hf_objectives.mixture.feeds import Feed
-from hf_objectives.mixture.mapped_feeds import PreparedFeed, TableFeed
+from hf_objectives.mixture.feeds import PreparedFeed, TableFeed
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
-from hf_objectives.mixture.stream_feed import StreamFeed
+from hf_objectives.mixture.stream_feed import Feed, StreamFeed
 from hf_objectives.packing import pack_dataset, pack_table
 from hf_objectives.preparation import (
     MANIFEST,
