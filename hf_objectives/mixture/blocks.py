@@ -102,10 +102,7 @@ class Journal:
         weakref.finalize(self, _remove, self._folder, os.getpid())
 
     def write(self, block: Block) -> None:
-        """Keep a block, and only the last few before it.
-
-        Every worker writes, and all write the same. So whoever made a row has written its block, whoever is ahead.
-        """
+        """Keep a block, and only the last few before it. Every worker writes, and all write the same."""
         path = self._folder / f"{block.row:020d}-{block.num_rows}"
         if path.exists():
             return

@@ -31,7 +31,7 @@ MANY_EPOCHS = 4.0  # beyond, repeated data is worth less and less (Muennighoff e
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One draw of a mixture: the source, its epoch, and the row: its `row` where rows carry one, or its number."""
+    """One draw of a mixture. `row` is what rows carry under this name, else the number of the row."""
 
     source: str
     epoch: int
@@ -43,20 +43,16 @@ class DatasetMixture(OrderedStream):
 
     After any number of draws every source has had its share to within one draw (of its own, or the largest of another),
     counted in the mixture's unit. Each epoch of a source is a new permutation. The order is a pure function of the
-    configuration, the seed and the number of the draw: it does not depend on the number of ranks and loader workers. A
-    state does not grow, and resumes at the next row at once, under any number of them.
+    configuration, the seed and the number of the draw. A state does not grow, and resumes at the next row at once, under
+    any number of ranks and loader workers.
 
     Made by `build_mixture`. A `train_dataset` of `PerplexityTrainer`, which carries its state in checkpoints and reports
     shares in its logs; to transformers' Trainer add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows`
     to the batch size, so that workers take turns by batches.
 
-    Args:
-        feeds: the sources.
-        plan: their weights.
+    Attributes:
+        names, plan: the sources and their weights.
         unit: what weights count: "tokens", "supervised" (trained tokens), "examples" or "rows".
-        fingerprint: what a state must agree with, as JSON values.
-        packer: packs documents of all sources into rows.
-        labels: rows without labels get their `input_ids` for labels.
         eval_dataset: what is held out of the sources.
         notes: notes about the configuration, for the user.
 
@@ -148,11 +144,7 @@ class DatasetMixture(OrderedStream):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
-        """The state to resume from, as JSON values; some hundred bytes a source, at any row.
-
-        Args:
-            rows_taken: rows that all ranks have taken, from row 0; None for the row at which iteration begins.
-        """
+        """The state to resume from, as JSON values; some hundred bytes a source, at any row. See `OrderedStream`."""
         row = self._begin if rows_taken is None else rows_taken
         return {"row": row, "mixture": self._fingerprint, "order": self._before(row)}
 
@@ -231,11 +223,7 @@ class DatasetMixture(OrderedStream):
         return Draw(feed.name, int(block.drawn.epochs[i]), feed.row_id(int(block.drawn.numbers[i])))
 
     def report(self, rows_taken: int | None = None) -> MixtureReport:
-        """Report shares asked for and given, tokens, examples and epochs by source.
-
-        Args:
-            rows_taken: rows that all ranks have taken, from row 0; None for the row at which iteration begins.
-        """
+        """Report shares asked for and given, tokens, examples and epochs by source; see `state_dict`."""
         row = self._begin if rows_taken is None else rows_taken
         block = self._block_of(row)
         before = self._resumed if block is None else block.before
@@ -259,8 +247,7 @@ class DatasetMixture(OrderedStream):
         return self.report(rows_taken).metrics()
 
     def expect(self, rows: int) -> list[str]:
-        """What a user should know before a run takes this many rows from row 0 on: the sources that will be repeated more
-        than four times.
+        """The sources that will be repeated more than four times in this many rows, a line each.
 
         Raises:
             ConfigError: every source has `max_epochs`, and they end before.

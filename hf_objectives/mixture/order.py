@@ -20,14 +20,7 @@ _ROWS_PACKED = 128  # rows of documents that are packed together: fewer leave ro
 
 
 class Order:
-    """Walks the order of a mixture.
-
-    Args:
-        feeds: the sources.
-        plan: their weights.
-        packer: packs documents into rows; None where each draw is a row.
-        state: the place to go on at; None for the beginning.
-    """
+    """Walks the order of a mixture, from its beginning or from a state. Without a packer each draw is a row."""
 
     def __init__(
         self, feeds: Sequence[Feed], plan: WeightPlan, packer: Packer | None = None, state: State | None = None
@@ -70,8 +63,7 @@ class Order:
         return block
 
     def _draw(self, most: int, tokens: int = sys.maxsize) -> tuple[Integers, Units]:
-        """The next draws: `most` of them, or as many as hold this many tokens; fewer where every source has ended. How far
-        is looked ahead changes nothing."""
+        """The next draws: `most`, or as many as hold this many tokens. How far is looked ahead changes nothing."""
         sources, drawn = [np.empty(0, np.int64)], [NOTHING]
         while most > 0 and tokens > 0 and self.schedule.weights.any():
             known = self._ahead(min(most, _DRAWS))
@@ -87,7 +79,7 @@ class Order:
         return np.concatenate(sources), Units.joined(drawn)
 
     def _ahead(self, draws: int) -> list[Units]:
-        """About as many units of each source as it will give in this many draws; some of those whose share comes later."""
+        """About as many units of each source as it will give in this many draws, and a few more."""
         rates = self.schedule.weights / self._mean
         counts = np.ceil(1.1 * draws * rates / rates.sum()).astype(int) + 4
         known = [

@@ -19,13 +19,7 @@ def permuted(positions: NDArray[np.int64], size: int, key: Sequence[int]) -> NDA
     A generalised Feistel network over digit pairs, walked on where it leaves the range (Black and Rogaway, "Ciphers with
     arbitrary finite domains", CT-RSA 2002, sections 3 and 4), with SplitMix64 as its round function.
 
-    Args:
-        positions: int64 [n], each from 0 up to, not including, `size`.
-        size: how many numbers are permuted, 1 or more.
-        key: integers, 0 or more, that choose the permutation.
-
-    Returns:
-        int64 [n].
+    Positions are int64 [n], and so is the result. The integers of `key`, 0 or more, choose the permutation.
 
     Example:
         >>> sorted(permuted(np.arange(5), 5, [7]).tolist())

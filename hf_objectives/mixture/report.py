@@ -55,10 +55,8 @@ class MixtureReport:
 
     def metrics(self) -> dict[str, float]:
         """The keys of a training log: `mixture/<source>/share`, `asked`, `tokens`, `examples` and `epochs`."""
-        named = [(source.name, asdict(source)) for source in self.sources]
-        return {
-            f"mixture/{name}/{key}": value for name, values in named for key, value in values.items() if key != "name"
-        }
+        keys = ("asked", "share", "tokens", "examples", "epochs")
+        return {f"mixture/{source.name}/{key}": getattr(source, key) for source in self.sources for key in keys}
 
     def lines(self) -> list[str]:
         """A table, one line a row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from hf_objectives.errors import ConfigError
+from hf_objectives.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 Integers = NDArray[np.int64]
@@ -65,9 +65,9 @@ class RowTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
-        """The first row that has other columns than these, and its columns."""
-        return None if set(self.names) == set(names) else (0, self.names)
+    def check_columns(self, names: Collection[str], source: str, first: int = 0) -> None:
+        """Raise a DataError if a row of the source, of which the first has this number, has other columns than these."""
+        _check_columns(self.names, names, source, first)
 
     def types(self) -> dict[str, str]:
         """The type of each column."""
@@ -126,10 +126,10 @@ class RowList:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
+    def check_columns(self, names: Collection[str], source: str, first: int = 0) -> None:
         """See `RowTable`."""
-        expected = set(names)
-        return next(((i, list(row)) for i, row in enumerate(self._rows) if set(row) != expected), None)
+        for number, row in enumerate(self._rows, first):
+            _check_columns(row, names, source, number)
 
     def types(self) -> dict[str, str]:
         """See `RowTable`; types that Python values do not tell are empty."""
@@ -151,6 +151,12 @@ class RowList:
     def read(self, rows: Integers) -> list[Row]:
         """See `RowTable`."""
         return [dict(self._rows[i]) for i in rows.tolist()]
+
+
+def _check_columns(found: Iterable[str], names: Collection[str], source: str, row: int) -> None:
+    if set(found) != set(names):
+        expected = f"expected {', '.join(names)}, as in the first row"
+        raise DataError(f"columns {', '.join(found)}; {expected}", source=source, row=row)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -103,7 +103,7 @@ class StreamFeed:
             raise ConfigError(f"source {name!r}: max_epochs is {max_epochs}; expected whole epochs of a stream")
         self.name, self.max_epochs, self.size, self.tokens = name, max_epochs, None, None
         self.stream, self.buffer_size, self._encode = stream, buffer_size, encode
-        self._columns = None if columns is None else set(columns)
+        self._columns = columns
         self._unit, self._seed, self._longest, self._blocked = unit, seed, longest, blocked
 
     def start(self, state: Any = None) -> StreamCursor:
@@ -121,9 +121,8 @@ class StreamFeed:
     def buffer(self, rows: RowTable | RowList, epoch: int, first: int, before: Any, position: int) -> _Buffer | None:
         """Rows of an epoch, from number `first` on, as a buffer at a position; None where no row is usable."""
         count = len(rows)
-        if self._columns is not None and (odd := rows.odd(self._columns)) is not None:
-            expected = f"expected {', '.join(sorted(self._columns))}, as in the first row"
-            raise DataError(f"columns {', '.join(odd[1])}; {expected}", source=self.name, row=first + odd[0])
+        if self._columns is not None:
+            rows.check_columns(self._columns, self.name, first)
         if self._encode is not None:
             rows = RowTable(self._encode(rows.read(np.arange(count)), first))
         named = "row" in rows.names or "rows" in rows.names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,11 +19,7 @@ _NAMED = 12  # sources that a line names
 
 def tempered(weights: ArrayLike, temperature: float) -> NDArray[np.float64]:
     """Weights p_i^(1/T), normalised, float64 [sources]; a T above 1 moves them towards equal ones (mT5, arXiv 2010.11934,
-    section 3.2, with alpha = 1/T).
-
-    Raises:
-        ConfigError: the temperature is not above 0, or the weights cannot be normalised.
-    """
+    section 3.2, with alpha = 1/T)."""
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}; expected more than 0")
     shares = normalised(weights)
@@ -31,15 +27,8 @@ def tempered(weights: ArrayLike, temperature: float) -> NDArray[np.float64]:
         return normalised(np.exp((np.log(shares) - np.log(shares.max())) / temperature))
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Other weights from some point of the run on.
-
-    Attributes:
-        begin: units of the mixture (tokens, by default) after which the weights change.
-        weights: float64 [sources], normalised.
-        end: where the change is complete; the weights move there in a straight line. `begin` for a step.
-    """
+class Stage(NamedTuple):
+    """`StageConfig` with its weights in the order of the sources, float64 [sources], normalised; a step ends at `begin`."""
 
     begin: int
     weights: NDArray[np.float64]
@@ -47,15 +36,7 @@ class Stage:
 
 
 class WeightPlan:
-    """The weights at every point of a run.
-
-    Args:
-        weights: at the beginning, [sources].
-        stages: later ones, in order; each begins where the one before is complete, or later.
-
-    Raises:
-        ConfigError: the weights cannot be normalised, or stages overlap.
-    """
+    """The weights at every point of a run: at its beginning, [sources], and in stages that must not overlap."""
 
     def __init__(self, weights: ArrayLike, stages: Sequence[Stage] = ()) -> None:
         self.weights, self.stages = normalised(weights), tuple(stages)
@@ -93,12 +74,7 @@ class WeightPlan:
 def plan_weights(config: MixtureConfig, sizes: Sequence[int | None]) -> tuple[WeightPlan, list[str]]:
     """The weights of a mixture over the run, and notes about them for the user.
 
-    Args:
-        config: the mixture.
-        sizes: what an epoch of each source counts in the mixture's unit, where known; used where no weights are given.
-
-    Raises:
-        ConfigError: weights cannot be normalised, or are given for some sources only.
+    Without given weights sources get the `sizes` of their epochs, in the mixture's unit.
     """
     notes: list[str] = []
     weights = _preset_weights(config, notes) if config.preset else _given_weights(config, sizes, notes)

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.mixture.config import DATA_MIXTURE, LLAMA3_MIXTURE
+from hf_objectives.mixture.config import PRESETS
 from hf_objectives.mixture.weights import Stage, WeightPlan, tempered
 from tests.support.mixtures import due_on_the_line
 
 
 def test_presets_are_those_of_the_document():
-    assert list(DATA_MIXTURE.values()) == [0.60, 0.16, 0.03, 0.03, 0.22] and sum(
-        DATA_MIXTURE.values()
+    assert list(PRESETS["gpt3"].values()) == [0.60, 0.16, 0.03, 0.03, 0.22] and sum(
+        PRESETS["gpt3"].values()
     ) == pytest.approx(1.04)
-    assert list(LLAMA3_MIXTURE.values()) == [0.82, 0.08, 0.04, 0.03, 0.03]
+    assert list(PRESETS["llama3"].values()) == [0.82, 0.08, 0.04, 0.03, 0.03]
 
 
 def test_temperature_by_hand():
