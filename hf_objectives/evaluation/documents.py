@@ -26,8 +26,7 @@ class DocumentLoss:
     Attributes:
         batch_row, begin, end: the row of the batch, and the half-open range of places in it.
         ids, labels: int64 [tokens], without padding.
-        tokens: number of trained tokens.
-        nats: their summed negative log-likelihood.
+        tokens, nats: the number of trained tokens, and their summed negative log-likelihood.
         source, row: name of the source and number of the row in it; None where the batch does not name them.
     """
 

@@ -81,12 +81,10 @@ class SourceConfig:
 
 @dataclass
 class StageConfig:
-    """Other weights from some point of the run on.
+    """Other weights, by source, from some point of the run on; a source that is not named gets none.
 
-    Attributes:
-        begin: units of the mixture (tokens, by default) after which the weights change.
-        weights: the weights, by source; a source that is not named gets none.
-        end: where the change is complete; the weights move there in a straight line. None for a step.
+    `begin` is the units of the mixture (tokens, by default) after which the weights change. They move in a straight line
+    until `end`, or in a step without one.
     """
 
     begin: int
@@ -244,11 +242,7 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 def number(name: str, value: Any) -> float:
-    """Read a setting as a number; YAML reads 1e9 as a string.
-
-    Raises:
-        ConfigError: the value is not a number, or it is NaN or infinite.
-    """
+    """Read a setting as a finite number, YAML reads 1e9 as a string; a ConfigError where it is none."""
     try:
         read = float(value)
     except (TypeError, ValueError) as error:

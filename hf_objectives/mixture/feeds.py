@@ -87,18 +87,11 @@ class MappedCursor:
 class MappedFeed(ABC):
     """A source whose units can be looked up: its order is a pure function of seed, name and position.
 
-    Args:
-        name: its name.
-        size: units of an epoch.
-        max_epochs: epochs after which it ends, a part of an epoch too; None for no end.
-        blocked: numbers of units that are never drawn.
+    `size` is the units of an epoch. Units whose numbers are `blocked` are never drawn. The source ends after `max_epochs`,
+    a part of an epoch too.
 
     Attributes:
         tokens: tokens of an epoch; None where they are not known.
-
-    Raises:
-        ConfigError: every unit is blocked.
-        DataError: there is no unit.
     """
 
     tokens: int | None
@@ -160,13 +153,9 @@ class MappedFeed(ABC):
 class TableFeed(MappedFeed):
     """A mapped dataset. Each epoch is a permutation of its rows; see `MappedFeed`.
 
+    Tokens are counted where rows have `input_ids`. The examples of a packed row (`seq_lengths`) are its documents.
+
     Args:
-        name: its name.
-        table: the rows. Tokens are counted where rows have `input_ids`. The examples of a packed row (`seq_lengths`) are
-            its documents.
-        unit: what the mixture counts, one of `UNITS`.
-        seed: seed of the permutations.
-        max_epochs: see `MappedFeed`.
         longest: tokens of a row that count at most, where longer ones are cut; None for all.
         blocked: numbers of documents that are never drawn: the `row` of a row, or its number where it has none. Of packed
             rows only the blocked documents go.
@@ -174,8 +163,8 @@ class TableFeed(MappedFeed):
         ids: int64 [rows], numbers in the source where the table holds some of its rows only.
 
     Raises:
-        ConfigError: tokens are to be counted, and there are no `input_ids`.
-        DataError: a row has no token, or no trained token where these are counted.
+        ConfigError: tokens are to be counted, and there are no `input_ids`; or nothing is left to draw.
+        DataError: there is no row, or one has no token, or no trained token where these are counted.
     """
 
     def __init__(
@@ -256,16 +245,8 @@ class TableFeed(MappedFeed):
 class PreparedFeed(MappedFeed):
     """Shards of a prepared folder in the order of a `PreparedStream`, which reads row groups whole; see `MappedFeed`.
 
-    Args:
-        name: its name.
-        stream: the shards.
-        tokens: tokens in them.
-        unit: "tokens", "examples" or "rows".
-        max_epochs: see `MappedFeed`.
-        blocked: numbers of documents that are cut out of their rows.
-
-    Raises:
-        ConfigError: the unit is another one.
+    Documents whose numbers are `blocked` are cut out of their rows. `tokens` are those in all shards. Trained tokens are
+    no unit: they are not known without reading the rows.
     """
 
     def __init__(

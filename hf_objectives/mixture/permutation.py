@@ -14,12 +14,11 @@ _SHORT = 1 << 14  # shorter permutations are written down: two short digits woul
 
 
 def permuted(positions: NDArray[np.int64], size: int, key: Sequence[int]) -> NDArray[np.int64]:
-    """The elements of a random permutation of 0 ... size - 1 at some positions.
+    """The elements, int64 [n], of a random permutation of 0 ... size - 1 at some positions, int64 [n].
 
     A generalised Feistel network over digit pairs, walked on where it leaves the range (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", CT-RSA 2002, sections 3 and 4), with SplitMix64 as its round function.
-
-    Positions are int64 [n], and so is the result. The integers of `key`, 0 or more, choose the permutation.
+    arbitrary finite domains", CT-RSA 2002, sections 3 and 4), with SplitMix64 as its round function. The integers of
+    `key`, 0 or more, choose the permutation.
 
     Example:
         >>> sorted(permuted(np.arange(5), 5, [7]).tolist())

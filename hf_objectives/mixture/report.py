@@ -29,12 +29,11 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class MixtureReport:
-    """A mixture at one moment.
+    """A mixture at one moment: one report a source.
 
     Attributes:
         row: rows that were taken.
         unit: what the shares count.
-        sources: one report a source.
         counted: what `row` counts: "rows", or "steps" for a report that was read from a training log.
     """
 

@@ -29,16 +29,11 @@ def gathered(groups: Integers, read: Callable[[int, Integers], Sequence[Any]]) -
 
 
 class RowTable:
-    """A table, or a `datasets.Dataset`, as the mixture reads it.
+    """A table, or a `datasets.Dataset`, as the mixture reads it. The format of a dataset is ignored, except for its columns.
 
     Lists of integers come as views of the table (integer arrays [tokens], not writable), numbers and strings as Python
-    values. A dataset with nested columns, or with features that are decoded, is read through `datasets`.
-
-    Args:
-        rows: the rows; the format of a dataset is ignored, except for its columns.
-
-    Raises:
-        ConfigError: the dataset has a transform, which would be left out.
+    values. A dataset with nested columns, or with features that are decoded, is read through `datasets`. One with a transform
+    is refused.
     """
 
     def __init__(self, rows: Dataset | pa.Table) -> None:

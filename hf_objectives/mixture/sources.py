@@ -270,11 +270,7 @@ def _holds_ids(source: SourceConfig, row: Row) -> bool:
 class StreamEncoder:
     """Turns rows of a stream, as they are read, into encoded or packed ones; goes to loader workers.
 
-    Attributes:
-        name: the source.
-        tokenizer: encodes rows; None for rows that hold token ids.
-        options: how rows are encoded.
-        pack: the arguments of `pack_table`; None leaves rows as they are.
+    Without a tokenizer rows hold token ids. `pack` are the arguments of `pack_table`; None leaves rows as they are.
     """
 
     name: str

@@ -60,16 +60,10 @@ class StreamFeed:
     again up to where it stood. Row numbers count from the beginning of an epoch.
 
     Args:
-        name: its name.
-        stream: the rows; not shuffled, since the content of a shuffle buffer cannot be resumed.
-        unit: what the mixture counts.
-        seed: seed of the permutations.
-        max_epochs: whole epochs after which it ends.
         buffer_size: rows that are shuffled among themselves.
         encode: turns rows that are read into encoded, or packed, ones.
         columns: what each row has; None where rows are encoded.
-        longest: tokens of a row that count at most.
-        blocked: numbers of documents that are never drawn.
+        longest, blocked: see `TableFeed`.
 
     Raises:
         ConfigError: an iterator, which cannot be read twice; a shuffled stream; a part of an epoch.

@@ -44,11 +44,7 @@ def pack_rows(
 
 
 def check_packing(max_length: int | None, strategy: str, overflow: str = "split") -> None:
-    """Check the settings of packing.
-
-    Raises:
-        ConfigError: an unknown strategy or overflow, or `max_length` missing or under 2.
-    """
+    """Raise a ConfigError where settings of packing are unknown, or `max_length` is missing or under 2."""
     check_one_of("strategy", strategy, STRATEGIES)
     check_one_of("overflow", overflow, OVERFLOW)
     if max_length is None:

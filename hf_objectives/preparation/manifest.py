@@ -83,11 +83,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of a folder.
-
-        Raises:
-            PreparedDataError: there is none, it is damaged, or the rows are of another version.
-        """
+        """Read the manifest of a folder; a PreparedDataError where there is none, or one that cannot be used."""
         try:
             values = json.loads((folder / MANIFEST).read_text())
         except FileNotFoundError as error:

@@ -55,14 +55,7 @@ class Shard:
 class ShardWriter:
     """Writes packed rows to one file; leaving the context closes the file, and removes it after an error.
 
-    Args:
-        folder: the prepared folder.
-        path: the shard's path in it.
-        file_format: a key of FORMATS.
-        id_type: numpy type of the token ids.
-
-    Raises:
-        DiskFullError: no space is left.
+    The shard gets its `path` in the folder when it is finished. Token ids are stored as `id_type`.
     """
 
     def __init__(self, folder: Path, path: str, file_format: str, id_type: type[np.unsignedinteger]) -> None:
@@ -102,11 +95,7 @@ class ShardWriter:
                 self.draft.unlink(missing_ok=True)
 
     def finish(self, **values: Any) -> Shard | None:
-        """Move the closed file into place; return None where no row was written.
-
-        Args:
-            values: the fields of `Shard` that the file does not tell.
-        """
+        """Move the closed file into place; None where no row was written. `values` are what the file does not tell."""
         if self._writer is None:
             return None
         digest, size = sha256(self.draft), self.draft.stat().st_size

@@ -23,11 +23,7 @@ _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NU
 
 
 def check_share(name: str, share: float) -> None:
-    """Check a share of rows that is held out.
-
-    Raises:
-        ConfigError: `share` is under 0, or 1 or more; names the setting.
-    """
+    """Raise a ConfigError where a share of rows that is held out is under 0, or 1 or more."""
     if not 0 <= share < 1:
         raise ConfigError(f"{name} is {share}; expected 0 or more, under 1")
 

@@ -39,14 +39,7 @@ _ROWS_PACKED = 512  # rows of documents that are packed together at least: fewer
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The result of a segment.
-
-    Attributes:
-        key: names segment and policy, see `segment_key`.
-        shards: what was written.
-        ledgers: by split, what `Ledger.to_dict` gives.
-        skipped: records that could not be read and were left out.
-    """
+    """The result of a segment: its key, shards, ledgers by split as `Ledger.to_dict` gives them, and unreadable records."""
 
     key: str
     shards: list[Shard]

@@ -27,12 +27,8 @@ def count_cores() -> int:
 def run_local(function: Function, items: Iterable[Any], num_proc: int | None) -> Iterator[Any]:
     """Run in forked processes, which inherit the function, or in this process where one is enough.
 
-    Results come in any order. Only a few items are in flight at a time, so memory stays flat.
-
-    Args:
-        function: what to run.
-        items: what to run it on; read one by one.
-        num_proc: number of processes; None for one per core.
+    Results come in any order. Items are read one by one and only a few are in flight, so memory stays flat. Without
+    `num_proc` there is a process for every core.
 
     Raises:
         WorkerError: a process died.
@@ -99,9 +95,6 @@ def run_ray(function: Function, items: Iterable[Any], num_proc: int | None) -> I
 
     Ray runs an item again when its worker or machine is lost, so the function must give the same result again. All
     machines need the same file system.
-
-    Raises:
-        ConfigError: Ray is not installed.
     """
     ray = _import_ray()
     if not ray.is_initialized():
@@ -151,11 +144,7 @@ ENGINES: dict[str, Callable[[Function, Iterable[Any], int | None], Iterator[Any]
 
 
 def check_engine(engine: str) -> None:
-    """Check that an engine is known and installed, before anything is written or deleted.
-
-    Raises:
-        ConfigError: the engine is unknown, or Ray is not installed.
-    """
+    """Raise a ConfigError, before anything is written or deleted, where an engine is unknown or not installed."""
     check_one_of("engine", engine, ENGINES)
     if engine == "ray":
         _import_ray()
