@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -123,8 +122,8 @@ class MappedFeed(ABC):
     def epoch_size(self) -> int:
         """What an epoch counts in the mixture's unit."""
 
-    def start(self, state: Any = None) -> MappedCursor:
-        """A cursor at the beginning, or at the place of a state."""
+    def start(self, state: Any) -> MappedCursor:
+        """A cursor at the place of a state; None for the beginning."""
         return MappedCursor(self, state or 0)
 
     def fingerprint(self) -> Any:
@@ -265,57 +264,31 @@ class PreparedFeed(MappedFeed):
                 "expected unit 'tokens', 'examples' or 'rows'"
             )
         self.stream, self.tokens, self._documents, self._unit = stream, tokens, frozenset(blocked), unit
-        self._starts = np.concatenate(([0], np.cumsum(stream.group_sizes)))
         gone = [_NONE]
-        for group in range(len(stream.group_sizes) if blocked else 0):
+        for group, start in enumerate(stream.group_starts[:-1] if blocked else ()):
             rows, offsets = stream.columns(group, ["rows"])["rows"]
-            gone.append(self._starts[group] + _blocked_whole(rows, offsets, blocked))
+            gone.append(start + _blocked_whole(rows, offsets, blocked))
         super().__init__(name, stream.num_rows, max_epochs=max_epochs, blocked=np.concatenate(gone))
-        self._sizes: Callable[[int], tuple[Integers, Integers]] = lru_cache(maxsize=64)(self._group_sizes)
 
     def places(self, begin: int, end: int) -> tuple[Integers, Integers]:
         """See `MappedFeed`."""
-        epochs, groups, rows = self.stream.order(begin, end)
-        return epochs, self._starts[groups] + rows
+        return self.stream.order(begin, end)
 
     def measures(self, numbers: Integers) -> tuple[Integers, Integers, Integers]:
         """See `MappedFeed`."""
-        tokens, examples = np.empty_like(numbers), np.empty_like(numbers)
-        groups, rows = self._groups(numbers)
-        for group in np.unique(groups).tolist():
-            chosen = groups == group
-            tokens[chosen], examples[chosen] = (sizes[rows[chosen]] for sizes in self._sizes(group))
+        tokens, examples = self.stream.sizes(numbers)
         amounts = {"tokens": tokens, "examples": examples, "rows": np.ones_like(numbers)}[self._unit]
         return amounts, tokens, examples
 
-    def _groups(self, numbers: Integers) -> tuple[Integers, Integers]:
-        """The row group of each row, and its number in the group."""
-        groups = np.searchsorted(self._starts, numbers, "right") - 1
-        return groups, numbers - self._starts[groups]
-
-    def _group_sizes(self, group: int) -> tuple[Integers, Integers]:
-        """Tokens and documents of the rows of a row group."""
-        lengths, offsets = self.stream.columns(group, ["seq_lengths"])["seq_lengths"]
-        ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        return np.diff(ends[offsets]), np.diff(offsets)
-
     def content(self, numbers: Integers) -> list[dict[str, Any]]:
         """See `MappedFeed`."""
-        groups, rows = self._groups(numbers)
-        return _without(list(map(self.stream.row, groups.tolist(), rows.tolist())), self._documents)
+        return _without(list(self.stream.read(numbers)), self._documents)
 
     def epoch_size(self) -> int:
         """See `MappedFeed`."""
         if self._unit == "examples":
-            return sum(int(self._sizes(group)[1].sum()) for group in range(len(self.stream.group_sizes)))
+            return int(self.stream.sizes(np.arange(self.size))[1].sum())
         return int(self.tokens or 0) if self._unit == "tokens" else self.size
-
-    def __getstate__(self) -> Mapping[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_sizes"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._sizes = lru_cache(maxsize=64)(self._group_sizes)
 
 
 # -- blocklists ------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class StreamFeed:
         self._columns = columns
         self._unit, self._seed, self._longest, self._blocked = unit, seed, longest, blocked
 
-    def start(self, state: Any = None) -> StreamCursor:
+    def start(self, state: Any) -> StreamCursor:
         """See `MappedFeed`."""
         return StreamCursor(self, state or {})
 
