@@ -107,7 +107,7 @@ def _open_prepared(source: SourceConfig, config: MixtureConfig, tokenizer: Any, 
         )
     if source.eval_share:
         raise ConfigError(f"{folder} holds out documents when it is prepared; expected eval_split='validation'")
-    known = list(manifest.sources)
+    known = manifest.named
     name = source.name if source.name in known else known[0]
     if source.name != name and len(known) > 1:
         raise ConfigError(

@@ -128,13 +128,12 @@ def load_prepared(
         raise PreparedDataError(f"{folder} was prepared otherwise. {'; '.join(different)}")
     if not manifest.complete:
         raise PreparedDataError(f"{folder} is not finished ({_progress(folder)}); run hf-objectives prepare again")
-    known = list(manifest.sources)
-    for name in sources or ():
+    chosen, known = manifest.named if sources is None else sources, manifest.named
+    for name in chosen:
         if name not in known:
             raise PreparedDataError(
                 f"{folder} has no source {name!r}; expected one of {', '.join(known)}{nearest(name, known)}"
             )
-    chosen = known if sources is None else sources
     shards = [shard for shard in manifest.shards if shard.split == split and shard.source in chosen]
     if not shards:
         named = f" of {', '.join(sources)}" if sources else ""

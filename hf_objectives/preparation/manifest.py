@@ -55,6 +55,11 @@ class Manifest:
         return self.ledger.accounts
 
     @property
+    def named(self) -> list[str]:
+        """The sources as preparation was given them. Their rows may name others, which then have the accounts."""
+        return list(dict.fromkeys(shard.source for shard in self.shards))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in all packed rows."""
         return sum(shard.tokens for shard in self.shards)

@@ -213,3 +213,11 @@ def test_other_bad_sources_are_named(tmp_path):
     packed = Dataset.from_dict({"input_ids": [[1, 2]], "seq_lengths": [[1, 1]]})
     with pytest.raises(ConfigError, match="source 'a': its rows are packed already"):
         build_mixture({"sources": {"a": packed}, "packing": "across", "max_length": 8})
+
+
+def test_a_prepared_source_whose_rows_name_other_sources(tmp_path):
+    chats = write_rows(tmp_path / "chats.jsonl", demo.chats(30))
+    made = prepare_corpus({"chats": chats}, demo.build_tokenizer(), tmp_path / "out", CorpusConfig(256, num_proc=1))
+    assert "chats" not in made.sources
+    mixture = build_mixture({"sources": {"chats": {"path": str(tmp_path / "out"), "weight": 1}}})
+    assert {row["source"] for row in itertools.islice(mixture, 10)} == {"chats"}
