@@ -8,7 +8,6 @@ from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
     from hf_objectives.mixture.build import build_mixture  # several sources as one dataset, each with its share
-    from hf_objectives.mixture.candidates import draw_mixtures  # mixtures to try in a search for the best weights
     from hf_objectives.mixture.config import (
         MixtureConfig,  # what to mix and how
         SourceConfig,  # one source of a mixture
@@ -35,5 +34,6 @@ if TYPE_CHECKING:
         SourceReport,  # one source at one moment
     )
     from hf_objectives.mixture.schedule import mixture_schedule  # the source of each of n draws
+    from hf_objectives.mixture.weights import draw_mixtures  # mixtures to try in a search for the best weights
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)
