@@ -21,9 +21,9 @@ INTEGERS = "lists of integers"  # the type of a column of these, whatever their 
 def gathered(groups: Integers, read: Callable[[int, Integers], Sequence[Any]]) -> list[Any]:
     """Values in the order of their groups, where `read(group, places)` gives those of one group."""
     found: list[Any] = [None] * len(groups)
-    for group in np.unique(groups).tolist():
-        places = np.flatnonzero(groups == group)
-        for place, value in zip(places.tolist(), read(group, places), strict=True):
+    order = np.argsort(groups, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(groups) else ():
+        for place, value in zip(places.tolist(), read(int(groups[places[0]]), places), strict=True):
             found[place] = value
     return found
 
@@ -97,6 +97,8 @@ class RowTable:
         if self._dataset is not None:
             return self._dataset.__getitems__(rows.tolist())
         places = rows if self._indices is None else self._indices[rows].astype(np.int64)
+        if len(self._batches) == 1:
+            return self._read_batch(0, places)
         batches = np.searchsorted(self._begins, places, "right") - 1
         return gathered(batches, lambda batch, chosen: self._read_batch(batch, places[chosen] - self._begins[batch]))
 

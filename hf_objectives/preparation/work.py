@@ -229,18 +229,14 @@ def _count(rows: pa.Table, byte_lengths: NDArray[np.int32]) -> Ledger:
     pieces = dict(_by_source(rows["sources"].combine_chunks().flatten().filter(pa.array(lengths > 0))))
     lengths = lengths[lengths > 0]
     begins = np.cumsum(lengths, dtype=np.int64) - lengths
-    if len(pieces) == 1:  # nearly always: one sum over all pieces
-        begins, pieces = begins[:1], dict.fromkeys(pieces, np.ones(1, bool))
-        trained, tokens = np.array([lengths.sum() - len(lengths)]), np.array([lengths.sum()])
-    else:
-        trained, tokens = lengths - 1, lengths
+    trained = lengths - 1
     if "labels" in rows.column_names:
         trained = np.add.reduceat(flat_column(rows, "labels")[0] != IGNORE_INDEX, begins, dtype=np.int64)
     num_bytes = np.add.reduceat(_look_up(byte_lengths, ids), begins, dtype=np.int64)
     for name, chosen in pieces.items():
         account = ledger[name]
         account.trained = int(trained[chosen].sum())
-        account.masked = int(tokens[chosen].sum()) - account.trained
+        account.masked = int(lengths[chosen].sum()) - account.trained
         account.num_bytes = int(num_bytes[chosen].sum())
     return ledger
 
