@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -105,8 +106,12 @@ def run_ray(function: Function, items: Iterable[Any], num_proc: int | None) -> I
     table = pa.table({"item": pa.array([pickle.dumps(item) for item in items], pa.binary())})
 
     def run_batch(batch: pa.Table) -> pa.Table:
-        work = _unpickle(ray.get(shared))
-        results = [pickle.dumps(_result_or_error(work, pickle.loads(item))) for item in batch["item"].to_pylist()]
+        work, results = _unpickle(ray.get(shared)), []
+        for item in batch["item"].to_pylist():
+            try:
+                results.append(pickle.dumps(work(pickle.loads(item))))
+            except HFObjectivesError as error:  # Ray would wrap it in errors of its own
+                results.append(pickle.dumps(error))
         return pa.table({"result": pa.array(results, pa.binary())})
 
     dataset = ray.data.from_arrow([table.slice(i, 1) for i in range(len(table))])
@@ -117,23 +122,10 @@ def run_ray(function: Function, items: Iterable[Any], num_proc: int | None) -> I
         yield result
 
 
-def _result_or_error(function: Function, item: Any) -> Any:
-    """Return an error of this package as a value: Ray would wrap it in errors of its own."""
-    try:
-        return function(item)
-    except HFObjectivesError as error:
-        return error
-
-
-_last: tuple[bytes, Function] | None = None
-
-
+@lru_cache(maxsize=1)
 def _unpickle(text: bytes) -> Function:
     """The function, made once a process: building its tokenizer takes longer than planning a segment."""
-    global _last
-    if _last is None or _last[0] != text:
-        _last = text, pickle.loads(text)
-    return _last[1]
+    return pickle.loads(text)
 
 
 #: The engines, by name.
