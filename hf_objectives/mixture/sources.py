@@ -108,8 +108,8 @@ def _open_prepared(source: SourceConfig, config: MixtureConfig, tokenizer: Any, 
     if source.eval_share:
         raise ConfigError(f"{folder} holds out documents when it is prepared; expected eval_split='validation'")
     known = manifest.named
-    name = source.name if source.name in known else known[0]
-    if source.name != name and len(known) > 1:
+    name = known[0] if len(known) == 1 else source.name
+    if known and name not in known:
         raise ConfigError(
             f"{folder} holds {', '.join(known)}; expected a source named like one of them{nearest(source.name, known)}"
         )
