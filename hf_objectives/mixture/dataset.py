@@ -188,6 +188,7 @@ class DatasetMixture(OrderedStream):
     def _walk_to(self, counted: Literal["row", "draws"], n: int) -> tuple[Order, Block | None]:
         """The order behind the block that holds row or draw n, and the block: the last one where the order ends before."""
         order, block = self._walk or (None, None)
+        self._walk = None  # an interrupt in between would leave an order that is ahead of its block
         if order is None or block is None or n < block.before[counted]:
             before = [state for state in self._kept.values() if state[counted] <= n]
             order = self._order(max(before, key=lambda state: state[counted], default=None))
