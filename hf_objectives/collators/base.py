@@ -63,11 +63,7 @@ class Collator(LabelConfig, _Tokenizing):
 
     @property
     def pad_token_id(self) -> int:
-        """Id of the token to pad with: the pad token, EOS where there is none; masks and labels tell it from a real EOS.
-
-        Raises:
-            TokenizerError: neither.
-        """
+        """Id of the token to pad with: the pad token, or EOS, which masks tell from a real one; else a TokenizerError."""
         for name in ("pad_token_id", "eos_token_id"):
             if (value := getattr(self.tokenizer, name, None)) is not None:
                 return int(value)
@@ -91,11 +87,7 @@ class LanguageModelCollator(Collator):
     return_source: bool = False
 
     def read(self, row: Row, i: int, encoder: PieceEncoder, max_ids: int | None = None) -> EncodedRow:
-        """Row i of a batch as arrays: a raw row is encoded, an encoded one cut to `max_ids`, a packed one taken as it is.
-
-        Raises:
-            DataError: the row cannot be used; `row` counts within the batch.
-        """
+        """Row i of a batch as arrays: a raw row is encoded, an encoded one cut to `max_ids`, a packed one taken as it is."""
         ids, labels = row.get("input_ids"), row.get("labels")
         packed = row.get("seq_lengths") is not None or row.get("position_ids") is not None
         if ids is not None and self.train_on != "all" and row.get("loss_weights") is None:
@@ -122,11 +114,7 @@ class LanguageModelCollator(Collator):
         return EncodedRow(ids, labels, weights, lengths, sources, numbers, packed)
 
     def tensors(self, rows: Sequence[EncodedRow], num_rows: int) -> Batch:
-        """Padded `input_ids`, `labels` and the extra columns, [rows, width].
-
-        Raises:
-            NothingSupervisedError: no token is trained in the batch of `num_rows` rows.
-        """
+        """Padded `input_ids`, `labels` and the extra columns, [rows, width], of a batch of `num_rows` rows."""
         batch: Batch = {
             "input_ids": self.pad([row.ids for row in rows], self.pad_token_id),
             "labels": self.pad([row.labels for row in rows], IGNORE_INDEX),

@@ -103,14 +103,11 @@ class DataCollatorWithEosPacking(LanguageModelCollator):
         made = []
         for i, (a, b) in enumerate(itertools.pairwise(packed.piece_offsets)):
             documents = [rows[d] for d in packed.documents[a:b]]
-            sources = [(document.sources or [""])[0] for document in documents]
+            names = [(document.sources or [""])[0] for document in documents]
             numbers = [(document.numbers or [-1])[0] for document in documents]
-            made.append(
-                EncodedRow(
-                    ids[i], labels[i], token_weights[i] if weighted else None, packed.lengths[a:b].tolist(),
-                    sources if any(sources) else None, numbers if max(numbers) >= 0 else None, True,
-                )
-            )  # fmt: skip
+            origin = names if any(names) else None, numbers if max(numbers) >= 0 else None
+            row_weights = token_weights[i] if weighted else None
+            made.append(EncodedRow(ids[i], labels[i], row_weights, packed.lengths[a:b].tolist(), *origin, packed=True))
         return made
 
     def _isolated(self, rows: Sequence[EncodedRow], width: int) -> Batch:

@@ -79,12 +79,7 @@ class DataCollatorForPreferencePairs(Collator):
         return self._encoded(row, number)
 
     def _encoded(self, row: Row, number: int) -> Mapping[str, Any]:
-        """A row of ids, with its masks, and cut where it is too long.
-
-        Raises:
-            FormatError: a side or a mask is missing or has the wrong length.
-            NothingSupervisedError: nothing of an answer is trained.
-        """
+        """A row of ids, with its masks, and cut where it is too long."""
         pair: dict[str, Any] = {"prompt_ids": np.asarray(row["prompt_ids"], np.int64)}
         for side in SIDES:
             if row.get(f"{side}_ids") is None:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
-    from hf_objectives.evaluation.calibration import (
-        Reliability,  # confidence against accuracy, in bins
-    )
+    from hf_objectives.evaluation.calibration import Reliability  # confidence against accuracy, in bins
     from hf_objectives.evaluation.counts import (
         EvaluationCounts,  # the sums of an evaluation, in all and per source
         TokenCount,  # nats, tokens and bytes; gives loss, perplexity and bits per byte
@@ -28,9 +26,7 @@ if TYPE_CHECKING:
         target_nll,  # negative log-likelihood of each target
         unwrapped,  # the model inside wrappers for data parallelism
     )
-    from hf_objectives.evaluation.pair_rewards import (
-        PairRewards,  # rewards of preference pairs, and a reward model's metrics over them
-    )
+    from hf_objectives.evaluation.pair_rewards import PairRewards  # rewards of preference pairs, and metrics over them
     from hf_objectives.evaluation.pair_scores import (
         COLUMNS,  # columns of the figures of a pair
         PairScores,  # log-probabilities of a batch of pairs under policy and reference

@@ -10,31 +10,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_objectives.errors import ConfigError
 
-NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+_Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
-def wilson_interval(successes: float, trials: int, *, z: float = NORMAL_95) -> tuple[float, float]:
-    """Compute Wilson's interval of a success probability (1927, J. Am. Stat. Assoc. 22:209).
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """Compute the lower and upper end of Wilson's 95 % interval of a success probability (1927, J. Am. Stat. Assoc. 22:209).
 
     `scipy.stats.binomtest` gives the same, and takes whole successes only; a tie is half of one.
-
-    Args:
-        successes: number of successes, from 0 to `trials`.
-        trials: number of trials, at least 1.
-        z: quantile of the normal distribution; the default gives 95 %.
-
-    Returns:
-        Lower and upper end, from 0 to 1.
 
     Raises:
         ConfigError: no trial, or more successes than trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ConfigError(f"{successes} of {trials}; expected at least one trial, and 0 to as many successes")
-    share, square = successes / trials, z * z
+    share, square = successes / trials, _Z**2
     scale = 1 + square / trials
     middle = share + square / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
+    half = _Z * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 

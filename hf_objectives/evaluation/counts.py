@@ -92,16 +92,7 @@ class EvaluationCounts:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
-    """The result of `compute_perplexity`.
-
-    Attributes:
-        nll: total nats.
-        num_tokens: number of predicted tokens.
-        num_bytes: bytes that these tokens stand for.
-        perplexity: exp(nll / num_tokens).
-        bits_per_byte: nll / ln 2 / num_bytes.
-        groups: the result of each group, where texts were grouped.
-    """
+    """The result of `compute_perplexity`: the figures of a `TokenCount`, and the result of each group of texts."""
 
     nll: float
     num_tokens: int

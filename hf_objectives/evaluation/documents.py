@@ -26,8 +26,7 @@ class DocumentLoss:
     Attributes:
         batch_row, begin, end: the row of the batch, and the half-open range of places in it.
         ids, labels: int64 [tokens], without padding.
-        tokens: number of trained tokens.
-        nats: their summed negative log-likelihood.
+        tokens, nats: the number of trained tokens, and their summed negative log-likelihood.
         source, row: name of the source and number of the row in it; None where the batch does not name them.
     """
 
@@ -96,13 +95,11 @@ def _parts(inputs: Mapping[str, Any], ids: Tensor, together: bool) -> Iterator[t
     together |= any(value.shape != ids.shape and value.shape != (1, ids.shape[1]) for value in tensors)
     size = ids.shape[0] if together else max(1, _TOKENS // ids.shape[1])
     for rows in torch.arange(ids.shape[0], device=ids.device).split(size):
-        yield (
-            rows,
-            {
-                key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
-                for key, value in inputs.items()
-            },
-        )
+        part = dict(inputs)
+        for key, value in inputs.items():
+            if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1]:
+                part[key] = value[rows]
+        yield rows, part
 
 
 def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

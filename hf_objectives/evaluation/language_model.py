@@ -94,12 +94,7 @@ class LanguageModelEvaluation:
                     self.start[max(names, key=len)] = value
 
     def worst(self, figures: Mapping[str, float], *, prefix: str = "eval") -> tuple[str, float]:
-        """Find the dataset whose perplexity rose most, and its increase. NaN counts as the largest increase.
-
-        Args:
-            figures: the result of `measure`.
-            prefix: the prefix given to `measure`.
-        """
+        """Find the dataset whose perplexity rose most in the result of `measure`. NaN counts as the largest increase."""
         increases = {name: figures[f"{prefix}_{name}_perplexity_increase"] for name in self._rows}
         name = max(increases, key=lambda name: math.inf if math.isnan(increases[name]) else increases[name])
         return name, increases[name]
@@ -151,7 +146,7 @@ class EvaluatesLanguageModels:
         max_length: int | None,
         max_increase: float | None,
     ) -> None:
-        """Encode the datasets and measure them from now on; rows longer than `max_length` tokens are cut.
+        """Encode the datasets, if any, and measure them from now on; rows longer than `max_length` tokens are cut.
 
         Raises:
             ConfigError: a bound without datasets, or a bound that is not positive.

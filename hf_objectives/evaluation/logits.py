@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,17 +14,14 @@ from hf_objectives.losses import token_nll
 from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
-_told: set[str] = set()
 _CHUNK = 1024  # tokens whose logits are in float32 at a time
 EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids")
 
 
 def split_extra_columns(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a batch into the model's inputs and the extra columns for loss and evaluation."""
-    return (
-        {key: value for key, value in batch.items() if key not in EXTRA_COLUMNS},
-        {key: value for key, value in batch.items() if key in EXTRA_COLUMNS},
-    )
+    inputs = {key: value for key, value in batch.items() if key not in EXTRA_COLUMNS}
+    return inputs, {key: batch[key] for key in EXTRA_COLUMNS if key in batch}
 
 
 def unwrapped(model: Any) -> Any:
@@ -102,7 +100,6 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head
 
 
+@cache
 def _warn_once(line: str) -> None:
-    if line not in _told:
-        _told.add(line)
-        logger.warning(line)
+    logger.warning(line)

@@ -115,10 +115,8 @@ def generalized_advantages(
 class PolicyLoss(NamedTuple):
     """Sums over tokens, float32 scalars.
 
-    Attributes:
-        loss: the loss, with gradient.
-        clipped: the number of tokens whose ratio is clipped.
-        approx_kl: the k3 estimate of KL(old || new), in nats.
+    The loss has a gradient. `clipped` is the number of tokens whose ratio is clipped, `approx_kl` the k3 estimate of
+    KL(old || new), in nats.
     """
 
     loss: Tensor
@@ -150,12 +148,7 @@ def clipped_policy_loss(
 
 
 class ValueLoss(NamedTuple):
-    """Sums over tokens, float32 scalars.
-
-    Attributes:
-        loss: the loss, with gradient.
-        clipped: the number of tokens whose value is clipped.
-    """
+    """Sums over tokens, float32 scalars: the loss, with gradient, and the number of tokens whose value is clipped."""
 
     loss: Tensor
     clipped: Tensor
@@ -184,12 +177,7 @@ def clipped_value_loss(
 
 
 def explained_variance(errors: Moments, returns: Moments) -> float:
-    """Compute 1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one, NaN where returns do not vary.
-
-    Args:
-        errors: moments of R - V.
-        returns: moments of R.
-    """
+    """Compute 1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one, NaN where returns do not vary."""
     return 1 - errors.variance / returns.variance if returns.variance > 0 else float("nan")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_objectives.mixture.feeds import Integers, Units
+from hf_objectives.mixture.feeds import Units
+from hf_objectives.mixture.row_table import Integers
 from hf_objectives.packing import PackedRows, pack_rows
 from hf_objectives.types import IGNORE_INDEX
 
@@ -20,8 +21,8 @@ class Packer:
     """Packs drawn documents into rows, see `pack_rows`."""
 
     max_length: int
-    strategy: str = "best_fit"
-    overflow: str = "split"
+    strategy: str
+    overflow: str
 
     def pack(self, sources: Integers, units: Units, seed: int) -> PackedRows:
         """Pack documents, given the source of each, into rows in a random order that keeps to the shares."""
@@ -63,15 +64,12 @@ def packed_row(
     numbers: Integers,
     sources: Sequence[str],
 ) -> dict[str, Any]:
-    """One packed row.
+    """One packed row, from the numbers of its pieces and their sources.
 
     Args:
-        packed: how documents lie in rows.
-        begins: int64 [pieces], where each piece begins in its document.
-        pieces: numbers of the row's pieces.
-        rows: the documents, by their numbers among the units.
+        begins: int64 [pieces of all rows], where each piece begins in its document.
+        rows: documents, by their numbers among the units.
         numbers: int64 [documents], the number of each in its source.
-        sources: the source of each piece.
     """
     documents, lengths = packed.documents[pieces].tolist(), packed.lengths[pieces]
     ids, labels = [], []

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_objectives.mixture.feeds import Integers, Units
+from hf_objectives.mixture.feeds import Units
+from hf_objectives.mixture.row_table import Integers
 from hf_objectives.packing import PackedRows
 
 #: The state of an order, as JSON values; see `Order.state`.
@@ -23,34 +24,15 @@ State = Mapping[str, Any]
 _KEPT = 256  # blocks in a journal: more than loaders read ahead
 
 
-@dataclass(frozen=True)
-class Totals:
-    """What each source has given up to some row, float64 [sources] each.
+# What each source has given up to some row, float64 [sources] each.
+Totals = dict[str, NDArray[np.float64]]
 
-    Attributes:
-        amounts: in the mixture's unit.
-        tokens, examples: tokens and examples.
-        passes: epochs of the source that are over; the name is that of stored states.
-    """
 
-    amounts: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    examples: NDArray[np.float64]
-    passes: NDArray[np.float64]
-
-    @classmethod
-    def none(cls, sources: int) -> Totals:
-        """Nothing, of this many sources."""
-        return cls(*np.zeros((4, sources)))
-
-    @classmethod
-    def read(cls, state: Mapping[str, Any]) -> Totals:
-        """The totals whose `state` gave these values."""
-        return cls(**{name: np.array(values, np.float64) for name, values in state.items()})
-
-    def state(self) -> dict[str, list[float]]:
-        """As JSON values."""
-        return {name: values.tolist() for name, values in vars(self).items()}
+def totals_of(state: State | None, sources: int) -> Totals:
+    """What each source has given up to the place of a state: `amounts` in the mixture's unit, `tokens`, `examples`, and
+    `passes`, the epochs of the source that are over."""
+    given = state["given"] if state else dict.fromkeys(("amounts", "tokens", "examples", "passes"), [0.0] * sources)
+    return {name: np.array(values, np.float64) for name, values in given.items()}
 
 
 @dataclass(frozen=True)
@@ -58,19 +40,21 @@ class Block:
     """Draws that were ordered together, and the rows that they make.
 
     Attributes:
-        row, draw: rows and draws before it.
         sources: the source of each draw, int64 [draws].
         drawn: the draws, in order.
         packed: how they lie in rows; None where each is one.
-        before: the state of the order before it.
+        before: the state of the order before it, see `Order.state`.
     """
 
-    row: int
-    draw: int
     sources: Integers
     drawn: Units
     packed: PackedRows | None
     before: State
+
+    @property
+    def row(self) -> int:
+        """The number of rows before it."""
+        return self.before["row"]
 
     @property
     def num_rows(self) -> int:
@@ -84,8 +68,9 @@ class Block:
 
     def totals(self, row: int) -> Totals:
         """What each source has given from the beginning of the order up to a row of this block, or its end."""
-        before = Totals.read(self.before["given"])
-        sources, epochs = len(before.tokens), before.passes.copy()
+        sources = len(self.before["cursors"])
+        before = totals_of(self.before, sources)
+        epochs = before["passes"].copy()
         if self.packed is None:
             begun = pieces = np.arange(min(row, self.end) - self.row)
             tokens = self.drawn.tokens[pieces]
@@ -100,12 +85,12 @@ class Block:
             np.maximum.at(after, self.sources, self.drawn.epochs_done)
             drawn = np.maximum(np.bincount(self.sources, minlength=sources), 1)
             epochs += (after - epochs) * np.bincount(self.sources[begun], minlength=sources) / drawn
-        return Totals(
-            before.amounts + np.bincount(self.sources[begun], self.drawn.amounts[begun], sources),
-            before.tokens + np.bincount(self.sources[pieces], tokens, sources),
-            before.examples + np.bincount(self.sources[begun], self.drawn.examples[begun], sources),
-            epochs,
-        )
+        return {
+            "amounts": before["amounts"] + np.bincount(self.sources[begun], self.drawn.amounts[begun], sources),
+            "tokens": before["tokens"] + np.bincount(self.sources[pieces], tokens, sources),
+            "examples": before["examples"] + np.bincount(self.sources[begun], self.drawn.examples[begun], sources),
+            "passes": epochs,
+        }
 
 
 class Journal:
@@ -117,10 +102,7 @@ class Journal:
         weakref.finalize(self, _remove, self._folder, os.getpid())
 
     def write(self, block: Block) -> None:
-        """Keep a block, and only the last few before it.
-
-        Every worker writes, and all write the same. So whoever made a row has written its block, whoever is ahead.
-        """
+        """Keep a block, and only the last few before it. Every worker writes, and all write the same."""
         path = self._folder / f"{block.row:020d}-{block.num_rows}"
         if path.exists():
             return

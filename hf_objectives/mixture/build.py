@@ -13,8 +13,8 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.across import Packer
 from hf_objectives.mixture.config import MixtureConfig
 from hf_objectives.mixture.dataset import DatasetMixture
-from hf_objectives.mixture.feeds import Feed
 from hf_objectives.mixture.sources import Opened, open_source
+from hf_objectives.mixture.stream_feed import Feed
 from hf_objectives.mixture.weights import WeightPlan, plan_weights
 
 logger = logging.getLogger(__name__)
@@ -60,13 +60,12 @@ def build_mixture(
     for note in notes:
         logger.warning(note)
     labelled = ["labels" in source.columns for source in opened]
-    across = config.packing == "across"
     return DatasetMixture(
         feeds,
         plan,
         unit=config.unit,
         fingerprint=_fingerprint(config, feeds, plan, seed),
-        packer=Packer(config.max_length or 0, config.strategy, config.overflow) if across else None,
+        packer=Packer(**config.packed_by) if config.packing == "across" else None,
         labels=any(labelled) and not all(labelled),
         eval_dataset=_join_held_out({s.feed.name: s.held_out for s in opened if s.held_out is not None}),
         notes=notes,
@@ -74,11 +73,7 @@ def build_mixture(
 
 
 def _compare_columns(opened: Sequence[Opened]) -> None:
-    """Check that one collator can make batches of all sources.
-
-    Raises:
-        ConfigError: sources differ in a column; names them.
-    """
+    """Check that one collator can make batches of all sources."""
     first = opened[0]
     expected = set(first.columns) - _OPTIONAL
     for other in opened[1:]:
@@ -106,17 +101,13 @@ def _join_held_out(parts: Mapping[str, Dataset]) -> Dataset | None:
         if "source" in part.column_names:
             part = part.remove_columns("source")
         named[name] = part.add_column("source", [name] * len(part))
-    if not named:
-        return None
-    first, *_ = named
-    expected = named[first].column_names
-    for name, part in named.items():
-        if set(part.column_names) != set(expected):
+        first, expected = next((name, part.column_names) for name, part in named.items())
+        if set(named[name].column_names) != set(expected):
             raise ConfigError(
-                f"the evaluation rows of source {name!r} have columns {', '.join(part.column_names)}, those of source "
-                f"{first!r} {', '.join(expected)}; expected the same"
+                f"the evaluation rows of source {name!r} have columns {', '.join(named[name].column_names)}, those of "
+                f"source {first!r} {', '.join(expected)}; expected the same"
             )
-    return concatenate_datasets([part.cast(named[first].features) for part in named.values()])
+    return concatenate_datasets([part.cast(named[first].features) for part in named.values()]) if named else None
 
 
 def _fingerprint(config: MixtureConfig, feeds: Sequence[Feed], plan: WeightPlan, seed: int) -> dict[str, Any]:

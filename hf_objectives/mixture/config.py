@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from hf_objectives.types import check_keys, check_one_of
 #: What weights count.
 UNITS = ("tokens", "supervised", "examples", "rows")
 PACKINGS = ("within", "across")
-#: GPT-3's mixture (Brown et al., arXiv 2005.14165, table 2.2) as commonly rounded; it adds to 1.04.
-DATA_MIXTURE = {"common_crawl": 0.60, "books": 0.16, "wikipedia": 0.03, "github": 0.03, "webtext": 0.22}
-#: An approximation of Llama 3's.
-LLAMA3_MIXTURE = {"web": 0.82, "code": 0.08, "math": 0.04, "books": 0.03, "other": 0.03}
-PRESETS = {"gpt3": DATA_MIXTURE, "llama3": LLAMA3_MIXTURE}
+PRESETS = {
+    # GPT-3's (Brown et al., arXiv 2005.14165, table 2.2) as commonly rounded; it adds to 1.04.
+    "gpt3": {"common_crawl": 0.60, "books": 0.16, "wikipedia": 0.03, "github": 0.03, "webtext": 0.22},
+    # An approximation of Llama 3's.
+    "llama3": {"web": 0.82, "code": 0.08, "math": 0.04, "books": 0.03, "other": 0.03},
+}
 
 
 @dataclass
@@ -79,12 +81,10 @@ class SourceConfig:
 
 @dataclass
 class StageConfig:
-    """Other weights from some point of the run on.
+    """Other weights, by source, from some point of the run on; a source that is not named gets none.
 
-    Attributes:
-        begin: units of the mixture (tokens, by default) after which the weights change.
-        weights: the weights, by source; a source that is not named gets none.
-        end: where the change is complete; the weights move there in a straight line. None for a step.
+    `begin` is the units of the mixture (tokens, by default) after which the weights change. They move in a straight line
+    until `end`, or in a step without one.
     """
 
     begin: int
@@ -133,7 +133,7 @@ class MixtureConfig(EncodingConfig):
 
     def __post_init__(self) -> None:
         self.sources = _read_sources(self.sources)
-        self.stages = [s if isinstance(s, StageConfig) else _read(StageConfig, s, "stage") for s in self.stages]
+        self.stages = [_read(StageConfig, stage, "stage") for stage in self.stages]
         self.temperature = number("temperature", self.temperature)
         self.buffer_size = int(number("buffer_size", self.buffer_size))
         if self.max_length is not None:
@@ -146,26 +146,21 @@ class MixtureConfig(EncodingConfig):
         check_one_of("preset", self.preset, (None, *PRESETS))
         self.splits_documents = self.packing is not None
         if self.packing:
-            if self.max_length is None:
-                raise ConfigError("packing needs max_length, the number of tokens a packed row holds")
             check_packing(self.max_length, self.strategy, self.overflow)
         if self.packing == "across" and self.unit == "rows":
-            raise ConfigError(
-                "unit 'rows' with packing across sources, whose rows mix sources; expected tokens or examples"
-            )
+            mixed = "unit 'rows' with packing across sources, whose rows mix sources"
+            raise ConfigError(f"{mixed}; expected tokens or examples")
         if self.buffer_size < 1:
             raise ConfigError(f"buffer_size is {self.buffer_size}; expected at least 1 row")
         if self.bind is not None and not isinstance(self.bind, Mapping):
-            raise ConfigError(
-                f"bind is {type(self.bind).__name__}; expected a mapping of parts of the preset to sources"
-            )
+            found = type(self.bind).__name__
+            raise ConfigError(f"bind is {found}; expected a mapping of parts of the preset to sources")
         self._check_names()
 
     def _check_names(self) -> None:
         names = self.names
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"two sources are named {name!r}; expected a name each")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"two sources are named {twice!r}; expected a name each")
         if not isinstance(self.blocklist, Mapping):
             found = type(self.blocklist).__name__
             raise ConfigError(f"the blocklist is {found}; expected a mapping of source names to row numbers")
@@ -185,6 +180,11 @@ class MixtureConfig(EncodingConfig):
         """Names of the sources."""
         return [source.name for source in self.sources]
 
+    @property
+    def packed_by(self) -> dict[str, Any]:
+        """The arguments of `pack_dataset`."""
+        return {"max_length": self.max_length or 0, "strategy": self.strategy, "overflow": self.overflow}
+
     @classmethod
     def read(cls, config: MixtureConfig | Mapping[str, Any] | str | Path) -> MixtureConfig:
         """Read a configuration from a mapping with the same keys, or from a YAML file of one.
@@ -192,8 +192,6 @@ class MixtureConfig(EncodingConfig):
         Raises:
             ConfigError: a key is unknown, or the file cannot be read.
         """
-        if isinstance(config, MixtureConfig):
-            return config
         if isinstance(config, (str, Path)):
             return _read(cls, _read_yaml(config), str(config))
         return _read(cls, config, "mixture")
@@ -202,15 +200,11 @@ class MixtureConfig(EncodingConfig):
 def _read_sources(entries: Any) -> list[SourceConfig]:
     if isinstance(entries, str) or not hasattr(entries, "__iter__"):
         raise ConfigError(f"sources is {entries!r}; expected a mapping of names to sources, or a list of them")
-    if isinstance(entries, Mapping):
-        read = [_read_source(name, entry) for name, entry in entries.items()]
-    else:
-        read = [
-            s if isinstance(s, SourceConfig) else _read(SourceConfig, s, f"source {i}") for i, s in enumerate(entries)
-        ]
-    if not read:
+    if not entries:
         raise ConfigError("no sources; name at least one")
-    return read
+    if isinstance(entries, Mapping):
+        return [_read_source(name, entry) for name, entry in entries.items()]
+    return [_read(SourceConfig, entry, f"source {i}") for i, entry in enumerate(entries)]
 
 
 def _read_source(name: Any, entry: Any) -> SourceConfig:
@@ -226,6 +220,8 @@ def _read_source(name: Any, entry: Any) -> SourceConfig:
 
 
 def _read(kind: type, values: Any, where: str) -> Any:
+    if isinstance(values, kind):
+        return values
     known = [option.name for option in fields(kind) if option.init]
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} is {type(values).__name__}; expected a mapping with {', '.join(known)}")
@@ -246,15 +242,11 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 def number(name: str, value: Any) -> float:
-    """Read a setting as a number; YAML reads 1e9 as a string.
-
-    Raises:
-        ConfigError: the value is not a number, or it is NaN or infinite.
-    """
+    """Read a setting as a finite number, YAML reads 1e9 as a string; a ConfigError where it is none."""
     try:
         read = float(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} is {value!r}; expected a number") from error
-    if read != read or read in (float("inf"), float("-inf")):
+    if not isfinite(read):
         raise ConfigError(f"{name} is {'NaN' if read != read else value}; expected a number")
     return read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.across import Packer
-from hf_objectives.mixture.blocks import Block, Journal, State, Totals
-from hf_objectives.mixture.feeds import Feed, MappedFeed
+from hf_objectives.mixture.blocks import Block, Journal, State, totals_of
+from hf_objectives.mixture.feeds import MappedFeed
 from hf_objectives.mixture.order import Order
 from hf_objectives.mixture.report import MixtureReport, SourceReport
+from hf_objectives.mixture.stream_feed import Feed
 from hf_objectives.mixture.weights import WeightPlan
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.types import Row
@@ -24,13 +25,13 @@ from hf_objectives.types import Row
 logger = logging.getLogger(__name__)
 _READ = 256  # rows that are read at a time; of packed ones as many as hold this many tokens:
 _TOKENS_READ = 1 << 19
-_KEPT_EVERY = 64  # blocks between the states from which `at` looks a draw up
+_KEPT_EVERY = 1 << 18  # draws between the states from which a row or draw is looked up
 MANY_EPOCHS = 4.0  # beyond, repeated data is worth less and less (Muennighoff et al., arXiv 2305.16264)
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One draw of a mixture: the source, its epoch, and the row: its `row` where rows carry one, or its number."""
+    """One draw of a mixture. `row` is what rows carry under this name, else the number of the row."""
 
     source: str
     epoch: int
@@ -42,20 +43,16 @@ class DatasetMixture(OrderedStream):
 
     After any number of draws every source has had its share to within one draw (of its own, or the largest of another),
     counted in the mixture's unit. Each epoch of a source is a new permutation. The order is a pure function of the
-    configuration, the seed and the number of the draw: it does not depend on the number of ranks and loader workers. A
-    state does not grow, and resumes at the next row at once, under any number of them.
+    configuration, the seed and the number of the draw. A state does not grow, and resumes at the next row at once, under
+    any number of ranks and loader workers.
 
     Made by `build_mixture`. A `train_dataset` of `PerplexityTrainer`, which carries its state in checkpoints and reports
     shares in its logs; to transformers' Trainer add `OrderedStreamCallback`. In a DataLoader with workers set `batch_rows`
     to the batch size, so that workers take turns by batches.
 
-    Args:
-        feeds: the sources.
-        plan: their weights.
+    Attributes:
+        names, plan: the sources and their weights.
         unit: what weights count: "tokens", "supervised" (trained tokens), "examples" or "rows".
-        fingerprint: what a state must agree with, as JSON values.
-        packer: packs documents of all sources into rows.
-        labels: rows without labels get their `input_ids` for labels.
         eval_dataset: what is held out of the sources.
         notes: notes about the configuration, for the user.
 
@@ -81,8 +78,8 @@ class DatasetMixture(OrderedStream):
         self._fingerprint, self._packer, self._labels = dict(fingerprint), packer, labels
         self._resumed: State | None = None
         self._journal = None if self.is_mapped else Journal()
-        self._follower: tuple[Order, Block | None] | None = None
-        self._kept: list[State] = []
+        self._walk: tuple[Order, Block | None] | None = None
+        self._kept: dict[int, State] = {}
         self._asked_for: int | None = None
 
     @property
@@ -147,11 +144,7 @@ class DatasetMixture(OrderedStream):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
-        """The state to resume from, as JSON values; some hundred bytes a source, at any row.
-
-        Args:
-            rows_taken: rows that all ranks have taken, from row 0; None for the row at which iteration begins.
-        """
+        """The state to resume from, as JSON values; some hundred bytes a source, at any row. See `OrderedStream`."""
         row = self._begin if rows_taken is None else rows_taken
         return {"row": row, "mixture": self._fingerprint, "order": self._before(row)}
 
@@ -166,7 +159,8 @@ class DatasetMixture(OrderedStream):
             raise ConfigError("the state is not one of a mixture; it was made on other data")
         if different := _difference(state["mixture"], self._fingerprint):
             raise ConfigError(f"the state is of another mixture: {'; '.join(different)}")
-        self._resumed, self._follower = state["order"], None
+        self._resumed, self._walk = state["order"], None
+        self._kept = {-1: self._resumed} if self._resumed else {}
 
     def _before(self, row: int) -> State | None:
         """A state of the order from which this row is soon reached; None for the beginning."""
@@ -189,15 +183,24 @@ class DatasetMixture(OrderedStream):
                     f"row {row:,} of a mixture with streams was not read here; it goes on at {self._begin:,}"
                 )
             return block
-        if self._follower is None or (self._follower[1] is not None and row < self._follower[1].row):
-            resumed = self._resumed if self._resumed is not None and row >= self._resumed["row"] else None
-            order = self._order(resumed)
-            self._follower = order, order.block()
-        order, block = self._follower
-        while block is not None and row >= block.end and (following := order.block()) is not None:
+        return self._walk_to("row", row)[1]
+
+    def _walk_to(self, counted: Literal["row", "draws"], n: int) -> tuple[Order, Block | None]:
+        """The order behind the block that holds row or draw n, and the block: the last one where the order ends before."""
+        order, block = self._walk or (None, None)
+        self._walk = None  # an interrupt in between would leave an order that is ahead of its block
+        if order is None or block is None or n < block.before[counted]:
+            before = [state for state in self._kept.values() if state[counted] <= n]
+            order = self._order(max(before, key=lambda state: state[counted], default=None))
+            block = order.block()
+        while block is not None and n >= getattr(order, counted):
+            following = order.block()
+            if following is None:
+                break
             block = following
-        self._follower = order, block
-        return block
+            self._kept.setdefault(block.before["draws"] // _KEPT_EVERY, block.before)
+        self._walk = order, block
+        return order, block
 
     # -- what happens --------------------------------------------------------------------------------------------
 
@@ -210,68 +213,49 @@ class DatasetMixture(OrderedStream):
         for feed in self.feeds:
             if not isinstance(feed, MappedFeed):
                 raise ConfigError(f"source {feed.name!r} is a stream, whose rows cannot be looked up")
-        number = max((i for i, state in enumerate(self._kept) if state["draws"] <= n), default=0)
-        order = self._order(self._kept[number] if self._kept else None)
-        number *= _KEPT_EVERY
-        while (block := order.block()) is not None:
-            if number == len(self._kept) * _KEPT_EVERY:
-                self._kept.append(block.before)
-            number += 1
-            if n < block.draw + len(block.sources):
-                i = n - block.draw
-                feed = self.feeds[int(block.sources[i])]
-                assert isinstance(feed, MappedFeed)
-                return Draw(feed.name, int(block.drawn.epochs[i]), feed.row_id(int(block.drawn.numbers[i])))
-        raise ConfigError(
-            f"the mixture has {order.draws:,} draws, then every source has reached its max_epochs; asked for {n:,}"
-        )
+        order, block = self._walk_to("draws", n)
+        if block is None or n >= order.draws:
+            raise ConfigError(
+                f"the mixture has {order.draws:,} draws, then every source has reached its max_epochs; asked for {n:,}"
+            )
+        i = n - block.before["draws"]
+        feed = self.feeds[int(block.sources[i])]
+        assert isinstance(feed, MappedFeed)
+        return Draw(feed.name, int(block.drawn.epochs[i]), feed.row_id(int(block.drawn.numbers[i])))
 
     def report(self, rows_taken: int | None = None) -> MixtureReport:
-        """Report shares asked for and given, tokens, examples and epochs by source.
-
-        Args:
-            rows_taken: rows that all ranks have taken, from row 0; None for the row at which iteration begins.
-        """
+        """Report shares asked for and given, tokens, examples and epochs by source; see `state_dict`."""
         row = self._begin if rows_taken is None else rows_taken
         block = self._block_of(row)
         before = self._resumed if block is None else block.before
-        totals, schedule = Totals.none(len(self.feeds)), self.plan.schedule()
+        totals, schedule = totals_of(before, len(self.feeds)), self.plan.schedule()
         if block is not None:
             row = min(row, block.end)  # where the mixture ends
             totals = block.totals(row)
         elif before is not None:  # of a stream that was not read since, what the state knows
-            row, totals = before["row"], Totals.read(before["given"])
+            row = before["row"]
         if before is not None:
             schedule.load_state_dict(before["schedule"])
-        drawn = totals.amounts.sum()
+        drawn = totals["amounts"].sum()
         asked = schedule.due_at(drawn) if drawn else self.plan.weights
-        share = {"tokens": totals.tokens, "examples": totals.examples}.get(self.unit, totals.amounts)
-        columns = (
-            (asked / max(asked.sum(), 1e-300)).tolist(),
-            (share / max(share.sum(), 1e-300)).tolist(),
-            totals.tokens.astype(int).tolist(),
-            totals.examples.astype(int).tolist(),
-            totals.passes.tolist(),
-        )
-        return MixtureReport(row, self.unit, list(map(SourceReport, self.names, *columns)))
+        share = totals[self.unit if self.unit in ("tokens", "examples") else "amounts"]
+        counts = [totals[name].astype(int) for name in ("tokens", "examples")]
+        columns = (asked / max(asked.sum(), 1e-300), share / max(share.sum(), 1e-300), *counts, totals["passes"])
+        return MixtureReport(row, self.unit, list(map(SourceReport, self.names, *(c.tolist() for c in columns))))
 
     def metrics(self, rows_taken: int) -> dict[str, float]:
         """What a training log says about the rows up to this one, see `MixtureReport.metrics`."""
         return self.report(rows_taken).metrics()
 
     def expect(self, rows: int) -> list[str]:
-        """What a user should know before a run takes this many rows from row 0 on: the sources that will be repeated more
-        than four times.
+        """The sources that will be repeated more than four times in this many rows, a line each.
 
         Raises:
             ConfigError: every source has `max_epochs`, and they end before.
         """
         self._asked_for = rows
         if self.is_mapped and self._may_end():
-            order = self._order()
-            while order.row < rows and order.block() is not None:
-                pass
-            self._check_end(order.row)
+            self._check_end(self._walk_to("row", rows - 1)[0].row)
         return [
             f"source {name!r} will be repeated {epochs:.1f} times in {rows:,} rows; beyond {MANY_EPOCHS:g} epochs repeated "
             "data teaches less and less: lower its weight, give it max_epochs, or add data"

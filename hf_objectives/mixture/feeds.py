@@ -1,9 +1,14 @@
-"""A source of a mixture as an order of units (rows, or documents): their sizes, and how to read them."""
+"""Sources of a mixture that are looked up by number: a mapped dataset, and a prepared folder.
+
+A source is an order of units (rows, packed or not). A cursor is a place in this order. Streams have both too, with the same
+methods; see `stream_feed`.
+"""
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_objectives.errors import ConfigError, DataError
-
-Integers = NDArray[np.int64]
+from hf_objectives.mixture.permutation import permuted
+from hf_objectives.mixture.row_table import INTEGERS, Integers, RowList, RowTable
+from hf_objectives.preparation import PreparedStream
+from hf_objectives.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,73 +59,43 @@ _NONE = np.empty(0, np.int64)
 NOTHING = Units(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, np.empty(0))
 
 
-class Cursor(ABC):
-    """A place in a source's order."""
+@dataclass
+class MappedCursor:
+    """A place in the order of a source."""
 
-    @abstractmethod
+    feed: MappedFeed
+    position: int
+
     def ahead(self, count: int) -> Units:
         """The next units, about `count` of them; none only where the source has reached `max_epochs`."""
+        return self.feed.ahead(self.position, count)
 
-    @abstractmethod
     def advance(self, taken: Units) -> None:
         """Go on behind units that `ahead` gave, from its first on."""
+        self.position = int(taken.positions[-1]) + 1
 
-    @abstractmethod
     def read(self, units: Units) -> list[dict[str, Any]]:
-        """Rows of units that lie at most a block behind, without what is blocked; the caller may change them."""
+        """Rows of units taken since the last `state`, without what is blocked; the caller may change them."""
+        return self.feed.content(units.numbers)
 
-    @abstractmethod
-    def state(self) -> Any:
-        """The place, as JSON values."""
-
-    def settle(self) -> None:
-        """Forget what lies behind; it is not read any more."""
-        return
+    def state(self) -> int:
+        """The place, as JSON values. A stream forgets what lies behind it."""
+        return self.position
 
 
-class Feed(ABC):
-    """A source of a mixture.
+class MappedFeed(ABC):
+    """A source whose units can be looked up: its order is a pure function of seed, name and position.
+
+    `size` is the units of an epoch. Units whose numbers are `blocked` are never drawn. The source ends after `max_epochs`,
+    a part of an epoch too.
 
     Attributes:
-        name: its name.
-        max_epochs: epochs after which it ends, or None.
-        size: units of an epoch; None for a stream.
         tokens: tokens of an epoch; None where they are not known.
     """
 
-    name: str
-    max_epochs: float | None
-    size: int | None
     tokens: int | None
 
-    @abstractmethod
-    def start(self, state: Any = None) -> Cursor:
-        """A cursor at the beginning, or at the place of a state."""
-
-    @abstractmethod
-    def fingerprint(self) -> Any:
-        """What tells it from another source of that name, as JSON values."""
-
-    @abstractmethod
-    def epoch_size(self) -> int | None:
-        """What an epoch counts in the mixture's unit; None for a stream."""
-
-
-class MappedFeed(Feed):
-    """A source whose units can be looked up: its order is a pure function of seed, name and position.
-
-    Args:
-        name: its name.
-        size: units of an epoch.
-        max_epochs: epochs after which it ends; a part of an epoch too.
-        blocked: numbers of units that are never drawn.
-
-    Raises:
-        ConfigError: every unit is blocked.
-        DataError: there is no unit.
-    """
-
-    def __init__(self, name: str, size: int, *, max_epochs: float | None, blocked: Integers = _NONE) -> None:
+    def __init__(self, name: str, size: int, *, max_epochs: float | None, blocked: Integers) -> None:
         if not size:
             raise DataError("it holds no row; expected one at least", source=name)
         self.name, self.size, self.max_epochs = name, size, max_epochs
@@ -141,12 +118,16 @@ class MappedFeed(Feed):
     def content(self, numbers: Integers) -> list[dict[str, Any]]:
         """Rows of units by number; the caller may change them."""
 
-    def start(self, state: Any = None) -> Cursor:
-        """See `Feed`."""
-        return _MappedCursor(self, state or 0)
+    @abstractmethod
+    def epoch_size(self) -> int:
+        """What an epoch counts in the mixture's unit."""
+
+    def start(self, state: Any) -> MappedCursor:
+        """A cursor at the place of a state; None for the beginning."""
+        return MappedCursor(self, state or 0)
 
     def fingerprint(self) -> Any:
-        """See `Feed`."""
+        """What tells it from another source of that name, as JSON values."""
         return [self.size, self.tokens]
 
     def row_id(self, number: int) -> int:
@@ -155,7 +136,6 @@ class MappedFeed(Feed):
 
     def ahead(self, begin: int, count: int) -> Units:
         """The next `count` units from a position on, without blocked ones."""
-        assert self.size is not None
         end = begin + count
         while True:
             end = end if self._end is None else min(end, self._end)
@@ -169,18 +149,178 @@ class MappedFeed(Feed):
             end += self.size  # all of them are blocked
 
 
-class _MappedCursor(Cursor):
-    def __init__(self, feed: MappedFeed, position: int) -> None:
-        self._feed, self._position = feed, position
+class TableFeed(MappedFeed):
+    """A mapped dataset. Each epoch is a permutation of its rows; see `MappedFeed`.
 
-    def ahead(self, count: int) -> Units:
-        return self._feed.ahead(self._position, count)
+    Tokens are counted where rows have `input_ids`. The examples of a packed row (`seq_lengths`) are its documents.
 
-    def advance(self, taken: Units) -> None:
-        self._position = int(taken.positions[-1]) + 1
+    Args:
+        longest: tokens of a row that count at most, where longer ones are cut; None for all.
+        blocked: numbers of documents that are never drawn: the `row` of a row, or its number where it has none. Of packed
+            rows only the blocked documents go.
+        left_out: numbers of rows that are not drawn either.
+        ids: int64 [rows], numbers in the source where the table holds some of its rows only.
 
-    def read(self, units: Units) -> list[dict[str, Any]]:
-        return self._feed.content(units.numbers)
+    Raises:
+        ConfigError: tokens are to be counted, and there are no `input_ids`; or nothing is left to draw.
+        DataError: there is no row, or one has no token, or no trained token where these are counted.
+    """
 
-    def state(self) -> int:
-        return self._position
+    def __init__(
+        self,
+        name: str,
+        table: RowTable | RowList,
+        *,
+        unit: str,
+        seed: int,
+        max_epochs: float | None,
+        longest: int | None = None,
+        blocked: Collection[int] = (),
+        left_out: Integers = _NONE,
+        ids: Integers | None = None,
+    ) -> None:
+        self.table, self._ids, self._seed = table, ids, seed
+        self._documents = frozenset(blocked) if "rows" in table.names else frozenset[int]()
+        gone = blocked_rows(table, blocked, ids) if blocked else _NONE
+        super().__init__(name, len(table), max_epochs=max_epochs, blocked=np.concatenate([gone, left_out]))
+        self._measure(unit, longest)
+
+    def _measure(self, unit: str, longest: int | None) -> None:
+        """Set the tokens, examples and amount of each row; None where each counts one, or has no tokens."""
+        table, name = self.table, self.name
+        kind = table.types().get("input_ids", "")
+        if kind not in ("", INTEGERS):
+            raise ConfigError(f"source {name!r}: input_ids are {kind}; expected lists of token ids")
+        sizes = table.lengths("input_ids") if "input_ids" in table.names else None
+        tokens = sizes if sizes is None or longest is None else np.minimum(sizes, longest)
+        if tokens is not None and not tokens.all():
+            raise DataError("no token; expected one at least", source=name, row=int(np.argmin(tokens)))
+        if sizes is not None and "labels" in table.names and (wrong := table.lengths("labels") != sizes).any():
+            raise DataError("labels and input_ids have different lengths", source=name, row=int(np.argmax(wrong)))
+        examples = table.lengths("seq_lengths") if "seq_lengths" in table.names else None
+        amounts = {"rows": None, "examples": examples}.get(unit, tokens)
+        if unit in ("tokens", "supervised") and tokens is None:
+            raise ConfigError(
+                f"source {name!r} has columns {', '.join(table.names)} and no input_ids, so that its {unit} cannot be "
+                "counted; give build_mixture a tokenizer, or unit='examples'"
+            )
+        if unit == "supervised" and "labels" in table.names:
+            amounts = table.counts("labels", lambda labels: labels != IGNORE_INDEX)
+            if not amounts.all():
+                raise DataError("no token is trained; expected one at least", source=name, row=int(np.argmin(amounts)))
+        self.tokens = None if tokens is None else int(tokens.sum())
+        self._tokens, self._examples, self._amounts = tokens, examples, amounts
+
+    def places(self, begin: int, end: int) -> tuple[Integers, Integers]:
+        """See `MappedFeed`."""
+        epochs, within = np.divmod(np.arange(begin, end), self.size)
+        numbers = np.empty_like(within)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            chosen = epochs == epoch
+            numbers[chosen] = permuted(within[chosen], self.size, (self._seed, zlib.crc32(self.name.encode()), epoch))
+        return epochs, numbers
+
+    def measures(self, numbers: Integers) -> tuple[Integers, Integers, Integers]:
+        """See `MappedFeed`."""
+        ones = np.ones_like(numbers)
+        tokens = 0 * ones if self._tokens is None else self._tokens[numbers]
+        examples = ones if self._examples is None else self._examples[numbers]
+        return ones if self._amounts is None else self._amounts[numbers], tokens, examples
+
+    def content(self, numbers: Integers) -> list[dict[str, Any]]:
+        """See `MappedFeed`."""
+        return _without(self.table.read(numbers), self._documents)
+
+    def row_id(self, number: int) -> int:
+        """See `MappedFeed`."""
+        known = number if self._ids is None else int(self._ids[number])
+        return int(self.table.read(np.array([number]))[0].get("row", known))
+
+    def epoch_size(self) -> int:
+        """See `MappedFeed`."""
+        return self.size if self._amounts is None else int(self._amounts.sum())
+
+
+class PreparedFeed(MappedFeed):
+    """Shards of a prepared folder in the order of a `PreparedStream`, which reads row groups whole; see `MappedFeed`.
+
+    Documents whose numbers are `blocked` are cut out of their rows. `tokens` are those in all shards. Trained tokens are
+    no unit: they are not known without reading the rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stream: PreparedStream,
+        *,
+        tokens: int,
+        unit: str,
+        max_epochs: float | None,
+        blocked: Collection[int] = (),
+    ) -> None:
+        if unit == "supervised":
+            raise ConfigError(
+                f"source {name!r}: trained tokens of prepared rows are not known without reading them; "
+                "expected unit 'tokens', 'examples' or 'rows'"
+            )
+        self.stream, self.tokens, self._documents, self._unit = stream, tokens, frozenset(blocked), unit
+        gone = [_NONE]
+        for group, start in enumerate(stream.group_starts[:-1] if blocked else ()):
+            rows, offsets = stream.columns(group, ["rows"])["rows"]
+            gone.append(start + _blocked_whole(rows, offsets, blocked))
+        super().__init__(name, stream.num_rows, max_epochs=max_epochs, blocked=np.concatenate(gone))
+
+    def places(self, begin: int, end: int) -> tuple[Integers, Integers]:
+        """See `MappedFeed`."""
+        return self.stream.order(begin, end)
+
+    def measures(self, numbers: Integers) -> tuple[Integers, Integers, Integers]:
+        """See `MappedFeed`."""
+        tokens, examples = self.stream.sizes(numbers)
+        amounts = {"tokens": tokens, "examples": examples, "rows": np.ones_like(numbers)}[self._unit]
+        return amounts, tokens, examples
+
+    def content(self, numbers: Integers) -> list[dict[str, Any]]:
+        """See `MappedFeed`."""
+        return _without(list(self.stream.read(numbers)), self._documents)
+
+    def epoch_size(self) -> int:
+        """See `MappedFeed`."""
+        if self._unit == "examples":
+            return int(self.stream.sizes(np.arange(self.size))[1].sum())
+        return int(self.tokens or 0) if self._unit == "tokens" else self.size
+
+
+# -- blocklists ------------------------------------------------------------------------------------------------------
+
+
+def blocked_rows(table: RowTable | RowList, blocked: Collection[int], ids: Integers | None = None) -> Integers:
+    """Rows of a table of which nothing is left when documents are blocked."""
+    if "rows" in table.names:
+        rows = table.column("rows").combine_chunks()
+        offsets = rows.offsets.to_numpy().astype(np.int64)
+        return _blocked_whole(rows.flatten().to_numpy(), offsets - offsets[0], blocked)
+    if "row" in table.names:
+        ids = table.column("row").to_numpy()
+    if ids is not None:
+        return np.flatnonzero(np.isin(ids, list(blocked)))
+    numbers = np.array(sorted(blocked))
+    return numbers[numbers < len(table)]
+
+
+def _blocked_whole(rows: Any, offsets: Integers, blocked: Collection[int]) -> Integers:
+    """Packed rows of which every document is blocked, by the numbers of the documents and where each row begins."""
+    free = np.concatenate(([0], np.cumsum(~np.isin(rows, list(blocked)))))
+    return np.flatnonzero(np.diff(free[offsets]) == 0)
+
+
+def _without(rows: list[dict[str, Any]], blocked: Collection[int]) -> list[dict[str, Any]]:
+    """Packed rows without the documents whose numbers are blocked."""
+    for row in rows if blocked else ():
+        keep = np.array([number not in blocked for number in row["rows"]])
+        if not keep.all():
+            tokens = np.repeat(keep, row["seq_lengths"])
+            row |= {name: np.asarray(row[name])[tokens] for name in ("input_ids", "labels") if name in row}
+            per_document = [name for name in ("rows", "sources", "seq_lengths") if name in row]
+            row |= {name: np.asarray(row[name])[keep].tolist() for name in per_document}
+    return rows

@@ -35,12 +35,7 @@ def fit_mixing_law(weights: Floats, losses: Floats, seed: int = 0) -> Predictor:
 
     Weights sum to one, so a k above 0 is part of the t_j. Least squares from several c, each with the t_j that are best on
     a logarithmic scale. c is 0 or more, as a loss is. A small penalty keeps the t_j together; without it a source whose
-    weight hardly varied could have any.
-
-    Args:
-        weights: [trials, sources].
-        losses: [trials], 0 or more.
-        seed: not used, nothing is drawn.
+    weight hardly varied could have any. Nothing is drawn, so the seed is not used.
     """
     from scipy.optimize import least_squares
 
@@ -75,8 +70,8 @@ def fit_ridge(weights: Floats, losses: Floats, seed: int = 0) -> Predictor:
     """Ridge regression of the loss on the weights, both as logarithms, the penalty by leave-one-out: a power law of each
     source's share.
 
-    Few trials are enough for one coefficient a source. A share well under a percent counts as none: there the loss is
-    largest, and a straight line, or a square, would be drawn to those trials alone.
+    A share well under a percent counts as none: there the loss is largest, and a straight line would be drawn to those
+    trials alone.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
@@ -91,9 +86,7 @@ def fit_boosted(weights: Floats, losses: Floats, seed: int = 0) -> Predictor:
     """Gradient-boosted trees (RegMix, arXiv 2407.01492, section 3.2, which uses LightGBM); for many trials."""
     from sklearn.ensemble import GradientBoostingRegressor
 
-    model = GradientBoostingRegressor(
-        n_estimators=100, learning_rate=0.1, max_depth=2, min_samples_leaf=2, random_state=seed
-    )
+    model = GradientBoostingRegressor(max_depth=2, min_samples_leaf=2, random_state=seed)
     return model.fit(weights, losses).predict
 
 
@@ -184,9 +177,8 @@ def fit_law(weights: ArrayLike, losses: ArrayLike, *, forms: Sequence[str] = tup
 def _check_trials(weights: ArrayLike, losses: ArrayLike) -> tuple[Floats, Floats]:
     w, y = np.asarray(weights, np.float64), np.asarray(losses, np.float64)
     if w.ndim != 2 or y.shape != w.shape[:1]:
-        raise DataError(
-            f"weights of shape {w.shape} and losses of shape {y.shape}; expected [trials, sources], [trials]"
-        )
+        found = f"weights of shape {w.shape} and losses of shape {y.shape}"
+        raise DataError(f"{found}; expected [trials, sources], [trials]")
     if len(y) < MIN_TRIALS:
         raise ConfigError(f"{len(y)} trials; expected at least {MIN_TRIALS} to fit a law to")
     for trial in np.flatnonzero(~(np.isfinite(y) & (y >= 0))).tolist():

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from hf_objectives.mixture.across import Packer, packed_row
-from hf_objectives.mixture.blocks import Block, State, Totals
-from hf_objectives.mixture.feeds import NOTHING, Feed, Integers, Units
+from hf_objectives.mixture.blocks import Block, State, totals_of
+from hf_objectives.mixture.feeds import NOTHING, Units
+from hf_objectives.mixture.row_table import Integers, gathered
+from hf_objectives.mixture.stream_feed import Cursor, Feed
 from hf_objectives.mixture.weights import WeightPlan
 
 _DRAWS = 4096  # draws that are ordered at a time
@@ -18,14 +20,7 @@ _ROWS_PACKED = 128  # rows of documents that are packed together: fewer leave ro
 
 
 class Order:
-    """Walks the order of a mixture.
-
-    Args:
-        feeds: the sources.
-        plan: their weights.
-        packer: packs documents into rows; None where each draw is a row.
-        state: the place to go on at; None for the beginning.
-    """
+    """Walks the order of a mixture, from its beginning or from a state. Without a packer each draw is a row."""
 
     def __init__(
         self, feeds: Sequence[Feed], plan: WeightPlan, packer: Packer | None = None, state: State | None = None
@@ -33,13 +28,12 @@ class Order:
         self._packer = packer
         self.schedule = plan.schedule()
         self.row = self.draws = 0
-        self._given = Totals.none(len(feeds)).state()
-        cursors: Sequence[Any] = [None] * len(feeds)
+        self._given = totals_of(state, len(feeds))
+        places: Sequence[Any] = [None] * len(feeds)
         if state is not None:
             self.schedule.load_state_dict(state["schedule"])
-            self.row, self.draws, self._given = state["row"], state["draws"], state["given"]
-            cursors = state["cursors"]
-        self._cursors = [feed.start(place) for feed, place in zip(feeds, cursors, strict=True)]
+            self.row, self.draws, places = state["row"], state["draws"], state["cursors"]
+        self._cursors: list[Cursor] = [feed.start(place) for feed, place in zip(feeds, places, strict=True)]
         # Mean amount of a draw, as far as seen; decides how far to look ahead, never the order.
         self._mean = np.ones(len(feeds))
 
@@ -48,15 +42,13 @@ class Order:
         return {
             "row": self.row,
             "draws": self.draws,
-            "given": self._given,
+            "given": {name: values.tolist() for name, values in self._given.items()},
             "schedule": self.schedule.state_dict(),
             "cursors": [cursor.state() for cursor in self._cursors],
         }
 
     def block(self, most: int | None = None) -> Block | None:
         """The next draws, `most` (or 4,096) where each is a row; None where every source has ended."""
-        for cursor in self._cursors:
-            cursor.settle()
         before = self.state()
         if self._packer is None:
             sources, units = self._draw(most or _DRAWS)
@@ -65,14 +57,13 @@ class Order:
         if not len(sources):
             return None
         packed = None if self._packer is None else self._packer.pack(sources, units, self.row)
-        block = Block(self.row, self.draws, sources, units, packed, before)
+        block = Block(sources, units, packed, before)
         self.row, self.draws = block.end, self.draws + len(sources)
-        self._given = block.totals(self.row).state()
+        self._given = block.totals(self.row)
         return block
 
     def _draw(self, most: int, tokens: int = sys.maxsize) -> tuple[Integers, Units]:
-        """The next draws: `most` of them, or as many as hold this many tokens; fewer where every source has ended. How far
-        is looked ahead changes nothing."""
+        """The next draws: `most`, or as many as hold this many tokens. How far is looked ahead changes nothing."""
         sources, drawn = [np.empty(0, np.int64)], [NOTHING]
         while most > 0 and tokens > 0 and self.schedule.weights.any():
             known = self._ahead(min(most, _DRAWS))
@@ -88,7 +79,7 @@ class Order:
         return np.concatenate(sources), Units.joined(drawn)
 
     def _ahead(self, draws: int) -> list[Units]:
-        """About as many units of each source as it will give in this many draws; some of those whose share comes later."""
+        """About as many units of each source as it will give in this many draws, and a few more."""
         rates = self.schedule.weights / self._mean
         counts = np.ceil(1.1 * draws * rates / rates.sum()).astype(int) + 4
         known = [
@@ -137,14 +128,8 @@ class Order:
 
     def _units(self, block: Block, draws: Integers) -> list[dict[str, Any]]:
         """The content of draws of a block."""
-        found: list[dict[str, Any]] = [{}] * len(draws)
-        sources = block.sources[draws]
-        for source in np.unique(sources).tolist():
-            chosen = np.flatnonzero(sources == source)
-            rows = self._cursors[source].read(block.drawn.part(draws[chosen]))
-            for i, row in zip(chosen.tolist(), rows, strict=True):
-                found[i] = row
-        return found
+        drawn = block.drawn.part(draws)
+        return gathered(block.sources[draws], lambda i, chosen: self._cursors[i].read(drawn.part(chosen)))
 
 
 def _name_source(row: dict[str, Any], name: str) -> None:

@@ -14,18 +14,11 @@ _SHORT = 1 << 14  # shorter permutations are written down: two short digits woul
 
 
 def permuted(positions: NDArray[np.int64], size: int, key: Sequence[int]) -> NDArray[np.int64]:
-    """The elements of a random permutation of 0 ... size - 1 at some positions.
+    """The elements, int64 [n], of a random permutation of 0 ... size - 1 at some positions, int64 [n].
 
     A generalised Feistel network over digit pairs, walked on where it leaves the range (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", CT-RSA 2002, sections 3 and 4), with SplitMix64 as its round function.
-
-    Args:
-        positions: int64 [n], each from 0 up to, not including, `size`.
-        size: how many numbers are permuted, 1 or more.
-        key: integers, 0 or more, that choose the permutation.
-
-    Returns:
-        int64 [n].
+    arbitrary finite domains", CT-RSA 2002, sections 3 and 4), with SplitMix64 as its round function. The integers of
+    `key`, 0 or more, choose the permutation.
 
     Example:
         >>> sorted(permuted(np.arange(5), 5, [7]).tolist())

@@ -102,11 +102,7 @@ def _spread(values: Sequence[Any], shape: Floats) -> Floats:
 
 
 def check_combination(combination: Mapping[str, float], known: Iterable[str]) -> None:
-    """Check that losses can be combined with these weights.
-
-    Raises:
-        ConfigError: a name is unknown, a weight is negative, or none is above 0.
-    """
+    """Raise a ConfigError where a name is unknown, a weight is under 0, or none is above 0."""
     for name, factor in combination.items():
         if name == COMBINED:
             raise ConfigError(f"an evaluation is named {name!r}, as the combination of all is; give it another name")

@@ -29,12 +29,11 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class MixtureReport:
-    """A mixture at one moment.
+    """A mixture at one moment: one report a source.
 
     Attributes:
         row: rows that were taken.
         unit: what the shares count.
-        sources: one report a source.
         counted: what `row` counts: "rows", or "steps" for a report that was read from a training log.
     """
 
@@ -55,10 +54,8 @@ class MixtureReport:
 
     def metrics(self) -> dict[str, float]:
         """The keys of a training log: `mixture/<source>/share`, `asked`, `tokens`, `examples` and `epochs`."""
-        named = [(source.name, asdict(source)) for source in self.sources]
-        return {
-            f"mixture/{name}/{key}": value for name, values in named for key, value in values.items() if key != "name"
-        }
+        keys = ("asked", "share", "tokens", "examples", "epochs")
+        return {f"mixture/{source.name}/{key}": getattr(source, key) for source in self.sources for key in keys}
 
     def lines(self) -> list[str]:
         """A table, one line a row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,25 +10,30 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from hf_objectives.errors import ConfigError
+from hf_objectives.errors import ConfigError, DataError
 
 Row = dict[str, Any]
+Integers = NDArray[np.int64]
+Counted = Callable[[NDArray], NDArray[np.bool_]]
 INTEGERS = "lists of integers"  # the type of a column of these, whatever their width
-# For one column, the values of some rows of a chunk.
-_Read = Callable[[NDArray[np.int64]], list[Any]]
+
+
+def gathered(groups: Integers, read: Callable[[int, Integers], Sequence[Any]]) -> list[Any]:
+    """Values in the order of their groups, where `read(group, places)` gives those of one group."""
+    found: list[Any] = [None] * len(groups)
+    order = np.argsort(groups, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(groups) else ():
+        for place, value in zip(places.tolist(), read(int(groups[places[0]]), places), strict=True):
+            found[place] = value
+    return found
 
 
 class RowTable:
-    """A table, or a `datasets.Dataset`, as the mixture reads it.
+    """A table, or a `datasets.Dataset`, as the mixture reads it. The format of a dataset is ignored, except for its columns.
 
     Lists of integers come as views of the table (integer arrays [tokens], not writable), numbers and strings as Python
-    values. A dataset with nested columns, or with features that are decoded, is read through `datasets`.
-
-    Args:
-        rows: the rows; the format of a dataset is ignored, except for its columns.
-
-    Raises:
-        ConfigError: the dataset has a transform, which would be left out.
+    values. A dataset with nested columns, or with features that are decoded, is read through `datasets`. One with a transform
+    is refused.
     """
 
     def __init__(self, rows: Dataset | pa.Table) -> None:
@@ -46,73 +51,62 @@ class RowTable:
             decoded = rows.features._column_requires_decoding
             if not all(is_direct(table[name].type) and not decoded[name] for name in self.names):
                 self._dataset = rows.with_format(None, columns=self.names)
-        self._size = len(rows)
         # Columns may be cut in different places (add_column); batches are cut where any is.
-        batches = table.select(self.names).to_batches()
-        self._types = {name: table.schema.field(name).type for name in self.names}
-        self._chunks = {name: [batch.column(name) for batch in batches] for name in self.names}
-        self._begins = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._reads: dict[tuple[str, int], _Read] = {}
+        self._table = table.select(self.names)
+        self._batches = self._table.to_batches()
+        self._begins = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._readers: dict[int, list[Callable[[Integers], list[Any]]]] = {}
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._rows)
 
-    def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
-        """The first row that has other columns than these, and its columns."""
-        return None if set(self.names) == set(names) else (0, self.names)
+    def check_columns(self, names: Collection[str], source: str, first: int = 0) -> None:
+        """Raise a DataError if a row of the source, of which the first has this number, has other columns than these."""
+        _check_columns(self.names, names, source, first)
 
     def types(self) -> dict[str, str]:
         """The type of each column."""
-        return {name: INTEGERS if _is_list(kind) else str(kind) for name, kind in self._types.items()}
+        return {field.name: INTEGERS if _is_list(field.type) else str(field.type) for field in self._table.schema}
 
-    def lengths(self, name: str) -> NDArray[np.int64]:
+    def lengths(self, name: str) -> Integers:
         """Lengths of the lists of a column, int64 [rows]; no values are read."""
-        return self._per_row([np.diff(chunk.offsets.to_numpy()) for chunk in self._chunks[name]])
+        return self._per_row(name, lambda lists: np.diff(lists.offsets.to_numpy()))
 
-    def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
+    def counts(self, name: str, counted: Counted) -> Integers:
         """How many values of each list `counted` is true for, int64 [rows]."""
-        parts = []
-        for chunk in self._chunks[name]:
-            ends = np.concatenate(([0], np.cumsum(counted(chunk.flatten().to_numpy()))))
-            offsets = chunk.offsets.to_numpy().astype(np.int64)
-            parts.append(np.diff(ends[offsets - offsets[0]]))
-        return self._per_row(parts)
 
-    def _per_row(self, parts: list[NDArray]) -> NDArray[np.int64]:
+        def count(lists: Any) -> NDArray:
+            ends = np.concatenate(([0], np.cumsum(counted(lists.flatten().to_numpy()))))
+            offsets = lists.offsets.to_numpy().astype(np.int64)
+            return np.diff(ends[offsets - offsets[0]])
+
+        return self._per_row(name, count)
+
+    def _per_row(self, name: str, measure: Callable[[Any], NDArray]) -> Integers:
+        parts = [measure(chunk) for chunk in self._table[name].chunks]
         values = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
         return values if self._indices is None else values[self._indices]
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column, in the order of the rows."""
-        column = pa.chunked_array(self._chunks[name], self._types[name])
+        column = self._table[name]
         return column if self._indices is None else column.take(pa.array(self._indices))
 
-    def read(self, rows: NDArray[np.int64]) -> list[Row]:
+    def read(self, rows: Integers) -> list[Row]:
         """Rows by their numbers."""
         if self._dataset is not None:
             return self._dataset.__getitems__(rows.tolist())
         places = rows if self._indices is None else self._indices[rows].astype(np.int64)
-        if len(self._begins) == 2:
-            return self._from_chunk(0, places)
-        chunks = np.searchsorted(self._begins, places, "right") - 1
-        found: list[Row] = [{}] * len(rows)
-        order = np.argsort(chunks, kind="stable")
-        for chosen in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1) if len(rows) else []:
-            chunk = int(chunks[chosen[0]])
-            for i, row in zip(
-                chosen.tolist(), self._from_chunk(chunk, places[chosen] - self._begins[chunk]), strict=True
-            ):
-                found[i] = row
-        return found
+        if len(self._batches) == 1:
+            return self._read_batch(0, places)
+        batches = np.searchsorted(self._begins, places, "right") - 1
+        return gathered(batches, lambda batch, chosen: self._read_batch(batch, places[chosen] - self._begins[batch]))
 
-    def _from_chunk(self, chunk: int, rows: NDArray[np.int64]) -> list[Row]:
-        columns = []
-        for name in self.names:
-            if (name, chunk) not in self._reads:
-                self._reads[name, chunk] = _reader(self._chunks[name][chunk])
-            columns.append(self._reads[name, chunk](rows))
-        names = self.names
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    def _read_batch(self, number: int, rows: Integers) -> list[Row]:
+        if number not in self._readers:
+            self._readers[number] = list(map(_reader, self._batches[number].columns))
+        columns = [read(rows) for read in self._readers[number]]
+        return [dict(zip(self.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def __reduce__(self) -> Any:
         # A dataset goes to another process by the files that it maps; the views of it would go by value.
@@ -129,21 +123,21 @@ class RowList:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def odd(self, names: Collection[str]) -> tuple[int, list[str]] | None:
+    def check_columns(self, names: Collection[str], source: str, first: int = 0) -> None:
         """See `RowTable`."""
-        expected = set(names)
-        return next(((i, list(row)) for i, row in enumerate(self._rows) if set(row) != expected), None)
+        for number, row in enumerate(self._rows, first):
+            _check_columns(row, names, source, number)
 
     def types(self) -> dict[str, str]:
         """See `RowTable`; types that Python values do not tell are empty."""
         kinds = {str: "string", int: "int64", float: "double", bool: "bool"}
         return {name: kinds.get(type(value), "") for name, value in self._rows[0].items()}
 
-    def lengths(self, name: str) -> NDArray[np.int64]:
+    def lengths(self, name: str) -> Integers:
         """See `RowTable`."""
         return np.array([len(row[name]) for row in self._rows], np.int64)
 
-    def counts(self, name: str, counted: Callable[[NDArray], NDArray[np.bool_]]) -> NDArray[np.int64]:
+    def counts(self, name: str, counted: Counted) -> Integers:
         """See `RowTable`."""
         return np.array([int(counted(np.asarray(row[name])).sum()) for row in self._rows], np.int64)
 
@@ -151,9 +145,15 @@ class RowList:
         """See `RowTable`."""
         return pa.chunked_array([pa.array([row[name] for row in self._rows])])
 
-    def read(self, rows: NDArray[np.int64]) -> list[Row]:
+    def read(self, rows: Integers) -> list[Row]:
         """See `RowTable`."""
         return [dict(self._rows[i]) for i in rows.tolist()]
+
+
+def _check_columns(found: Iterable[str], names: Collection[str], source: str, row: int) -> None:
+    if set(found) != set(names):
+        expected = f"expected {', '.join(names)}, as in the first row"
+        raise DataError(f"columns {', '.join(found)}; {expected}", source=source, row=row)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -165,13 +165,9 @@ def is_direct(kind: pa.DataType) -> bool:
     return _is_list(kind) or not pa.types.is_nested(kind)
 
 
-def _reader(chunk: pa.Array) -> _Read:
+def _reader(chunk: pa.Array) -> Callable[[Integers], list[Any]]:
     if not _is_list(chunk.type) or chunk.null_count:
         return lambda rows: chunk.take(pa.array(rows)).to_pylist()
     offsets = chunk.offsets.to_numpy().astype(np.int64)
     values = chunk.values.to_numpy(zero_copy_only=False)
-
-    def read(rows: NDArray[np.int64]) -> list[NDArray]:
-        return [values[a:b] for a, b in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)]
-
-    return read
+    return lambda rows: [values[a:b] for a, b in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)]

@@ -24,17 +24,13 @@ class Schedule:
     of what is due to it. With draws of any size and constant weights no source is ahead by more than one draw of its own,
     nor behind by more than the largest draw. Nothing is random.
 
-    Args:
-        weights: shares of the sources, [sources], 0 or more; normalised. A source of weight 0 is never drawn.
-        later: other weights, each with the number of units drawn in all from which on they hold, ascending.
+    `weights`, [sources], are normalised; a source of weight 0 is never drawn. `later` ones come each with the number of
+    units drawn in all from which on they hold, ascending.
 
     Attributes:
         units: units drawn in all (draws, tokens), an int.
         drawn: int64 [sources], units drawn of each source.
         waits_for: the source whose next draw must be known to go on; None where the last `draw` stopped at its limit.
-
-    Raises:
-        ConfigError: weights cannot be normalised, or later ones are of another number of sources.
     """
 
     def __init__(self, weights: ArrayLike, later: Sequence[tuple[int, ArrayLike]] = ()) -> None:
@@ -91,14 +87,9 @@ class Schedule:
         self._lay(self.units, due + left * self.weights)
 
     def draw(self, sizes: Sequence[ArrayLike], limit: int | None = None) -> NDArray[np.int64]:
-        """Draw in order, as far as the known sizes decide the order.
+        """Draw in order, `limit` times at most, as far as the known sizes of each source's next draws decide the order.
 
-        Args:
-            sizes: for each source the sizes of its next draws, as many as are known, int64; each above 0.
-            limit: most draws.
-
-        Returns:
-            The source of each draw, int64 [draws]. Empty where a source that is due has no known draw.
+        Returns the source of each draw, int64 [draws]. Empty where a source that is due has no known draw.
         """
         starts, due, sources, lengths = self._tags(sizes)
         arrival = np.argsort(starts, kind="stable")
@@ -150,11 +141,7 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, under the same weights.
-
-        Raises:
-            ConfigError: the state is of another number of sources.
-        """
+        """Go on where `state_dict` was taken, under the same weights."""
         if len(state["drawn"]) != len(self.drawn):
             raise ConfigError(
                 f"the state is of a schedule of {len(state['drawn'])} sources, this one has {len(self.drawn)}"
@@ -216,11 +203,7 @@ def mixture_schedule(weights: ArrayLike, n: int) -> NDArray[np.int64]:
 
 
 def normalised(weights: ArrayLike, names: Sequence[str] | None = None) -> NDArray[np.float64]:
-    """Weights that sum to one, float64 [sources].
-
-    Raises:
-        ConfigError: there is no weight, one is under 0 or not finite, or none is above 0; uses the names of the sources.
-    """
+    """Weights that sum to one, float64 [sources]; errors use the names of the sources."""
     given = np.atleast_1d(np.asarray(weights, np.float64))
     for i in np.flatnonzero(~np.isfinite(given) | (given < 0)).tolist():
         raise ConfigError(f"weight {repr(names[i]) if names else i} is {given[i]}; expected a number, 0 or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,12 +15,11 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset, load_dataset
 
 from hf_objectives.errors import ConfigError, DataError, HFObjectivesError, nearest
-from hf_objectives.labels import BatchEncoder, Ledger, detect_format
+from hf_objectives.labels import BatchEncoder, EncodingConfig, Ledger, detect_format
 from hf_objectives.mixture.config import MixtureConfig, SourceConfig
-from hf_objectives.mixture.feeds import Feed
-from hf_objectives.mixture.mapped_feeds import PreparedFeed, TableFeed
+from hf_objectives.mixture.feeds import PreparedFeed, TableFeed
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
-from hf_objectives.mixture.stream_feed import StreamFeed
+from hf_objectives.mixture.stream_feed import Feed, StreamFeed
 from hf_objectives.packing import pack_dataset, pack_table
 from hf_objectives.preparation import (
     MANIFEST,
@@ -71,8 +70,7 @@ def open_source(source: SourceConfig, config: MixtureConfig, tokenizer: Any, see
         raise ConfigError(f"source {source.name!r} cannot be read: {error}") from error
 
 
-def _of_split(dataset: Any, split: str) -> Any:
-    """A split of a DatasetDict."""
+def _of_split(dataset: Mapping[str, Any], split: str) -> Any:
     if split not in dataset:
         raise ConfigError(f"the dataset has no split {split!r}; expected one of {', '.join(map(str, dataset))}")
     return dataset[split]
@@ -83,12 +81,11 @@ def _is_on_hub(source: SourceConfig) -> bool:
 
 
 def _find_rows(source: SourceConfig) -> Any:
+    if isinstance(source.dataset, Mapping):  # a DatasetDict
+        return _of_split(source.dataset, source.split)
     if source.dataset is not None:
-        is_dict = isinstance(source.dataset, Mapping)  # a DatasetDict
-        return _of_split(source.dataset, source.split) if is_dict else source.dataset
-    files = (
-        source.data_files if source.data_files is None or isinstance(source.data_files, str) else [*source.data_files]
-    )
+        return source.dataset
+    files = source.data_files if isinstance(source.data_files, str | None) else [*source.data_files]
     if _is_on_hub(source):
         return load_dataset(source.path, data_files=files, split=source.split, streaming=source.streaming)
     if source.streaming:
@@ -110,17 +107,15 @@ def _open_prepared(source: SourceConfig, config: MixtureConfig, tokenizer: Any, 
         )
     if source.eval_share:
         raise ConfigError(f"{folder} holds out documents when it is prepared; expected eval_split='validation'")
-    known = list(manifest.sources)
-    if source.name not in known and len(known) > 1:
+    known = manifest.named
+    name = known[0] if len(known) == 1 else source.name
+    if known and name not in known:
         raise ConfigError(
             f"{folder} holds {', '.join(known)}; expected a source named like one of them{nearest(source.name, known)}"
         )
-    name = source.name if source.name in known else known[0]
     expect = {"max_length": config.max_length} if config.max_length else {}
-    own_seed = crc32(f"{seed} {source.name}".encode())
-    stream: Any = load_prepared(
-        folder, tokenizer=tokenizer, expect=expect, sources=[name], streaming=True, seed=own_seed
-    )
+    own = crc32(f"{seed} {source.name}".encode())
+    stream: Any = load_prepared(folder, tokenizer=tokenizer, expect=expect, sources=[name], streaming=True, seed=own)
     feed = PreparedFeed(
         source.name,
         stream,
@@ -153,10 +148,7 @@ def _open_mapped(source: SourceConfig, rows: Any, config: MixtureConfig, tokeniz
     if config.packing and not encoded:
         raise ConfigError(_NO_TOKENIZER)
     table: RowTable | RowList = RowTable(rows) if isinstance(rows, Dataset) else RowList(rows)
-    if (odd := table.odd(table.names)) is not None:
-        raise DataError(
-            f"columns {', '.join(odd[1])}; expected {', '.join(table.names)}, as in the first row", row=odd[0]
-        )
+    table.check_columns(table.names, source.name)
     packed, across = "seq_lengths" in table.names, config.packing == "across"
     if across and packed:
         raise ConfigError("its rows are packed already; expected packing 'within', or documents")
@@ -218,8 +210,8 @@ def _pack(
     whole = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
     if "row" not in whole.column_names:
         whole = whole.add_column("row", list(range(len(whole)) if ids is None else ids))
-    pack = partial(pack_dataset, max_length=config.max_length or 0, strategy=config.strategy, overflow=config.overflow)
-    return RowTable(pack(whole)), None if held_out is None else pack(held_out)
+    held_out = None if held_out is None else pack_dataset(held_out, **config.packed_by)
+    return RowTable(pack_dataset(whole, **config.packed_by)), held_out
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
@@ -244,7 +236,8 @@ def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokeniz
     if (tokenizer is not None and not encoded) or config.packing == "within":
         if tokenizer is None and not encoded:
             raise ConfigError(_NO_TOKENIZER)
-        encode = StreamEncoder(source.name, config, None if encoded else tokenizer)
+        pack = config.packed_by if config.packing == "within" else None
+        encode = StreamEncoder(source.name, None if encoded else tokenizer, config.encoding(), pack)
         columns = dict.fromkeys(["input_ids", "labels"] + ["seq_lengths"] * (config.packing == "within"), INTEGERS)
     feed = StreamFeed(
         source.name,
@@ -262,11 +255,7 @@ def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokeniz
 
 
 def _holds_ids(source: SourceConfig, row: Row) -> bool:
-    """Whether rows hold token ids already.
-
-    Raises:
-        ConfigError: they are not of the format that the configuration names.
-    """
+    """Whether rows hold token ids already; an error where they are not of the format that the configuration names."""
     if "seq_lengths" in row or source.format is None:
         return "input_ids" in row
     found = detect_format(row)
@@ -277,35 +266,31 @@ def _holds_ids(source: SourceConfig, row: Row) -> bool:
     return found == "tokens"
 
 
+@dataclass
 class StreamEncoder:
     """Turns rows of a stream, as they are read, into encoded or packed ones; goes to loader workers.
 
-    Args:
-        name: the source.
-        config: the mixture's.
-        tokenizer: encodes rows; None for rows that hold token ids.
+    Without a tokenizer rows hold token ids. `pack` are the arguments of `pack_table`; None leaves rows as they are.
     """
 
-    def __init__(self, name: str, config: MixtureConfig, tokenizer: Any) -> None:
-        self._name, self._tokenizer, self._options = name, tokenizer, config.encoding()
-        self._pack = (config.max_length, config.strategy, config.overflow) if config.packing == "within" else None
+    name: str
+    tokenizer: Any
+    options: EncodingConfig
+    pack: Mapping[str, Any] | None
 
     @cached_property
     def _encoder(self) -> BatchEncoder:
-        return BatchEncoder(self._tokenizer, self._options)
+        return BatchEncoder(self.tokenizer, self.options)
 
     def __call__(self, rows: Sequence[Row], first: int) -> pa.Table:
         """Encode rows, of which the first has this number."""
         numbers = range(first, first + len(rows))
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels") if name in rows[0]}
             lists = {name: pa.array(values, pa.list_(pa.int32())) for name, values in columns.items()}
-            table = pa.table({**lists, "source": [self._name] * len(rows), "row": list(numbers)})
+            table = pa.table({**lists, "source": [self.name] * len(rows), "row": list(numbers)})
         else:
-            table, ledger = self._encoder.encode(rows, source=self._name, numbers=numbers)
+            table, ledger = self._encoder.encode(rows, source=self.name, numbers=numbers)
             if ledger.total().dropped_tokens:
                 logger.info("; ".join(ledger.lines()))
-        if self._pack is None or not table.num_rows:
-            return table
-        max_length, strategy, overflow = self._pack
-        return pack_table(table, max_length or 0, strategy=strategy, overflow=overflow, allow_empty=True)
+        return pack_table(table, **self.pack, allow_empty=True) if self.pack and table.num_rows else table

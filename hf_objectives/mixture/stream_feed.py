@@ -8,16 +8,15 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from datasets import IterableDataset
 
 from hf_objectives.errors import ConfigError, DataError
-from hf_objectives.mixture.feeds import NOTHING, Cursor, Feed, Integers, Units
-from hf_objectives.mixture.mapped_feeds import TableFeed, blocked_rows
-from hf_objectives.mixture.row_table import RowList, RowTable, is_direct
+from hf_objectives.mixture.feeds import NOTHING, MappedCursor, MappedFeed, TableFeed, Units, blocked_rows
+from hf_objectives.mixture.row_table import RowList, RowTable, gathered, is_direct
 from hf_objectives.types import Row
 
 logger = logging.getLogger(__name__)
@@ -32,9 +31,8 @@ class _Buffer:
     Attributes:
         epoch, first: the epoch, and the number of its first row in it.
         before: the stream's own state before it; None at the beginning of an epoch, or where the stream has none.
-        units: its units, shuffled.
+        units: its units, shuffled; `epochs_done` counts rows of the epoch.
         rows: what they hold, by number in the buffer.
-        numbers: those numbers, in the order of the units.
     """
 
     epoch: int
@@ -42,7 +40,6 @@ class _Buffer:
     before: Any
     units: Units
     rows: TableFeed
-    numbers: Integers
 
     @property
     def begin(self) -> int:
@@ -50,12 +47,12 @@ class _Buffer:
         return int(self.units.positions[0])
 
     @property
-    def last(self) -> int:
-        """Position of its last unit."""
-        return int(self.units.positions[-1])
+    def end(self) -> int:
+        """The position behind its last unit."""
+        return int(self.units.positions[-1]) + 1
 
 
-class StreamFeed(Feed):
+class StreamFeed:
     """A `datasets.IterableDataset`, or anything that can be iterated again and again.
 
     It is shuffled in buffers, each permuted by seed, epoch and place, so no buffer has to be saved. A stream with
@@ -63,16 +60,10 @@ class StreamFeed(Feed):
     again up to where it stood. Row numbers count from the beginning of an epoch.
 
     Args:
-        name: its name.
-        stream: the rows; not shuffled, since the content of a shuffle buffer cannot be resumed.
-        unit: what the mixture counts.
-        seed: seed of the permutations.
-        max_epochs: whole epochs after which it ends.
         buffer_size: rows that are shuffled among themselves.
         encode: turns rows that are read into encoded, or packed, ones.
         columns: what each row has; None where rows are encoded.
-        longest: tokens of a row that count at most.
-        blocked: numbers of documents that are never drawn.
+        longest, blocked: see `TableFeed`.
 
     Raises:
         ConfigError: an iterator, which cannot be read twice; a shuffled stream; a part of an epoch.
@@ -106,35 +97,26 @@ class StreamFeed(Feed):
             raise ConfigError(f"source {name!r}: max_epochs is {max_epochs}; expected whole epochs of a stream")
         self.name, self.max_epochs, self.size, self.tokens = name, max_epochs, None, None
         self.stream, self.buffer_size, self._encode = stream, buffer_size, encode
-        self._columns = None if columns is None else set(columns)
+        self._columns = columns
         self._unit, self._seed, self._longest, self._blocked = unit, seed, longest, blocked
 
-    def start(self, state: Any = None) -> Cursor:
-        """See `Feed`."""
-        return _StreamCursor(self, state or {})
+    def start(self, state: Any) -> StreamCursor:
+        """See `MappedFeed`."""
+        return StreamCursor(self, state or {})
 
     def fingerprint(self) -> Any:
-        """See `Feed`."""
+        """See `MappedFeed`."""
         return ["stream", self.buffer_size]
 
     def epoch_size(self) -> None:
-        """See `Feed`."""
+        """See `MappedFeed`; it is not known."""
         return None
 
-    def buffers(self, epoch: int, first: int, before: Any, position: int) -> Iterator[tuple[int, _Buffer | None]]:
-        """Yield the buffers of an epoch from one on, each with the number of rows of the epoch that were read with it; None
-        for a buffer in which no row is usable."""
-        for rows, own in _read(self.name, self.stream, self.buffer_size, first, before):
-            buffer = self._buffer(rows, epoch, first, before, position)
-            first, before = first + len(rows), own
-            position += 0 if buffer is None else len(buffer.numbers)
-            yield first, buffer
-
-    def _buffer(self, rows: RowTable | RowList, epoch: int, first: int, before: Any, position: int) -> _Buffer | None:
+    def buffer(self, rows: RowTable | RowList, epoch: int, first: int, before: Any, position: int) -> _Buffer | None:
+        """Rows of an epoch, from number `first` on, as a buffer at a position; None where no row is usable."""
         count = len(rows)
-        if self._columns is not None and (odd := rows.odd(self._columns)) is not None:
-            expected = f"expected {', '.join(sorted(self._columns))}, as in the first row"
-            raise DataError(f"columns {', '.join(odd[1])}; {expected}", source=self.name, row=first + odd[0])
+        if self._columns is not None:
+            rows.check_columns(self._columns, self.name, first)
         if self._encode is not None:
             rows = RowTable(self._encode(rows.read(np.arange(count)), first))
         named = "row" in rows.names or "rows" in rows.names
@@ -155,95 +137,99 @@ class StreamFeed(Feed):
             numbers=units.numbers + first,
             epochs_done=first + (np.arange(len(units)) + 1) * count / len(units),
         )
-        return _Buffer(epoch, first, before, placed, table, units.numbers)
+        return _Buffer(epoch, first, before, placed, table)
 
 
-class _StreamCursor(Cursor):
-    """`Cursor` of a stream. `epochs_done` of its units has fractions once the length of an epoch is known."""
+class StreamCursor:
+    """See `MappedCursor`. `epochs_done` of its units has fractions once the length of an epoch is known."""
 
     def __init__(self, feed: StreamFeed, state: Mapping[str, Any]) -> None:
-        self._feed, self._origin = feed, dict(state)
-        self._untouched = True
+        self._feed, self._origin, self._untouched = feed, dict(state), True
         self._size: int | None = state.get("size")  # rows of an epoch
         self._position: int = state.get("position", 0)
-        self._epoch: int = state.get("epoch", 0)
         self._end = self._position - state.get("within", 0)  # the position behind the buffers that are held
-        self._rows_read: int = state.get("first", 0)  # of the epoch
-        self._usable = bool(self._rows_read)
         self._held: deque[_Buffer] = deque()
-        self._reading = feed.buffers(self._epoch, self._rows_read, state.get("stream"), self._end)
+        self._epoch: int = state.get("epoch", 0)
+        self._rest = self._buffers(state.get("first", 0), state.get("stream"))
+
+    def _buffers(self, first: int, before: Any) -> Iterator[_Buffer]:
+        """Yield the buffers of this epoch from row `first` on, and of all epochs after it."""
+        feed = self._feed
+        while feed.max_epochs is None or self._epoch < feed.max_epochs:
+            usable = first > 0
+            for rows, own in _read(feed.name, feed.stream, feed.buffer_size, first, before):
+                buffer = feed.buffer(rows, self._epoch, first, before, self._end)
+                first, before = first + len(rows), own
+                if buffer is not None:
+                    usable, self._end = True, buffer.end
+                    yield buffer
+            if not usable:
+                raise DataError(
+                    f"{first:,} rows in epoch {self._epoch}, none of them usable; expected one at least",
+                    source=feed.name,
+                )
+            if self._size is not None and first != self._size:
+                raise DataError(
+                    f"epoch {self._epoch} ended after {first:,} rows, the ones before had {self._size:,}; expected the "
+                    "same rows in every epoch",
+                    source=feed.name,
+                )
+            self._size, self._epoch, first, before = first, self._epoch + 1, 0, None
+
+    def _fill(self) -> bool:
+        """Hold another buffer; False at the end of all epochs."""
+        self._untouched = False
+        buffer = next(self._rest, None)
+        if buffer is not None:
+            self._held.append(buffer)
+        return buffer is not None
 
     def ahead(self, count: int) -> Units:
+        """See `MappedCursor`."""
         while self._end - self._position < count and self._fill():
             pass
-        parts = []
+        parts = [NOTHING]
         for buffer in self._held:
             units = buffer.units
             share = units.epochs_done / self._size if self._size else np.zeros(len(units))
             told = replace(units, epochs_done=buffer.epoch + share)
             parts.append(told.part(slice(max(0, self._position - buffer.begin), None)))
-        return Units.joined(parts) if parts else NOTHING
-
-    def _fill(self) -> bool:
-        """Hold another buffer; False at the end of all epochs."""
-        most, self._untouched = self._feed.max_epochs, False
-        while most is None or self._epoch < most:
-            read = next(self._reading, None)
-            if read is None:
-                self._end_epoch()
-                continue
-            self._rows_read, buffer = read
-            if buffer is not None:
-                self._usable = True
-                self._held.append(buffer)
-                self._end += len(buffer.numbers)
-                return True
-        return False
-
-    def _end_epoch(self) -> None:
-        if not self._usable:
-            raise DataError(
-                f"{self._rows_read:,} rows in epoch {self._epoch}, none of them usable; expected one at least",
-                source=self._feed.name,
-            )
-        if self._size is not None and self._rows_read != self._size:
-            raise DataError(
-                f"epoch {self._epoch} ended after {self._rows_read:,} rows, the ones before had {self._size:,}; expected "
-                "the same rows in every epoch",
-                source=self._feed.name,
-            )
-        self._size, self._rows_read, self._usable = self._rows_read, 0, False
-        self._epoch += 1
-        self._reading = self._feed.buffers(self._epoch, 0, None, self._end)
+        return Units.joined(parts)
 
     def advance(self, taken: Units) -> None:
+        """See `MappedCursor`."""
         self._position = int(taken.positions[-1]) + 1
 
-    def settle(self) -> None:
-        while self._held and self._held[0].last < self._position:
-            self._held.popleft()
-
     def read(self, units: Units) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = [{}] * len(units)
+        """See `MappedCursor`."""
         begins = np.array([buffer.begin for buffer in self._held])
-        holder = np.searchsorted(begins, units.positions, "right") - 1
-        for i in np.unique(holder).tolist():
-            chosen, buffer = np.flatnonzero(holder == i), self._held[i]
-            rows = buffer.rows.content(buffer.numbers[units.positions[chosen] - begins[i]])
-            for place, row in zip(chosen.tolist(), rows, strict=True):
-                found[place] = row
-        return found
+        holders = np.searchsorted(begins, units.positions, "right") - 1
+        return gathered(
+            holders, lambda i, chosen: self._held[i].rows.content(units.numbers[chosen] - self._held[i].first)
+        )
 
     def state(self) -> dict[str, Any]:
+        """See `MappedCursor`."""
         if self._untouched:  # it had no weight so far, and is not read for this
             return self._origin
-        place = {"position": self._position, "size": self._size}
-        while self._end > self._position or self._fill():
-            for buffer in self._held:
-                if buffer.last >= self._position:
-                    within = {"stream": buffer.before, "within": self._position - buffer.begin}
-                    return {**place, "epoch": buffer.epoch, "first": buffer.first, **within}
-        return {**place, "epoch": self._epoch}
+        while not self._held or self._held[0].end <= self._position:
+            if self._held:
+                self._held.popleft()
+            elif not self._fill():
+                return {"position": self._position, "size": self._size, "epoch": self._epoch}
+        buffer = self._held[0]
+        return {
+            "position": self._position,
+            "size": self._size,
+            "epoch": buffer.epoch,
+            "first": buffer.first,
+            "stream": buffer.before,
+            "within": self._position - buffer.begin,
+        }
+
+
+Feed: TypeAlias = MappedFeed | StreamFeed
+Cursor: TypeAlias = MappedCursor | StreamCursor
 
 
 def _read(

@@ -1,9 +1,9 @@
-"""The weights of a mixture: as they are given, published or tempered, and as they change during a run."""
+"""The weights of a mixture: as they are given, published, tempered or drawn, and as they change during a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,11 +19,7 @@ _NAMED = 12  # sources that a line names
 
 def tempered(weights: ArrayLike, temperature: float) -> NDArray[np.float64]:
     """Weights p_i^(1/T), normalised, float64 [sources]; a T above 1 moves them towards equal ones (mT5, arXiv 2010.11934,
-    section 3.2, with alpha = 1/T).
-
-    Raises:
-        ConfigError: the temperature is not above 0, or the weights cannot be normalised.
-    """
+    section 3.2, with alpha = 1/T)."""
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}; expected more than 0")
     shares = normalised(weights)
@@ -31,15 +27,49 @@ def tempered(weights: ArrayLike, temperature: float) -> NDArray[np.float64]:
         return normalised(np.exp((np.log(shares) - np.log(shares.max())) / temperature))
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Other weights from some point of the run on.
+def draw_mixtures(prior: ArrayLike, n: int, *, concentration: float = 1.0, seed: int = 0) -> NDArray[np.float64]:
+    """Draw mixtures to try: the prior itself, then draws of a Dirichlet distribution around it (as RegMix, arXiv
+    2407.01492).
 
-    Attributes:
-        begin: units of the mixture (tokens, by default) after which the weights change.
-        weights: float64 [sources], normalised.
-        end: where the change is complete; the weights move there in a straight line. `begin` for a step.
+    A longer list for the same seed begins with the shorter one, so a search can be continued.
+
+    Args:
+        prior: weights of the sources, [sources], 0 or more; normalised. A source of weight 0 gets none in any draw.
+        n: number of mixtures.
+        concentration: how close draws are to the prior. The parameters of the distribution are
+            `concentration * sources * prior`, so its mean is the prior. At 1, and for a prior of equal weights, all
+            mixtures are equally likely.
+        seed: seed of the draws.
+
+    Returns:
+        Float64 [n, sources], rows that sum to one.
+
+    Raises:
+        ConfigError: the prior cannot be normalised, `n` is under 1, or the concentration is not above 0.
     """
+    shares = normalised(prior)
+    if n < 1 or not 0 < concentration < float("inf"):
+        raise ConfigError(f"n is {n} and concentration {concentration}; expected at least 1, and a number above 0")
+    used = np.flatnonzero(shares)
+    drawn = np.zeros((n, len(shares)))
+    drawn[0] = shares
+    rng = np.random.default_rng(seed)
+    for row in drawn[1:]:  # one by one: the beginning of a longer list is the shorter one
+        row[used] = _dirichlet(rng, concentration * len(used) * shares[used])
+    return drawn
+
+
+def _dirichlet(rng: np.random.Generator, alpha: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One draw, from logarithms, since with small parameters all gamma draws may be 0."""
+    # Marsaglia and Tsang 2000, section 6: gamma(a) is gamma(a + 1) times u^(1/a).
+    with np.errstate(over="ignore"):  # of a weight next to none, which becomes 0
+        logs = np.log(rng.standard_gamma(alpha + 1)) + np.log(1 - rng.random(len(alpha))) / alpha
+    weights = np.exp(logs - logs.max())
+    return weights / weights.sum()
+
+
+class Stage(NamedTuple):
+    """`StageConfig` with its weights in the order of the sources, float64 [sources], normalised; a step ends at `begin`."""
 
     begin: int
     weights: NDArray[np.float64]
@@ -47,15 +77,7 @@ class Stage:
 
 
 class WeightPlan:
-    """The weights at every point of a run.
-
-    Args:
-        weights: at the beginning, [sources].
-        stages: later ones, in order; each begins where the one before is complete, or later.
-
-    Raises:
-        ConfigError: the weights cannot be normalised, or stages overlap.
-    """
+    """The weights at every point of a run: at its beginning, [sources], and in stages that must not overlap."""
 
     def __init__(self, weights: ArrayLike, stages: Sequence[Stage] = ()) -> None:
         self.weights, self.stages = normalised(weights), tuple(stages)
@@ -93,12 +115,7 @@ class WeightPlan:
 def plan_weights(config: MixtureConfig, sizes: Sequence[int | None]) -> tuple[WeightPlan, list[str]]:
     """The weights of a mixture over the run, and notes about them for the user.
 
-    Args:
-        config: the mixture.
-        sizes: what an epoch of each source counts in the mixture's unit, where known; used where no weights are given.
-
-    Raises:
-        ConfigError: weights cannot be normalised, or are given for some sources only.
+    Without given weights sources get the `sizes` of their epochs, in the mixture's unit.
     """
     notes: list[str] = []
     weights = _preset_weights(config, notes) if config.preset else _given_weights(config, sizes, notes)

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
-    from hf_objectives.packing.bins import (
-        pack_lengths,  # Lengths to bins
-    )
+    from hf_objectives.packing.bins import pack_lengths  # Lengths to bins
     from hf_objectives.packing.dataset import (
         flat_column,  # A list column of a table as its values end to end, and the offsets of its rows
         pack_dataset,  # An encoded dataset to a dataset of packed rows

@@ -17,13 +17,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Which bin each document is in.
-
-    Attributes:
-        num_bins: number of bins.
-        bin_of: int64 [documents], the bin of each document, from 0.
-        fill: share of the bins' capacity that documents fill, 1.0 when there are no bins.
-    """
+    """The bin of each document, int64 [documents], and the share of the bins' capacity that is filled: 1.0 without bins."""
 
     num_bins: int
     bin_of: Ints
@@ -63,11 +57,9 @@ def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "best_fit
 def best_fit(lengths: Ints, capacity: int) -> tuple[int, Ints]:
     """Best-fit decreasing (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830, section 3.2).
 
-    Documents of one length are placed together: best fit fills one bin with as many of them as it takes before it turns
-    to the next bin, so that a whole group of bins with equal room is served at once. The bins are those of the classical
-    algorithm, which places one document at a time.
-
-    Returns the number of bins and the bin of each document, int64 [documents].
+    Returns the number of bins and the bin of each document, int64 [documents]. They are those of the classical algorithm,
+    which places one document at a time. Here documents of one length are placed together: best fit fills one bin with as
+    many of them as it takes before it turns to the next, so that a group of bins with equal room is served at once.
     """
     bin_of = np.empty(len(lengths), np.int64)
     order = stable_order(capacity - lengths, capacity)

@@ -44,11 +44,7 @@ def pack_rows(
 
 
 def check_packing(max_length: int | None, strategy: str, overflow: str = "split") -> None:
-    """Check the settings of packing.
-
-    Raises:
-        ConfigError: an unknown strategy or overflow, or `max_length` missing or under 2.
-    """
+    """Raise a ConfigError where settings of packing are unknown, or `max_length` is missing or under 2."""
     check_one_of("strategy", strategy, STRATEGIES)
     check_one_of("overflow", overflow, OVERFLOW)
     if max_length is None:
@@ -121,12 +117,8 @@ class PackedRows:
     documents: Ints
     dropped: Ints
 
-    def gather(self, flat: NDArray) -> NDArray:
-        """The tokens of all rows end to end, [tokens] of the dtype of `flat`, which holds the documents end to end."""
-        return self.gather_all([flat])[0]
-
     def gather_all(self, flats: Sequence[NDArray]) -> list[NDArray]:
-        """`gather` of several arrays of the same documents, for example ids and labels."""
+        """The tokens of all rows end to end, from arrays that hold the documents end to end, such as ids and labels."""
         total = int(self.lengths.sum())
         if total >= _LONG * max(1, len(self.lengths)):
             with ThreadPoolExecutor(len(flats)) as pool:

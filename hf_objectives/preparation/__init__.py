@@ -25,28 +25,20 @@ if TYPE_CHECKING:
         is_hub_id,  # whether a path can only be a dataset on the Hub
         list_files,  # the files that a path, a folder or a glob stands for
     )
-    from hf_objectives.preparation.lock import (
-        exclusive,  # hold a folder while this process works in it
-    )
+    from hf_objectives.preparation.lock import exclusive  # hold a folder while this process works in it
     from hf_objectives.preparation.manifest import (
         MANIFEST,  # name of the manifest's file
         Manifest,  # what a prepared folder holds
     )
     from hf_objectives.preparation.ordered_stream import (
-        OrderedStream,  # base of streams that any number of ranks and workers read in one order
-    )
-    from hf_objectives.preparation.readers import (
-        load_rows,  # all rows of local files, or a dataset of the Hub
-    )
+        OrderedStream,
+    )  # base of streams that ranks and workers read alike
+    from hf_objectives.preparation.readers import load_rows  # all rows of local files, or a dataset of the Hub
     from hf_objectives.preparation.splits import (
         check_share,  # check a share of rows that is held out
         hold_out,  # row numbers to train on and to evaluate on
     )
-    from hf_objectives.preparation.stream import (
-        PreparedStream,  # a prepared folder as a stream without an end
-    )
-    from hf_objectives.preparation.workers import (
-        check_engine,  # check that an engine is known and installed
-    )
+    from hf_objectives.preparation.stream import PreparedStream  # a prepared folder as a stream without an end
+    from hf_objectives.preparation.workers import check_engine  # check that an engine is known and installed
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

@@ -26,10 +26,9 @@ _NOT_POLICY = ("on_error", "num_proc", "engine")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where documents come from.
+    """Where documents come from; `name` stands in rows, counts and metrics.
 
     Attributes:
-        name: its name, in rows, counts and metrics.
         path: a file, a folder, a glob, several of these, or a dataset's id on the Hub.
         split: split of a Hub dataset.
         documents: how text files are cut into documents: "blank_line", "line" or "file".
@@ -42,11 +41,7 @@ class Source:
 
     @classmethod
     def read(cls, name: str, entry: Any) -> Source:
-        """Read a source from a configuration: a path, or a mapping with `path`.
-
-        Raises:
-            ConfigError: there is no path, or a key or value is unknown.
-        """
+        """Read a source from a configuration: a path, or a mapping with `path`."""
         if isinstance(entry, (str, list)):
             entry = {"path": entry}
         if not isinstance(entry, Mapping):

@@ -97,12 +97,7 @@ def list_files(pattern: str) -> list[str]:
 
 
 def whole_file(source: str, path: str, documents: str = "blank_line") -> Segment:
-    """A file as one segment.
-
-    Raises:
-        FileFormatError: the file is missing.
-        ConfigError: `documents` is unknown.
-    """
+    """A file as one segment."""
     check_one_of("documents", documents, DOCUMENTS)
     try:
         stat = Path(path).stat()
@@ -115,10 +110,6 @@ def plan_file(source: str, path: str, *, segment_bytes: int, documents: str = "b
     """Cut a file into segments of about `segment_bytes`, each beginning where a record begins.
 
     The cut depends on the file and on `segment_bytes` alone, so rows do not depend on who prepares them.
-
-    Raises:
-        FileFormatError: the file is missing, or is not what its name says.
-        ConfigError: `documents` is unknown.
     """
     whole = whole_file(source, path, documents)
     kind = kind_of(path)

@@ -14,15 +14,10 @@ _MARK = re.compile(r"\s*([\[,\]])\s*")  # what stands before an element, or ends
 
 
 def elements(file: IO[bytes], path: str, read_chars: int) -> Iterator[list[Any]]:
-    """Yield the elements of a JSON array in lists.
-
-    Args:
-        file: the open file.
-        path: its name, for errors.
-        read_chars: characters read at a time.
+    """Yield the elements of a JSON array in lists, `read_chars` characters of the file at a time.
 
     Raises:
-        FileFormatError: the file is not UTF-8, not JSON, not an array, or ends too soon; names the line.
+        FileFormatError: the file is not UTF-8, not JSON, not an array, or ends too soon; names `path` and the line.
     """
     decoder, text, line, expected = json.JSONDecoder(), "", 1, "["
     lines = io.TextIOWrapper(file, encoding="utf-8")

@@ -24,13 +24,9 @@ _LOCK, _FAILED = ".lock", ".failed"
 
 @contextmanager
 def exclusive(folder: Path, progress: Callable[[], str]) -> Iterator[None]:
-    """Hold a folder for this process; while another process holds it, wait and log the progress.
+    """Hold a folder, which is created if needed, for this process; while another holds it, wait and log its `progress`.
 
     The lock is the operating system's. It ends when its holder dies, and the next process in line goes on.
-
-    Args:
-        folder: the folder; created if it does not exist.
-        progress: describes the progress of the preparation, for the line that is logged every ten seconds.
 
     Raises:
         PreparedDataError: the process that this one waited for failed; with its message.

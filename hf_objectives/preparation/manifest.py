@@ -55,6 +55,11 @@ class Manifest:
         return self.ledger.accounts
 
     @property
+    def named(self) -> list[str]:
+        """The sources as preparation was given them. Their rows may name others, which then have the accounts."""
+        return list(dict.fromkeys(shard.source for shard in self.shards))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in all packed rows."""
         return sum(shard.tokens for shard in self.shards)
@@ -83,11 +88,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of a folder.
-
-        Raises:
-            PreparedDataError: there is none, it is damaged, or the rows are of another version.
-        """
+        """Read the manifest of a folder; a PreparedDataError where there is none, or one that cannot be used."""
         try:
             values = json.loads((folder / MANIFEST).read_text())
         except FileNotFoundError as error:

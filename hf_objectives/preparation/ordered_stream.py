@@ -46,11 +46,7 @@ class OrderedStream(IterableDataset):
             yield from self.rows(turn.start, turn.stop)
 
     def expect(self, rows: int) -> list[str]:
-        """What a user should know before a run takes this many rows from row 0 on.
-
-        Raises:
-            ConfigError: the stream ends before.
-        """
+        """What a user should know before a run takes this many rows; a ConfigError where the stream ends before."""
         return []
 
     def metrics(self, rows_taken: int) -> dict[str, float]:
@@ -67,11 +63,7 @@ class OrderedStream(IterableDataset):
         return {"row": self._begin if rows_taken is None else rows_taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin the next iteration at the row of a state; nothing is read again.
-
-        Raises:
-            ConfigError: the state is not one of a stream.
-        """
+        """Begin the next iteration at the row of a state, a ConfigError where it has none; nothing is read again."""
         row = state.get("row")
         if not isinstance(row, int) or row < 0:
             raise ConfigError(f"the state of a stream has row {row!r}; expected a number of rows")

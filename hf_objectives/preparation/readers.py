@@ -77,9 +77,7 @@ def load_rows(name: str, *, split: str = "train", documents: str = "blank_line")
 def read_segment(segment: Segment, *, skipped: Skipped | None = None) -> Iterator[Records]:
     """Yield the records of a segment, some megabytes at a time.
 
-    Args:
-        segment: from `plan_file`.
-        skipped: counts the records that cannot be read, which are left out; None makes the first one an error.
+    Records that cannot be read are counted in `skipped` and left out; None makes the first one an error.
 
     Raises:
         FileFormatError: the file vanished, changed or ends too soon, or a record is broken; names file and line.

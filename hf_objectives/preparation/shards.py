@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -55,14 +54,7 @@ class Shard:
 class ShardWriter:
     """Writes packed rows to one file; leaving the context closes the file, and removes it after an error.
 
-    Args:
-        folder: the prepared folder.
-        path: the shard's path in it.
-        file_format: a key of FORMATS.
-        id_type: numpy type of the token ids.
-
-    Raises:
-        DiskFullError: no space is left.
+    The shard gets its `path` in the folder when it is finished. Token ids are stored as `id_type`.
     """
 
     def __init__(self, folder: Path, path: str, file_format: str, id_type: type[np.unsignedinteger]) -> None:
@@ -88,9 +80,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             if self._writer is not None:
                 self._writer.close()
@@ -102,11 +92,7 @@ class ShardWriter:
                 self.draft.unlink(missing_ok=True)
 
     def finish(self, **values: Any) -> Shard | None:
-        """Move the closed file into place; return None where no row was written.
-
-        Args:
-            values: the fields of `Shard` that the file does not tell.
-        """
+        """Move the closed file into place; None where no row was written. `values` are what the file does not tell."""
         if self._writer is None:
             return None
         digest, size = sha256(self.draft), self.draft.stat().st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,9 @@ from hf_objectives.preparation.shards import Shard
 # The values of a list column end to end, and where each row begins in them.
 Column = tuple[Any, NDArray[np.int64]]
 Numbers = NDArray[np.int64]
+T = TypeVar("T")
 WINDOW = 8  # row groups of some two million tokens
+_LENGTHS_KEPT = 64  # row groups
 
 
 class PreparedStream(OrderedStream):
@@ -45,57 +47,72 @@ class PreparedStream(OrderedStream):
         self.files = [folder / shard.path for shard in shards]
         self.seed, self.window, self._read = seed, window, READERS[file_format]
         sizes = [np.asarray(shard.row_groups, np.int64) for shard in shards]
-        self.group_sizes: Numbers = np.concatenate(sizes)
+        self._sizes: Numbers = np.concatenate(sizes)
+        self.group_starts: Numbers = np.concatenate(([0], np.cumsum(self._sizes)))
         self._shard_of = np.repeat(np.arange(len(sizes)), [len(groups) for groups in sizes])
         self._first = np.searchsorted(self._shard_of, np.arange(len(sizes)))
-        self.num_rows = int(self.group_sizes.sum())
+        self.num_rows = int(self._sizes.sum())
         self._epoch: tuple[int, Numbers, Numbers] | None = None
-        self._window: tuple[tuple[int, int], Numbers, Numbers] | None = None
-        self._groups: dict[int, dict[str, Column]] = {}  # as many as a window has
+        self._window: tuple[tuple[int, int], Numbers] | None = None
+        self._columns: dict[int, dict[str, Column]] = {}  # of as many groups as a window has
+        self._lengths: dict[int, tuple[Numbers, Numbers]] = {}
 
-    def order(self, begin: int, end: int) -> tuple[Numbers, Numbers, Numbers]:
-        """The places of rows `begin` to `end` of the order, int64 [rows] each: the epoch, the row group (counted through
-        all shards), and the row in that group."""
-        parts = []
+    def order(self, begin: int, end: int) -> tuple[Numbers, Numbers]:
+        """Epoch and number of rows `begin` to `end` of the order, int64 [rows]; rows are numbered through all shards."""
+        epochs, numbers = [], []
         while begin < end:
             epoch, within = divmod(begin, self.num_rows)
             if self._epoch is None or self._epoch[0] != epoch:
-                groups = np.random.default_rng([self.seed, epoch]).permutation(len(self.group_sizes))
-                self._epoch = epoch, groups, np.cumsum(self.group_sizes[groups]) - self.group_sizes[groups]
+                groups = np.random.default_rng([self.seed, epoch]).permutation(len(self._sizes))
+                self._epoch = epoch, groups, np.cumsum(self._sizes[groups]) - self._sizes[groups]
             _, groups, starts = self._epoch
-            number = int(np.searchsorted(starts, within, "right") - 1) // self.window
-            if self._window is None or self._window[0] != (epoch, number):
-                shuffled = self._shuffle(groups[number * self.window :][: self.window], epoch, number)
-                self._window = (epoch, number), *shuffled
-            first = within - int(starts[number * self.window])
-            found, rows = (part[first : first + end - begin] for part in self._window[1:])
-            parts.append((np.full(len(rows), epoch), found, rows))
-            begin += len(rows)
-        epochs, groups, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return epochs, groups, rows
+            window = int(np.searchsorted(starts, within, "right") - 1) // self.window
+            if self._window is None or self._window[0] != (epoch, window):
+                shuffled = self._shuffle(groups[window * self.window :][: self.window], epoch, window)
+                self._window = (epoch, window), shuffled
+            first = within - int(starts[window * self.window])
+            numbers.append(self._window[1][first : first + end - begin])
+            epochs.append(np.full(len(numbers[-1]), epoch))
+            begin += len(numbers[-1])
+        return np.concatenate(epochs), np.concatenate(numbers)
 
-    def _shuffle(self, groups: Numbers, epoch: int, number: int) -> tuple[Numbers, Numbers]:
-        """The rows of a window in their order: the group of each, and its number in the group."""
-        sizes = self.group_sizes[groups]
-        order = np.random.default_rng([self.seed, epoch, number]).permutation(int(sizes.sum()))
-        within = np.repeat(np.arange(len(groups)), sizes)[order]
-        return groups[within], order - (np.cumsum(sizes) - sizes)[within]
+    def _shuffle(self, groups: Numbers, epoch: int, window: int) -> Numbers:
+        """The numbers of the rows of a window in their order."""
+        sizes = self._sizes[groups]
+        order = np.random.default_rng([self.seed, epoch, window]).permutation(int(sizes.sum()))
+        return order + np.repeat(self.group_starts[groups] - (np.cumsum(sizes) - sizes), sizes)[order]
+
+    def _in_groups(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """The row group of each row, counted through all shards, and its number in the group."""
+        groups = np.searchsorted(self.group_starts, numbers, "right") - 1
+        return groups, numbers - self.group_starts[groups]
 
     def rows(self, begin: int, end: int) -> Iterator[Mapping[str, Any]]:
         """Yield rows `begin` to `end` of the order."""
-        _, groups, rows = self.order(begin, end)
-        for group, row in zip(groups.tolist(), rows.tolist(), strict=True):
-            yield self.row(group, row)
+        return self.read(self.order(begin, end)[1])
 
-    def row(self, group: int, row: int) -> dict[str, Any]:
-        """A row of a row group, counted through all shards."""
-        columns = self._groups.get(group)
-        if columns is None:
-            while len(self._groups) >= self.window:
-                self._groups.pop(next(iter(self._groups)))
-            columns = self._groups[group] = self.columns(group)
-        found = {name: values[begins[row] : begins[row + 1]] for name, (values, begins) in columns.items()}
-        return {name: value if name in ("input_ids", "labels") else value.tolist() for name, value in found.items()}
+    def read(self, numbers: Numbers) -> Iterator[dict[str, Any]]:
+        """Yield rows by their numbers."""
+        groups, rows = self._in_groups(numbers)
+        for group, row in zip(groups.tolist(), rows.tolist(), strict=True):
+            columns = _kept(self._columns, group, self.window, self.columns)
+            parts = {name: values[begins[row] : begins[row + 1]] for name, (values, begins) in columns.items()}
+            yield {name: v if name in ("input_ids", "labels") else v.tolist() for name, v in parts.items()}
+
+    def sizes(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """Tokens and documents of rows by their numbers, int64 [rows]; no tokens are read."""
+        tokens, documents = np.empty_like(numbers), np.empty_like(numbers)
+        groups, rows = self._in_groups(numbers)
+        for group in np.unique(groups).tolist():
+            chosen = groups == group
+            sizes = _kept(self._lengths, group, _LENGTHS_KEPT, self._group_lengths)
+            tokens[chosen], documents[chosen] = (values[rows[chosen]] for values in sizes)
+        return tokens, documents
+
+    def _group_lengths(self, group: int) -> tuple[Numbers, Numbers]:
+        lengths, offsets = self.columns(group, ["seq_lengths"])["seq_lengths"]
+        ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        return np.diff(ends[offsets]), np.diff(offsets)
 
     def columns(self, group: int, names: list[str] | None = None) -> dict[str, Column]:
         """Columns of a row group, counted through all shards: the values of all rows end to end, and where each row begins
@@ -113,6 +130,15 @@ class PreparedStream(OrderedStream):
             values, offsets = lists.flatten(), lists.offsets.to_numpy().astype(np.int64)
             columns[name] = values.to_numpy() if pa.types.is_integer(values.type) else values, offsets - offsets[0]
         return columns
+
+
+def _kept(kept: dict[int, T], group: int, most: int, read: Callable[[int], T]) -> T:
+    """What `read` gives for a row group, which is kept for the last few groups."""
+    if group not in kept:
+        while len(kept) >= most:
+            kept.pop(next(iter(kept)))
+        kept[group] = read(group)
+    return kept[group]
 
 
 def _parquet_group(path: Path, group: int, names: list[str] | None) -> pa.Table:

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -27,12 +28,8 @@ def count_cores() -> int:
 def run_local(function: Function, items: Iterable[Any], num_proc: int | None) -> Iterator[Any]:
     """Run in forked processes, which inherit the function, or in this process where one is enough.
 
-    Results come in any order. Only a few items are in flight at a time, so memory stays flat.
-
-    Args:
-        function: what to run.
-        items: what to run it on; read one by one.
-        num_proc: number of processes; None for one per core.
+    Results come in any order. Items are read one by one and only a few are in flight, so memory stays flat. Without
+    `num_proc` there is a process for every core.
 
     Raises:
         WorkerError: a process died.
@@ -99,9 +96,6 @@ def run_ray(function: Function, items: Iterable[Any], num_proc: int | None) -> I
 
     Ray runs an item again when its worker or machine is lost, so the function must give the same result again. All
     machines need the same file system.
-
-    Raises:
-        ConfigError: Ray is not installed.
     """
     ray = _import_ray()
     if not ray.is_initialized():
@@ -112,8 +106,12 @@ def run_ray(function: Function, items: Iterable[Any], num_proc: int | None) -> I
     table = pa.table({"item": pa.array([pickle.dumps(item) for item in items], pa.binary())})
 
     def run_batch(batch: pa.Table) -> pa.Table:
-        work = _unpickle(ray.get(shared))
-        results = [pickle.dumps(_result_or_error(work, pickle.loads(item))) for item in batch["item"].to_pylist()]
+        work, results = _unpickle(ray.get(shared)), []
+        for item in batch["item"].to_pylist():
+            try:
+                results.append(pickle.dumps(work(pickle.loads(item))))
+            except HFObjectivesError as error:  # Ray would wrap it in errors of its own
+                results.append(pickle.dumps(error))
         return pa.table({"result": pa.array(results, pa.binary())})
 
     dataset = ray.data.from_arrow([table.slice(i, 1) for i in range(len(table))])
@@ -124,23 +122,10 @@ def run_ray(function: Function, items: Iterable[Any], num_proc: int | None) -> I
         yield result
 
 
-def _result_or_error(function: Function, item: Any) -> Any:
-    """Return an error of this package as a value: Ray would wrap it in errors of its own."""
-    try:
-        return function(item)
-    except HFObjectivesError as error:
-        return error
-
-
-_last: tuple[bytes, Function] | None = None
-
-
+@lru_cache(maxsize=1)
 def _unpickle(text: bytes) -> Function:
     """The function, made once a process: building its tokenizer takes longer than planning a segment."""
-    global _last
-    if _last is None or _last[0] != text:
-        _last = text, pickle.loads(text)
-    return _last[1]
+    return pickle.loads(text)
 
 
 #: The engines, by name.
@@ -151,11 +136,7 @@ ENGINES: dict[str, Callable[[Function, Iterable[Any], int | None], Iterator[Any]
 
 
 def check_engine(engine: str) -> None:
-    """Check that an engine is known and installed, before anything is written or deleted.
-
-    Raises:
-        ConfigError: the engine is unknown, or Ray is not installed.
-    """
+    """Raise a ConfigError, before anything is written or deleted, where an engine is unknown or not installed."""
     check_one_of("engine", engine, ENGINES)
     if engine == "ray":
         _import_ray()

@@ -77,7 +77,7 @@ class SearchData(CorpusSettings):
         if self.prepared and self.sources:
             raise ConfigError("give prepared or sources, not both")
         if self.prepared:
-            named = dict.fromkeys(Manifest.read(Path(self.prepared)).sources)
+            named = dict.fromkeys(Manifest.read(Path(self.prepared)).named)
         elif self.sources == BUILT_IN:
             named = dict.fromkeys(demo.SKILLS)
         else:

@@ -113,7 +113,7 @@ class Pretrain(Recipe):
             folder = prepare(data, tokenizer, seed, Path(self.args.output_dir), self.origin)
             self.manifest = manifest = Manifest.read(folder)
             self.results["ledger"] = ledger(manifest)
-            sources = dict.fromkeys(manifest.sources) if data.prepared else data.named_sources()
+            sources = dict.fromkeys(manifest.named) if data.prepared else data.named_sources()
             has_held_out = any(shard.split == "validation" for shard in manifest.shards)
             held_out = load_prepared(folder, "validation") if has_held_out else None
             weights = read_mixture(data.mixture, sources)

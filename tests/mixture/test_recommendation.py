@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.mixture.candidates import draw_mixtures
 from hf_objectives.mixture.laws import fit_law
 from hf_objectives.mixture.recommendation import recommend, summarise
+from hf_objectives.mixture.weights import draw_mixtures
 
 pytest.importorskip("sklearn", reason="scikit-learn is an extra: pip install 'hf-objectives[search]'")
 pytest.importorskip("scipy", reason="scipy is an extra: pip install 'hf-objectives[search]'")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
-from hf_objectives.errors import ConfigError
+from hf_objectives.errors import ConfigError, DataError
 from hf_objectives.mixture.row_table import INTEGERS, RowList, RowTable
 from hf_objectives.mixture.stream_feed import _is_shuffled
 
@@ -81,8 +81,9 @@ def test_rows_in_a_list_have_the_same_methods():
     assert rows.types() == {"ids": "", "text": "", "n": "int64", "share": "double"}
     assert RowTable(Dataset.from_list(ROWS)).types()["ids"] == INTEGERS
     assert RowTable(Dataset.from_dict({"t": ["a"]}, Features({"t": Value("string")}))).types() == {"t": "string"}
-    assert rows.odd(["n", "ids", "text", "share"]) is None
-    assert RowList([{"a": 1}, {"b": 2}]).odd(["a"]) == (1, ["b"])
+    rows.check_columns(["n", "ids", "text", "share"], "s")
+    with pytest.raises(DataError, match="source 's', row 8: columns b; expected a, as in the first row"):
+        RowList([{"a": 1}, {"b": 2}]).check_columns(["a"], "s", first=7)
 
 
 def test_what_is_taken_from_datasets_that_is_not_public():

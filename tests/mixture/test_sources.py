@@ -15,6 +15,7 @@ from hf_objectives.errors import ConfigError, DataError, PreparedDataError
 from hf_objectives.mixture.build import build_mixture
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
+from hf_objectives.preparation.manifest import Manifest
 from hf_objectives.preparation.splits import hold_out
 from tests.support.chat_corpus import byte_tokenizer, with_bos
 from tests.support.corpora import TOKENIZER, write_rows
@@ -213,3 +214,21 @@ def test_other_bad_sources_are_named(tmp_path):
     packed = Dataset.from_dict({"input_ids": [[1, 2]], "seq_lengths": [[1, 1]]})
     with pytest.raises(ConfigError, match="source 'a': its rows are packed already"):
         build_mixture({"sources": {"a": packed}, "packing": "across", "max_length": 8})
+
+
+def test_a_prepared_source_whose_rows_name_other_sources(tmp_path):
+    chats = write_rows(tmp_path / "chats.jsonl", demo.chats(30))
+    made = prepare_corpus({"chats": chats}, demo.build_tokenizer(), tmp_path / "out", CorpusConfig(256, num_proc=1))
+    assert "chats" not in made.sources
+    mixture = build_mixture({"sources": {"chats": {"path": str(tmp_path / "out"), "weight": 1}}})
+    assert {row["source"] for row in itertools.islice(mixture, 10)} == {"chats"}
+
+
+def test_a_folder_that_is_not_finished_says_so(tmp_path):
+    chats = write_rows(tmp_path / "chats.jsonl", demo.chats(30))
+    prepare_corpus({"chats": chats}, demo.build_tokenizer(), tmp_path / "out", CorpusConfig(256, num_proc=1))
+    Manifest(Manifest.read(tmp_path / "out").policy).write(tmp_path / "out")  # as at the beginning of preparation
+    with pytest.raises(
+        PreparedDataError, match="source 'chats': .*out is not finished .*run hf-objectives prepare again"
+    ):
+        build_mixture({"sources": {"chats": {"path": str(tmp_path / "out"), "weight": 1}}})

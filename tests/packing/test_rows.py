@@ -31,17 +31,17 @@ def test_rows_are_gathered_in_any_type_and_labels_are_a_copy(kind, longest, docu
         at += length
     if kind is np.int32:  # the others hold no -100, or no label
         packed.without_begins(again)
-        assert np.array_equal(flat, before) and np.array_equal(packed.gather(flat), rows)
+        assert np.array_equal(flat, before) and np.array_equal(packed.gather_all([flat])[0], rows)
         assert (again == -100).sum() == (packed.lengths > 0).sum()
 
 
 def rows_of(flat, offsets, max_length, **options):
     packed = pack_rows(offsets, max_length, **options)
-    labels = packed.without_begins(packed.gather(np.asarray(flat, np.int32)))
+    labels = packed.without_begins(packed.gather_all([np.asarray(flat, np.int32)])[0])
     spans = list(zip(packed.row_offsets[:-1], packed.row_offsets[1:], strict=True))
     pieces = list(zip(packed.piece_offsets[:-1], packed.piece_offsets[1:], strict=True))
     return (
-        [packed.gather(np.asarray(flat))[a:b].tolist() for a, b in spans],
+        [packed.gather_all([np.asarray(flat)])[0][a:b].tolist() for a, b in spans],
         [labels[a:b].tolist() for a, b in spans],
         [packed.lengths[a:b].tolist() for a, b in pieces],
         packed,
@@ -95,7 +95,7 @@ documents = st.lists(st.integers(0, 30), min_size=1, max_size=40)
 def test_every_token_is_in_a_row_or_dropped_with_its_document(sizes, max_length, strategy, overflow):
     offsets = np.concatenate(([0], np.cumsum(sizes)))
     packed = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
-    index = packed.gather(np.arange(offsets[-1]))  # every token a number of its own
+    index = packed.gather_all([np.arange(offsets[-1])])[0]  # every token a number of its own
     assert len(index) + packed.dropped.sum() == offsets[-1]
     assert len(set(index.tolist())) == len(index)
     assert np.diff(packed.row_offsets).max(initial=0) <= max_length

@@ -82,7 +82,7 @@ def test_it_goes_to_another_process_as_it_is(folder):
 
 def test_a_shard_that_breaks_while_it_is_read_is_named(folder, tmp_path):
     stream = load_prepared(folder, streaming=True)
-    shard = stream.files[stream._shard_of[stream.order(0, 1)[1][0]]]
+    shard = stream.files[stream._shard_of[stream._in_groups(stream.order(0, 1)[1])[0][0]]]
     whole = shard.read_bytes()
     try:
         shard.write_bytes(b"x" * len(whole))

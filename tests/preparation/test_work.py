@@ -102,6 +102,8 @@ def test_chats_and_texts_side_by_side(tmp_path):
     made = prepare_corpus(sources, demo.build_tokenizer(), tmp_path / "out", CorpusConfig(256, num_proc=1))
     check_balance(made)
     assert {"texts", "chat", "tool"} == set(made.sources) and made.policy["labels"]
+    assert len(load_prepared(tmp_path / "out")) == made.num_rows  # also of chats, whose rows name other sources
+    assert {"chat", "tool"} == {n for row in load_prepared(tmp_path / "out", sources=["chats"]) for n in row["sources"]}
     for row in load_prepared(tmp_path / "out"):
         trained = sum(label != -100 for label in row["labels"])
         assert trained == len(row["labels"]) - len(row["seq_lengths"]) if row["sources"][0] == "texts" else trained
