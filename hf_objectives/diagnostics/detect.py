@@ -7,12 +7,11 @@ tenth of the loss, a thirtyfold gradient, 0.1 nats) is the same for all runs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from hf_objectives.diagnostics import detect_alignment, detect_data, detect_evaluation, detect_loss, detect_optimizer
-from hf_objectives.diagnostics.curves import Curves, Log, read_runs
+from hf_objectives.diagnostics.curves import Curves, OneLog, read_runs
 from hf_objectives.diagnostics.run_view import ENOUGH, RunView, Sign
 from hf_objectives.errors import FileFormatError
 from hf_objectives.inspection import SEVERITIES, Finding
@@ -138,11 +137,11 @@ RULES = (
 )
 
 
-def diagnose(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Finding]:
+def diagnose(log: OneLog | Sequence[OneLog] | Mapping[str, OneLog]) -> list[Finding]:
     """Look at the log of one or several runs.
 
     Args:
-        log: what `read_runs` takes: a path, a Trainer's `log_history`, or several paths.
+        log: what `read_runs` takes: a path, a Trainer's `log_history`, or several of them.
 
     Returns:
         Findings by run, the worst first and those of one severity by step; none for a healthy run. Severity "info" is worth
@@ -153,12 +152,11 @@ def diagnose(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Find
         ConfigError: a package is missing that reads it.
     """
     runs = read_runs(log)
-    found: list[Finding] = []
-    points = [max(len(series.steps) for series in run.series.values()) for run in runs]
-    if max(points) < 2:
+    if all(run.points < 2 for run in runs):
         raise FileFormatError(f"{runs[0].name}: one point is no curve; expected at least two logged steps")
-    for run, longest in zip(runs, points, strict=True):
-        if longest < 2:
+    found: list[Finding] = []
+    for run in runs:
+        if run.points < 2:
             logger.warning("%s: one point is no curve; it was not judged", run.name)
             continue
         name = run.name if len(runs) > 1 else ""

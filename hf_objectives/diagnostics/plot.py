@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_objectives.diagnostics.curves import Curves, Log, read_curves, read_runs
+from hf_objectives.diagnostics.curves import Curves, OneLog, read_runs
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.drawing import check_ending, draw_panel, mark_findings, plain, same_steps, save
 from hf_objectives.diagnostics.panels import FINDING_COLOURS, Panel, colour_of, dashes_of, panels_of, shortened
 from hf_objectives.errors import FileFormatError
 from hf_objectives.inspection import SEVERITIES, Finding, visible
 
-OneLog = str | Path | Log | Curves
 _LISTED = 8  # findings
 _TEXT, _LINE_HEIGHT, _PANEL_HEIGHT = "findings", 0.17, 3.1  # inches
 _BANDS_UP_TO = 16  # runs; the bands of more would lie over all that is drawn
@@ -48,7 +46,9 @@ def plot_training_metrics(
     from matplotlib.figure import Figure
 
     check_ending(output)
-    runs = _runs(log)
+    runs = read_runs(log) if isinstance(log, Curves) or log else []
+    if not runs:
+        raise FileFormatError("no log was given; nothing to draw")
     for run in runs:
         if not panels_of([run]):
             raise FileFormatError(
@@ -56,8 +56,9 @@ def plot_training_metrics(
                 f"{', '.join(sorted(run.series)[:8])}"
             )
     panels = panels_of(runs)
-    marked = _diagnosed(runs) if findings is None else findings
-    marked = sorted(marked, key=lambda finding: (-SEVERITIES.index(finding.severity), finding.step))
+    if findings is None:
+        findings = diagnose(runs) if any(run.points > 1 for run in runs) else []
+    marked = sorted(findings, key=lambda finding: (-SEVERITIES.index(finding.severity), finding.step))
     columns = 3 if len(panels) > 4 else min(2, len(panels))
     width = 4.9 * columns + (1.5 if columns == 1 else 0)
     listing = _listing(marked, several=len(runs) > 1, characters=int(width * 14.5))
@@ -132,38 +133,3 @@ def _listing(findings: Sequence[Finding], *, several: bool, characters: int) -> 
     if len(findings) > _LISTED:
         lines.append((f"and {len(findings) - _LISTED} more", "black"))
     return lines
-
-
-def _runs(log: Any) -> list[Curves]:
-    """The runs in one log or several; several `log_history` lists are named run 1, run 2, ..."""
-    if isinstance(log, Mapping):
-        runs = [replace(_read(entry), name=str(name)) for name, entry in log.items()]
-    elif isinstance(log, (str, Path, Curves)):
-        runs = read_runs(log)
-    elif not isinstance(log, Sequence) or any(isinstance(entry, Mapping) for entry in log):
-        runs = [_read(log)]
-    elif all(isinstance(entry, (str, Path)) for entry in log):
-        runs = read_runs(log) if log else []
-    else:
-        runs = [_read(entry) for entry in log]
-        for i, entry in enumerate(log):
-            if not isinstance(entry, (str, Path, Curves)):
-                runs[i] = replace(runs[i], name=f"run {i + 1}")
-    if not runs:
-        raise FileFormatError("no log was given; nothing to draw")
-    return runs
-
-
-def _read(log: Any) -> Curves:
-    if not isinstance(log, (str, Path, Curves, Sequence)):
-        raise FileFormatError(f"{log!r:.60} is no log; expected a path, a Trainer's log_history, or several of them")
-    return read_curves(log)
-
-
-def _diagnosed(runs: Sequence[Curves]) -> list[Finding]:
-    found: list[Finding] = []
-    for run in runs:
-        # One point can be drawn, and has no course that could be wrong.
-        if max(len(series.steps) for series in run.series.values()) > 1:
-            found += [replace(finding, run=run.name) for finding in diagnose(run)]
-    return found

@@ -55,9 +55,8 @@ def write_report(
         runs.append(replace(other, name=f"{other.name} (2)") if other.name == curves.name else other)
     notes = list(curves.notes)
     # One logged step is no curve: a report of it still shows the settings and the labels.
-    is_curve = max(len(series.steps) for series in curves.series.values()) > 1
+    is_curve = curves.points > 1
     findings = diagnose(curves) if is_curve else []
-    findings.sort(key=lambda finding: (-SEVERITIES.index(finding.severity), finding.step))
     folder = run_folder(run)
     environment, settings = read_environment(folder, notes)
     page = _render(
@@ -133,8 +132,7 @@ def _extremes(series: Series) -> dict[str, Any]:
 def _summary(curves: Curves, findings: Sequence[Finding]) -> list[tuple[str, str, str]]:
     """Name, value and remark of what one looks for first."""
     last = max(int(series.steps[-1]) for series in curves.series.values())
-    points = max(len(series.steps) for series in curves.series.values())
-    cards = [("Steps", f"{last:,}", f"{points:,} logged")]
+    cards = [("Steps", f"{last:,}", f"{curves.points:,} logged")]
     for key, title in (
         ("loss", "Training loss"),
         ("eval_loss", "Validation loss"),
