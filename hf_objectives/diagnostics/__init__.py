@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         report_of_log,  # the last report of a mixture in a log
     )
     from hf_objectives.diagnostics.plot import (
+        plot_reward_model,  # draw a reward model's training and calibration
+        plot_rewards,  # draw a run of reinforcement learning
         plot_training_metrics,  # draw the curves of one or several runs, with findings marked
     )
     from hf_objectives.diagnostics.replay_step import (
@@ -37,12 +39,6 @@ if TYPE_CHECKING:
     )
     from hf_objectives.diagnostics.report import (
         write_report,  # write the report of a run as one HTML file
-    )
-    from hf_objectives.diagnostics.reward_model import (
-        plot_reward_model,  # draw a reward model's training and calibration
-    )
-    from hf_objectives.diagnostics.rewards import (
-        plot_rewards,  # draw a run of reinforcement learning
     )
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

@@ -1,21 +1,37 @@
-"""Draw training curves: one run or several over each other, with what is wrong marked where it is."""
+"""Draw training curves: one run or several over each other, with findings marked; reinforcement learning; reward models."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_objectives.diagnostics.curves import Curves, OneLog, read_runs
+from hf_objectives.diagnostics.curves import Curves, OneLog, read_curves, read_runs
 from hf_objectives.diagnostics.detect import diagnose
-from hf_objectives.diagnostics.drawing import check_ending, draw_panel, mark_findings, plain, same_steps, save
+from hf_objectives.diagnostics.drawing import (
+    check_ending,
+    draw_keys,
+    draw_panel,
+    mark_findings,
+    plain,
+    same_steps,
+    save,
+)
 from hf_objectives.diagnostics.panels import FINDING_COLOURS, Panel, colour_of, dashes_of, panels_of, shortened
 from hf_objectives.errors import FileFormatError
 from hf_objectives.inspection import SEVERITIES, Finding, visible
 
+if TYPE_CHECKING:
+    from hf_objectives.evaluation import Reliability
+
 _LISTED = 8  # findings
 _TEXT, _LINE_HEIGHT, _PANEL_HEIGHT = "findings", 0.17, 3.1  # inches
+_SHARES = {
+    "completions/finished": "finished answers",
+    "clip_fraction": "clipped tokens",
+    "explained_variance": "variance explained by the critic",
+}
 _BANDS_UP_TO = 16  # runs; the bands of more would lie over all that is drawn
 
 
@@ -133,3 +149,77 @@ def _listing(findings: Sequence[Finding], *, several: bool, characters: int) -> 
     if len(findings) > _LISTED:
         lines.append((f"and {len(findings) - _LISTED} more", "black"))
     return lines
+
+
+# -- alignment ------------------------------------------------------------------------------------------------------
+
+
+def plot_rewards(log: OneLog, output: str | Path = "rewards.png") -> Path:
+    """Draw the reward, the KL to the reference, the lengths of answers, and how the steps go.
+
+    Args:
+        log: what `read_curves` takes.
+        output: the picture; its ending names the format (png, svg, pdf).
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        FileFormatError: no log where `log` says, or a log without rewards.
+        ConfigError: another ending.
+    """
+    from matplotlib.figure import Figure
+
+    curves = read_curves(log)
+    if "reward" not in curves:
+        raise FileFormatError("the log has no 'reward'; nothing to draw")
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    (reward, kl), (length, shares) = figure.subplots(2, 2, sharex=True)
+    draw_keys(reward, curves, {"reward": "training", "eval_reward": "evaluation"}, "Reward (mean of an answer)")
+    key, unit = ("kl_per_answer", "answer") if "kl_per_answer" in curves else ("kl", "token")
+    draw_keys(kl, curves, {key: "KL to the reference"}, f"KL to the reference (nats per {unit})")
+    draw_keys(length, curves, {"completions/mean_length": "mean length of an answer"}, "Tokens of an answer")
+    draw_keys(shares, curves, _SHARES, "Shares")
+    shares.set(ylim=(-0.05, 1.05))
+    for axes in (reward, kl):
+        axes.set(xlabel="")
+    return save(figure, output)
+
+
+def plot_reward_model(
+    log: OneLog, reliabilities: Mapping[str, Reliability], output: str | Path = "reward_model.png"
+) -> Path:
+    """Draw loss and accuracy over steps, and a reliability diagram: how often choices of a confidence are right.
+
+    Args:
+        log: what `read_curves` takes; an empty `log_history` gives the diagram alone.
+        reliabilities: what to draw in the diagram, by name; a dot's area is its bin's share of the pairs.
+        output: the picture; its ending names the format (png, svg, pdf).
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        FileFormatError: no log where `log` says, or nothing in it can be read.
+        ConfigError: another ending.
+    """
+    from matplotlib.figure import Figure
+
+    curves = read_curves(log) if log else Curves("nothing was trained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    loss, accuracy, diagram = figure.subplots(1, 3)
+    draw_keys(loss, curves, {"loss": "training", "eval_loss": "held out"}, "Loss (nats per pair)")
+    low, high = (curves.get(f"eval_accuracy_{end}") for end in ("low", "high"))
+    if len(low.steps):
+        accuracy.fill_between(*low, high.values, alpha=0.2, color=colour_of(1), label="95 % interval")
+    draw_keys(accuracy, curves, {"accuracy": "training", "eval_accuracy": "held out"}, "Accuracy")
+    diagram.plot([0.5, 1], [0.5, 1], "--", color="grey", label="calibrated")
+    for name, found in reliabilities.items():
+        full = found.counts > 0
+        areas = 400 * found.counts[full] / found.counts.sum()
+        label = f"{name}, ECE {found.expected_calibration_error:.3f}"
+        diagram.scatter(found.confidence[full], found.accuracy[full], areas, alpha=0.7, label=label)
+    diagram.set(title="Calibration (held out)", xlabel="confidence, sigmoid of the margin", ylabel="accuracy")
+    diagram.grid(alpha=0.25)
+    diagram.legend(frameon=False)
+    return save(figure, output)
