@@ -73,19 +73,17 @@ def describes(model: nn.Module) -> bool:
 def describe_examples(
     model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, *, together: bool = False
 ) -> list[dict[str, Any]]:
-    """The documents of a batch, packed ones one by one.
+    """The documents of a batch, packed ones one by one; none where the batch tells no labels of tokens.
 
     Args:
         model: a causal language model (see `describes`).
         batch: `input_ids` and `labels` (int64 [batch, length], unshifted), or a mask of trained tokens instead of labels;
-            `source_ids` and `row_ids` (int64 [batch, length], or one a row) with `source_names` where the collator gives
-            them.
+            `source_ids` and `row_ids` (the same shape, or one a row) with `source_names` where the collator gives them.
         together: all rows in one forward pass, as in training (dropout draws otherwise), whatever memory that takes.
 
     Returns:
         A mapping for each: `batch_row`, `source` and `row` (None where unknown), `tokens` (trained ones), `loss` (mean nats
-        per trained token; None where no token is trained), `text`. Empty where the batch tells neither labels nor a mask, or
-        the labels are not those of tokens.
+        per trained token; None where no token is trained), `text`.
     """
     whole = with_labels(batch)
     if whole is None or getattr(whole["labels"], "shape", None) != whole["input_ids"].shape:
@@ -101,6 +99,13 @@ def describe_examples(
         }
         for document in document_losses(model, whole, together=together)
     ]
+
+
+def mean_loss(examples: Sequence[Mapping[str, Any]]) -> float:
+    """Nats per trained token over all examples; NaN where no token is trained."""
+    trained = [example for example in examples if example["tokens"]]
+    tokens = sum(example["tokens"] for example in trained)
+    return sum(example["loss"] * example["tokens"] for example in trained) / tokens if tokens else math.nan
 
 
 def random_state() -> dict[str, Any]:
@@ -144,12 +149,9 @@ def write_event(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EVENT).unlink(missing_ok=True)  # of a run before it in the same folder
-    left_out: set[str] = set()
-    kept = []
-    for batch in batches:
-        plain = {str(key): _plain(value) for key, value in batch.items()}
-        left_out |= {key for key, value in plain.items() if value is _UNKNOWN}
-        kept.append({key: value for key, value in plain.items() if value is not _UNKNOWN})
+    plain = [{str(key): _plain(value) for key, value in batch.items()} for batch in batches]
+    kept = [{key: value for key, value in batch.items() if value is not _UNKNOWN} for batch in plain]
+    left_out = {key for batch in plain for key, value in batch.items() if value is _UNKNOWN}
     torch.save(kept, folder / BATCHES)
     torch.save(dict(state), folder / RANDOM)
     whole = {**event, **({"left_out": sorted(left_out)} if left_out else {})}

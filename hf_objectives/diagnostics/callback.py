@@ -18,6 +18,7 @@ from hf_objectives.diagnostics.batch_record import (
     describe_examples,
     describes,
     excerpt,
+    mean_loss,
     random_state,
     to_json,
     write_event,
@@ -230,18 +231,22 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         step = state.global_step + 1
         if self._suspects.settle(spike is not None):
             write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
-        if spike is not None:
-            self.events += 1
-            if self.events <= self.max_events:
-                examples = self._examples(window)
-                self._name_suspects(step, examples, _limit(spike, examples))
-                self._write(step, state, spike, window, examples)
-        elif self._is_due(step):
+        if spike is None and not self._is_due(step):
+            return
+        is_written = self.events < self.max_events
+        if spike is None or is_written:
             examples = self._examples(window)
-            if self._name_suspects(step, examples) and step > 1:
-                self.events += 1
-                if self.events <= self.max_events:
-                    self._write(step, state, Spike(loss, math.nan, math.nan, math.nan), window, examples)
+            suspects = self._suspects.judge(examples, math.inf if spike is None else _limit(spike, examples))
+            for suspect in suspects:
+                self._append(SUSPECTS, {"step": step, **suspect})
+            self._suspects.take(suspects, len(examples))
+            if spike is None:
+                if not suspects or step == 1:
+                    return
+                spike = Spike(loss, math.nan, math.nan, math.nan)
+        self.events += 1
+        if is_written:
+            self._write(step, state, spike, window, examples)
 
     def _is_due(self, step: int) -> bool:
         if self.sample_every and (step % self.sample_every == 0 or step == 1):
@@ -278,15 +283,6 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         self._last = time.perf_counter() - begin
         self._spent += self._last
         return described
-
-    def _name_suspects(
-        self, step: int, examples: list[dict[str, Any]], limit: float = math.inf
-    ) -> list[dict[str, Any]]:
-        suspects = self._suspects.judge(examples, limit)
-        for suspect in suspects:
-            self._append(SUSPECTS, {"step": step, **suspect})
-        self._suspects.take(suspects, len(examples))
-        return suspects
 
     def _write(self, step: int, state: Any, spike: Spike, window: _Window, examples: list[dict[str, Any]]) -> None:
         folder = self.folder / f"step_{step}_rank_{rank()}"
@@ -369,11 +365,8 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
 
 def _limit(spike: Spike, examples: list[dict[str, Any]]) -> float:
     """The loss above which an example is suspect: that of the step, where it too is in nats per token."""
-    trained = [example for example in examples if example["tokens"]]
-    tokens = sum(example["tokens"] for example in trained)
-    mean = sum(example["loss"] * example["tokens"] for example in trained) / max(1, tokens)
-    same_unit = math.isfinite(spike.value) and abs(mean - spike.value) < 0.25 * abs(spike.value)
-    return spike.limit if same_unit else math.inf
+    off = abs(mean_loss(examples) - spike.value)
+    return spike.limit if math.isfinite(spike.value) and off < 0.25 * abs(spike.value) else math.inf
 
 
 def _advice(examples: list[dict[str, Any]]) -> str:

@@ -31,19 +31,12 @@ _MAPPING = "expected a mapping such as a Trainer's log_history has"
 
 @dataclass
 class Curves:
-    """The log of one run.
+    """The log of one run."""
 
-    Attributes:
-        name: of the run, from its folder or file.
-        series: curves by the Trainer's names: loss, eval_loss, learning_rate, grad_norm, epoch, ...
-        notes: what could not be read or was put right, a sentence each.
-        seams: steps at which the run was resumed.
-    """
-
-    name: str
-    series: dict[str, Series] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    seams: list[int] = field(default_factory=list)
+    name: str  #: from its folder or file
+    series: dict[str, Series] = field(default_factory=dict)  #: by the Trainer's names: loss, eval_loss, grad_norm, ...
+    notes: list[str] = field(default_factory=list)  #: what could not be read or was put right, a sentence each
+    seams: list[int] = field(default_factory=list)  #: steps at which the run was resumed
 
     def __contains__(self, key: str) -> bool:
         return key in self.series

@@ -22,17 +22,12 @@ _FLOOD = 5  # spikes of one severity that are reported one by one
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of finding.
-
-    Attributes:
-        kind: its name.
-        cases: functions of a run. Each gives what it saw, if anything; its docstring says what it looks for.
-        advice: what to do, the likeliest cause first. `{step}` stands for the first step.
-    """
+    """One kind of finding."""
 
     kind: str
+    # Functions of a run. Each gives what it saw, if anything; its docstring says what it looks for.
     cases: tuple[Callable[[RunView], Iterable[Sign]], ...]
-    advice: str
+    advice: str  # what to do, the likeliest cause first; `{step}` stands for the first step
 
 
 RULES = (

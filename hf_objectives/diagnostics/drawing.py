@@ -175,7 +175,7 @@ def same_steps(axes: Iterable[Any], runs: Sequence[Curves]) -> None:
 
 
 def mark_findings(axes: Mapping[str, Any], findings: Sequence[Finding], *, bands: bool = True) -> None:
-    """Mark the first findings (the gravest) by number in the panels that show them: a line at the step, a band over the steps.
+    """Mark the first findings by number in the panels that show them: a line at the step, a band over its steps.
 
     `axes` are by name of the panel, with the limits of their steps set.
     """

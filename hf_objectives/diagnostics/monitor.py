@@ -21,19 +21,12 @@ _LOWEST_OF_64 = 3.2  # standard deviations: the lowest of 64 normal values is hi
 
 
 class Spike(NamedTuple):
-    """A loss out of its noise.
-
-    Attributes:
-        value: the loss.
-        level: the median of the losses before it.
-        limit: the loss from which on it is a spike.
-        deviations: its height over the level, in standard deviations of the noise.
-    """
+    """A loss out of its noise."""
 
     value: float
-    level: float
-    limit: float
-    deviations: float
+    level: float  #: the median of the losses before it
+    limit: float  #: the loss from which on it is a spike
+    deviations: float  #: its height over the level, in standard deviations of the noise
 
     @property
     def kind(self) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from hf_objectives.diagnostics.batch_record import describe_examples, read_event, restored_random_state
+from hf_objectives.diagnostics.batch_record import describe_examples, mean_loss, read_event, restored_random_state
 from hf_objectives.errors import ConfigError, FileFormatError
 
 WEIGHTS = "weights"
@@ -21,23 +20,16 @@ WEIGHTS = "weights"
 
 @dataclass
 class Replay:
-    """A batch that was computed again.
+    """A batch that was computed again."""
 
-    Attributes:
-        event: what was written about it.
-        model: where the weights came from.
-        exact: whether they are the weights of that very step.
-        examples: those that were written, each with `replayed`: its loss now in nats per trained token, without dropout, as
-            the monitor computed it (None without trained tokens).
-        loss: nats per trained token of the whole step, with dropout and the step's own random numbers. The trainer computed
-            the same where its loss is the plain cross-entropy. (transformers' own Trainer divides by one token more a row,
-            the first, which nothing predicts.)
-    """
-
-    event: dict[str, Any]
-    model: str
-    exact: bool
+    event: dict[str, Any]  #: what was written about it
+    model: str  #: where the weights came from
+    exact: bool  #: whether they are the weights of that very step
+    #: Those that were written, each with `replayed`: its loss now in nats per trained token, without dropout, as the monitor
+    #: computed it (None without trained tokens).
     examples: list[dict[str, Any]]
+    #: Nats per trained token of the whole step, with dropout and the step's own random numbers. The trainer computed the same
+    #: where its loss is the plain cross-entropy. (transformers' own Trainer divides by one token more a row, the first.)
     loss: float
 
     @property
@@ -71,11 +63,12 @@ def replay(folder: str | Path, model: str | Path | Any | None = None) -> Replay:
     training = loaded.training
 
     def described(together: bool) -> list[dict[str, Any]]:
-        with _precision(event, loaded):
+        precision = getattr(torch, event["autocast"]) if event.get("autocast") else None
+        with torch.autocast(loaded.device.type, precision, enabled=precision is not None):
             return [
                 example
                 for batch in batches
-                for example in describe_examples(loaded, _placed(batch, loaded.device), None, together=together)
+                for example in describe_examples(loaded, send_to_device(batch, loaded.device), None, together=together)
             ]
 
     try:
@@ -87,27 +80,11 @@ def replay(folder: str | Path, model: str | Path | Any | None = None) -> Replay:
             )
         loaded.train()
         with restored_random_state(state):
-            loss = _mean(described(together=True))
+            loss = mean_loss(described(together=True))
     finally:
         loaded.train(training)
     examples = [{**then, "replayed": again["loss"]} for then, again in zip(event["examples"], now, strict=True)]
     return Replay(event, str(where) if loaded is not where else type(loaded).__name__, exact, examples, loss)
-
-
-def _precision(event: dict[str, Any], model: Any) -> AbstractContextManager[Any]:
-    autocast = event.get("autocast")
-    return torch.autocast(model.device.type, getattr(torch, autocast)) if autocast else nullcontext()
-
-
-def _placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-
-
-def _mean(examples: Sequence[dict[str, Any]]) -> float:
-    """Nats per trained token over all examples."""
-    trained = [example for example in examples if example["tokens"]]
-    tokens = sum(example["tokens"] for example in trained)
-    return sum(example["loss"] * example["tokens"] for example in trained) / tokens if tokens else math.nan
 
 
 def _load(where: str | Path, event: dict[str, Any]) -> Any:

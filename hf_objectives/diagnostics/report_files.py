@@ -102,7 +102,7 @@ def _read(folder: Path | None, name: str, kind: type, notes: list[str]) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{name} cannot be read ({error})")
         return kind()
-    if _depth(content) > _DEEPEST:
+    if _is_deeper(content, _DEEPEST):
         notes.append(f"{name} is nested more than {_DEEPEST} deep; it was left out")
     elif not isinstance(content, kind):
         notes.append(f"{name} holds {type(content).__name__}; expected {kind.__name__}")
@@ -111,16 +111,9 @@ def _read(folder: Path | None, name: str, kind: type, notes: list[str]) -> Any:
     return kind()
 
 
-def _depth(content: Any) -> int:
-    """Levels of lists and mappings; counting ends one above the limit."""
-    level, depth = [content], 0
-    while level and depth <= _DEEPEST:
-        depth += 1
-        inner = [
-            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, (dict, list))
-        ]
-        level = [value for values in inner for value in values]
-    return depth
+def _is_deeper(content: Any, levels: int) -> bool:
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return levels == 0 or any(_is_deeper(value, levels - 1) for value in inner)
 
 
 def _number(value: Any) -> float:
