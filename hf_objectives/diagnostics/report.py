@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_objectives.diagnostics.curves import Curves, Log, Series, read_curves
@@ -25,9 +24,8 @@ from hf_objectives.diagnostics.report_files import (
     read_labels,
     run_folder,
 )
-from hf_objectives.inspection import SEVERITIES, Finding, visible
+from hf_objectives.inspection import SEVERITIES, Finding, figure_text, visible, write_template
 
-_TEMPLATES = files(__package__) / "templates"
 _SIZE = (4.2, 2.5)  # inches; small, so that text is readable where a phone shows a panel at its width
 _TEXT, _GRID = "#010203", "#040506"  # stand for the page's colours until the SVG is written
 _COLOURS = {
@@ -77,7 +75,12 @@ def write_report(
     findings = diagnose(curves) if is_curve else []
     folder = run_folder(run)
     environment, settings = read_environment(folder, notes)
-    page = _render(
+    return write_template(
+        str(__package__),
+        "report.html.jinja",
+        output,
+        style=Markup((files(__package__) / "templates" / "report.css").read_text(encoding="utf-8")),
+        colours=FINDING_COLOURS,
         name=curves.name,
         other=runs[1].name if compare is not None else None,
         summary=_summary(curves, findings),
@@ -94,37 +97,6 @@ def write_report(
         differences=None if compare is None else read_differences(folder, run_folder(compare), notes),
         notes=notes,
     )
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A document may hold half a surrogate pair, which UTF-8 cannot.
-    path.write_bytes(page.encode("utf-8", "replace"))
-    return path
-
-
-def _render(**content: Any) -> str:
-    jinja = Environment(
-        loader=PackageLoader(str(__package__)),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    jinja.filters["figure"] = figure_text
-    style = Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    return jinja.get_template("report.html.jinja").render(**content, colours=FINDING_COLOURS, style=style)
-
-
-def _shown(value: Any) -> Any:
-    """Text with pictures for control characters: a bidi control in one name would turn round what follows."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def figure_text(value: Any) -> str:
-    """A number as people read it, nothing for None, anything else as text."""
-    if value is None or isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
-        return "" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
 # -- figures of the curves -----------------------------------------------------------------------------------------

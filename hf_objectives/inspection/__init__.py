@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         inspect_rows,  # encode rows as `prepare_dataset` does, and look at the result
     )
     from hf_objectives.inspection.safe_text import (
-        script_hash,  # the hash by which a page allows one script
-        script_json,  # JSON that may stand inside a script element
+        figure_text,  # a number as people read it
         visible,  # text with its control characters shown as pictures
+        write_template,  # write an HTML page from a template, text escaped
     )
     from hf_objectives.inspection.token_texts import (
         MASKS,  # columns that mark trained tokens where a row or a batch has no labels
