@@ -22,12 +22,9 @@ _TEMPLATES = files(__package__) / "templates"
 
 
 def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) -> Path:
-    """Write an inspection as one HTML page, and return its path.
+    """Write an inspection as one HTML page (.html), and return its path.
 
-    Args:
-        inspection: what was found.
-        path: the page, .html.
-        tokenizer: gives the names of tokens in its vocabulary. Without it only their texts and ids are shown.
+    Without a tokenizer, which gives the names of tokens in its vocabulary, only their texts and ids are shown.
     """
     script = (_TEMPLATES / "inspection.js").read_text(encoding="utf-8")
     # The page's policy names the hash of its one script. A browser hashes line ends as it reads them.
