@@ -26,9 +26,6 @@ _NAMES_SHOWN = 8  # of curves, in a note
 _UNIT_TOLERANCE = 0.005  # relative; two spellings of one perplexity agree better than that
 
 
-_MAPPING = "expected a mapping such as a Trainer's log_history has"
-
-
 @dataclass
 class Curves:
     """The log of one run."""
@@ -91,23 +88,22 @@ def read_runs(log: OneLog | Sequence[OneLog] | Mapping[str, OneLog]) -> list[Cur
         return [replace(read_curves(entry), name=str(name)) for name, entry in log.items()]
     if not isinstance(log, Sequence):
         raise FileFormatError(f"{log!r:.60} is no log; expected a path, a Trainer's log_history, or several of them")
-    if log and not any(isinstance(entry, Mapping) for entry in log):
-        return _named_apart([run for i, entry in enumerate(log) for run in _read_entry(entry, i)])
-    for i, line in enumerate(log):
-        if not isinstance(line, Mapping):
-            raise FileFormatError(f"entry {i} of the log is {line!r:.60}; {_MAPPING}")
+    several = log and not any(isinstance(entry, Mapping) for entry in log)
+    for i, entry in enumerate(log):
+        if not isinstance(entry, (Curves, str, Path, Sequence) if several else Mapping):
+            raise FileFormatError(
+                f"entry {i} of the log is {entry!r:.60}; expected a mapping such as a Trainer's log_history has"
+            )
+    if several:
+        runs: list[Curves] = []
+        for i, entry in enumerate(cast(Sequence[OneLog], log)):
+            if isinstance(entry, (str, Path)):
+                runs += _read_path(Path(entry))
+            else:
+                found = read_curves(entry)
+                runs.append(found if entry is found else replace(found, name=f"run {i + 1}"))
+        return _named_apart(runs)
     return _named_apart(_runs_of(cast(Log, log), "the log"))
-
-
-def _read_entry(entry: Any, i: int) -> list[Curves]:
-    """The runs of one of several logs."""
-    if isinstance(entry, Curves):
-        return [entry]
-    if isinstance(entry, (str, Path)):
-        return _read_path(Path(entry))
-    if not isinstance(entry, Sequence):
-        raise FileFormatError(f"entry {i} of the log is {entry!r:.60}; {_MAPPING}")
-    return [replace(read_curves(entry), name=f"run {i + 1}")]
 
 
 def _read_path(path: Path) -> list[Curves]:

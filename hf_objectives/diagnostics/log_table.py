@@ -15,6 +15,7 @@ from hf_objectives.diagnostics.log_names import RUN_KEYS, STAND_INS, canonical, 
 
 _SUMMARY = "train_runtime"  # stands in the Trainer's last line, whose train_loss is the mean over the whole run
 _Line = Mapping[str, Any]
+_Flags = NDArray[np.bool_]
 
 
 class Series(NamedTuple):
@@ -111,51 +112,55 @@ class LogTable:
         resumed = [name for name in series if resumes[name]]
         longest = max(resumed, key=lambda name: (name == "loss", len(series[name].steps)), default=None)
         seams = resumes[longest] if longest else []
-        notes = self._left_out(int((~valid).sum()) - self._stepless) + _order_notes(steps, stray, rewritten, seams)
+        notes = self._notes(steps, valid, stray, rewritten, seams)
         return {name: series[name] for name in columns if name in series}, notes, seams
 
     def _named(self) -> dict[str, list[_Column]]:
         """The columns of each curve. Where there is no other, a mean over the run is the loss, a test set the evaluation."""
-        filled = {
-            name: [column for column in columns.values() if column.values] for name, columns in self._columns.items()
-        }
-        filled = {name: columns for name, columns in filled.items() if columns}
+        points = {name: sum(len(column.values) for column in self._columns[name].values()) for name in self._columns}
         named: dict[str, list[_Column]] = {}
-        for name, columns in filled.items():
+        for name, columns in self._columns.items():
             usual = STAND_INS.get(name, name)
-            points = sum(len(column.values) for column in columns)
-            stands_in = usual not in filled and (points > 1 or usual != "loss")
-            named[usual if stands_in else name] = columns
+            stands_in = not points.get(usual) and (points[name] > 1 or usual != "loss")
+            if points[name]:
+                named[usual if stands_in else name] = list(columns.values())
         return named
 
-    def _left_out(self, bad_steps: int) -> list[str]:
+    def _notes(
+        self, steps: NDArray[np.float64], valid: _Flags, stray: _Flags, rewritten: _Flags, seams: list[int]
+    ) -> list[str]:
         notes = []
         if self._no_text:
             notes.append(f"keys that are no text were left out: {', '.join(list(self._no_text)[:5])}")
         if self._stepless:
             notes.append(
-                f"{self._stepless:,} of {len(self._steps):,} lines name no step and were left out; expected one of step, "
+                f"{self._stepless:,} of {len(steps):,} lines name no step and were left out; expected one of step, "
                 "global_step, iteration"
             )
         for key, odd in self._no_numbers.items():
             notes.append(f"{key}: {len(odd):,} values that are no numbers were left out, the first {odd[0]}")
         for name, columns in self._columns.items():
-            spellings = [key for key, column in columns.items() if column.values]
-            if len(spellings) > 1:
-                notes.append(
-                    f"{name} was read from {' and '.join(sorted(spellings))}; at one step the later line counts"
-                )
-        if bad_steps:
+            keys = sorted(key for key, column in columns.items() if column.values)
+            if len(keys) > 1:
+                notes.append(f"{name} was read from {' and '.join(keys)}; at one step the later line counts")
+        if bad_steps := int((~valid).sum()) - self._stepless:
             notes.append(f"{bad_steps:,} lines have a step that is no number from 0 on and were left out")
+        if stray.any():
+            first = f"{steps[int(stray.argmax())]:.0f}"
+            notes.append(f"{stray.sum():,} lines with a step out of order were left out, the first at step {first}")
+        if seams:
+            shown = ", ".join(f"{seam:,}" for seam in seams[:5]) + (" ..." if len(seams) > 5 else "")
+            notes.append(
+                f"steps go back to {shown}: read as {len(seams)} resumed run{'s' if len(seams) > 1 else ''}; "
+                f"{rewritten.sum():,} lines of steps that were written again later were left out"
+            )
         return notes
 
 
 def tables_by_run(lines: Iterable[_Line]) -> dict[str, LogTable]:
-    """One table for each run that the lines name in a column; "" where they name none.
+    """One table for each run that the lines name in a column, in the order written; "" where they name none.
 
-    Args:
-        lines: log lines in the order in which they were written. A line that names no run belongs to the run before it,
-            and lines before the first name belong to the first run.
+    A line that names no run belongs to the run before it, and lines before the first name belong to the first run.
     """
     tables: dict[str, LogTable] = defaultdict(LogTable)
     current = ""
@@ -169,16 +174,11 @@ def tables_by_run(lines: Iterable[_Line]) -> dict[str, LogTable]:
     return tables or {"": LogTable()}
 
 
-def _going_back(
-    steps: NDArray[np.int64], *, may_resume: bool
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_], list[int]]:
-    """Find where the steps of a curve go back.
+def _going_back(steps: NDArray[np.int64], *, may_resume: bool) -> tuple[_Flags, _Flags, list[int]]:
+    """Find where the steps of a curve go back: strays, points that were written again, and the first steps of resumed runs.
 
-    Example: after steps 10 20 30 a run is resumed and writes 20 30 40. The first 20 and 30 were rewritten.
-
-    Returns:
-        Which points are strays: one step that lies before its neighbours, which go on. Which points a resumed run wrote
-        again later: what was written last counts. And the first step of each resumed run.
+    A stray is one step that lies before its neighbours, which go on. Example of a resume: after steps 10 20 30 a run writes
+    20 30 40. The first 20 and 30 were written again; what was written last counts.
     """
     stray, rewritten = np.zeros(len(steps), bool), np.zeros(len(steps), bool)
     stray[1:-1] = (steps[1:-1] < steps[:-2]) & (steps[2:] > steps[:-2])
@@ -188,21 +188,3 @@ def _going_back(
     starts = np.append(np.where(np.diff(rest) < 0, rest[1:], np.inf), np.inf)  # of the run that begins behind a point
     rewritten[~stray] = rest >= np.minimum.accumulate(starts[::-1])[::-1]
     return stray, rewritten, sorted({int(start) for start in starts[np.isfinite(starts)]})
-
-
-def _order_notes(
-    steps: NDArray[np.float64], stray: NDArray[np.bool_], rewritten: NDArray[np.bool_], seams: list[int]
-) -> list[str]:
-    notes = []
-    if stray.any():
-        notes.append(
-            f"{int(stray.sum()):,} lines with a step out of order were left out, the first at step "
-            f"{steps[int(stray.argmax())]:.0f}"
-        )
-    if seams:
-        shown = ", ".join(f"{seam:,}" for seam in seams[:5]) + (" ..." if len(seams) > 5 else "")
-        notes.append(
-            f"steps go back to {shown}: read as {len(seams)} resumed run{'s' if len(seams) > 1 else ''}; "
-            f"{int(rewritten.sum()):,} lines of steps that were written again later were left out"
-        )
-    return notes

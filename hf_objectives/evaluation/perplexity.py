@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
 from hf_objectives.evaluation.counts import EvaluationCounts, PerplexityResult, TokenCount
@@ -108,19 +108,14 @@ def compute_perplexity(
     ]
     if not windows:
         raise NothingSupervisedError("no document has two tokens; there is nothing to predict")
-    total = TokenCount()
-    groups: dict[str, TokenCount] = {}
-    was_training = model.training
+    counts, was_training = EvaluationCounts(), model.training
     model.eval()
     try:
         for batch in _batches(windows, batch_tokens or (512 if device.type == "cpu" else 16_384)):
-            for window, count in zip(batch, _score(model, batch, lengths, device), strict=True):
-                total = total + count
-                if window.group is not None:
-                    groups[window.group] = groups.get(window.group, TokenCount()) + count
+            counts.add(count_batch(model, _tensors(batch, device), byte_lengths=lengths))
     finally:
         model.train(was_training)
-    return PerplexityResult.of(total, groups)
+    return PerplexityResult.of(counts.total, counts.sources)
 
 
 def _documents(texts: Iterable[Any], group_by: str | None) -> Iterator[tuple[str, str | None]]:
@@ -158,24 +153,19 @@ def _batches(windows: list[_Window], budget: int) -> Iterator[list[_Window]]:
     yield batch
 
 
-def _score(
-    model: nn.Module, batch: list[_Window], lengths: NDArray[np.int64], device: torch.device
-) -> list[TokenCount]:
-    """Count the scored tokens of each window of a batch; the first window is the longest."""
+def _tensors(batch: list[_Window], device: torch.device) -> dict[str, Any]:
+    """Windows, the longest first, as a batch for `count_batch`; their groups are its sources."""
     ids = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
     for i, window in enumerate(batch):
         ids[i, : len(window.ids)] = torch.tensor(window.ids)
         mask[i, : len(window.ids)] = 1
         labels[i, window.scored : len(window.ids)] = ids[i, window.scored : len(window.ids)]
-    targets = next_token_targets(labels)
-    inputs: dict[str, Tensor] = {"input_ids": ids.to(device)}
+    tensors = {"input_ids": ids, "labels": labels}
     if not mask.all():
-        inputs["attention_mask"] = mask.to(device)
-    nats = target_nll(model, inputs, targets.to(device)).cpu().numpy()
-    tokens = targets[targets != IGNORE_INDEX].numpy()
-    ends = np.cumsum([len(window.ids) - window.scored for window in batch])[:-1]
-    return [
-        TokenCount(float(nll.sum()), len(nll), int(lengths[scored].sum()))
-        for nll, scored in zip(np.split(nats, ends), np.split(tokens, ends), strict=True)
-    ]
+        tensors["attention_mask"] = mask
+    names = sorted({window.group for window in batch if window.group is not None})
+    if names:
+        numbers = torch.tensor([names.index(window.group or "") for window in batch])
+        tensors["source_ids"] = numbers[:, None].expand_as(ids)
+    return {**{name: tensor.to(device) for name, tensor in tensors.items()}, "source_names": names}

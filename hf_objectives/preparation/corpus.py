@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,11 @@ def prepare_corpus(
                     f"{folder} was prepared otherwise. {'; '.join(different)}. Choose another folder, or overwrite it"
                 )
         work = Work(tokenizer, config, folder, json.dumps(policy, sort_keys=True), with_labels, datasets)
-        return _run(work, _plan(listed, datasets, config), Manifest(policy, versions=_versions()))
+        return _run(
+            work,
+            _plan(listed, datasets, config),
+            Manifest(policy, versions={package: version(package) for package in _PACKAGES}),
+        )
 
 
 def load_prepared(
@@ -196,25 +201,20 @@ def _plan_one(file: tuple[str, str, str, int]) -> list[Segment]:
 def _all_texts(listed: Listed, datasets: Mapping[str, Dataset]) -> bool:
     """Whether every source holds plain texts, judged by the first row of each whose format is known."""
     for source, paths in listed:
-        rows = (row for path in paths for row in _rows(source, path, datasets))
-        if next((name for row in rows if (name := _format(row))), "text") != "text":
-            return False
+        for row in (row for path in paths for row in _rows(source, path, datasets)):
+            with suppress(DataError):  # broken rows are reported where they are prepared
+                if detect_format(row) != "text":
+                    return False
+                break
     return True
 
 
 def _rows(source: Source, path: str, datasets: Mapping[str, Dataset]) -> Iterator[Row]:
     if path in datasets:
         yield from datasets[path]
-    else:  # broken records are reported where they are prepared
+    else:
         for records in read_segment(whole_file(source.name, path, source.documents), skipped=Skipped()):
             yield from records.rows
-
-
-def _format(row: Row) -> str | None:
-    try:
-        return detect_format(row)
-    except DataError:
-        return None
 
 
 def _delete(folder: Path) -> None:
@@ -260,7 +260,7 @@ def _finished(folder: Path, key: str) -> Finished | None:
     account = folder / PROGRESS / f"{key}.json"
     if not account.exists():
         return None
-    done = Finished.from_json(account.read_bytes())
+    done = Finished.read(account)
     damaged = [shard.path for shard in done.shards if not shard.intact(folder)]
     for path in damaged:
         logger.warning("%s fails its checksum and is made again", folder / path)
@@ -272,7 +272,7 @@ def _remove_stale(folder: Path, manifest: Manifest, keys: set[str]) -> None:
     current = {shard.path for shard in manifest.shards}
     for account in (folder / PROGRESS).glob("*.json"):
         if account.stem not in keys:
-            for shard in Finished.from_json(account.read_bytes()).shards:
+            for shard in Finished.read(account).shards:
                 if shard.path not in current:
                     (folder / shard.path).unlink(missing_ok=True)
             account.unlink()
@@ -282,7 +282,3 @@ def _progress(folder: Path) -> str:
     planned = folder / PROGRESS / "segments"
     total = planned.read_text() if planned.exists() else "?"
     return f"{len(list((folder / PROGRESS).glob('*.json')))} of {total} segments finished"
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in _PACKAGES}

@@ -18,6 +18,7 @@ from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.readers import load_rows
+from hf_objectives.preparation.splits import rows_between
 from hf_objectives.preparation.work import concatenated
 from hf_objectives.preparation.workers import ENGINES, count_cores, run_local
 from hf_objectives.types import Row, check_one_of
@@ -118,8 +119,7 @@ def encode_rows(
 ) -> pa.Table:
     """Encode all rows without packing them: `input_ids`, `labels`, `source` and `row`; see `prepare_dataset`."""
     ledger = Ledger() if ledger is None else ledger
-    rows = dataset.with_format("arrow") if isinstance(dataset, Dataset) else dataset
-    work = _Encoding(BatchEncoder(tokenizer, config), source, rows)
+    work = _Encoding(BatchEncoder(tokenizer, config), source, dataset)
     size = len(dataset) if isinstance(dataset, (Dataset, Sequence)) else 0
     done = list(run_local(work, work.batches(), num_proc or max(1, min(count_cores(), size // (4 * _BATCH)))))
     done.sort(key=lambda batch: batch[0])
@@ -155,6 +155,5 @@ class _Encoding:
         first, rows = batch
         if rows is None:
             assert isinstance(self.dataset, (Dataset, Sequence))
-            found = self.dataset[first : first + _BATCH]
-            rows = found.to_pylist() if isinstance(found, pa.Table) else list(found)
+            rows = rows_between(self.dataset, first, first + _BATCH)
         return first, *self.encoder.encode(rows, source=self.source, numbers=range(first, first + len(rows)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset  # takes seconds to import, and options of the command line are checked here
 
 SPLITS = ("train", "validation")
-_ROWS_READ = 2_000
+ROWS_READ = 2_000  # of a dataset at a time
 _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
 
@@ -67,18 +68,14 @@ def hold_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> t
         return list(range(len(rows))), []
     if len(rows) < 2:
         raise ConfigError(f"eval_share {share} of {len(rows)} rows leaves nothing to train on")
-    drawn = draw_rows(_read(rows), seed)
+    parts = (rows_between(rows, begin, begin + ROWS_READ) for begin in range(0, len(rows), ROWS_READ))
+    drawn = draw_rows(itertools.chain.from_iterable(parts), seed)
     order = np.argsort(drawn, kind="stable")
     held = drawn < share
     held[order[0]], held[order[-1]] = True, False
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 
-def _read(rows: Dataset | Sequence[Row]) -> Iterator[Row]:
-    """Read rows as Python values, as preparation does."""
-    if isinstance(rows, Sequence):
-        yield from rows
-        return
-    table = rows.with_format("arrow")
-    for begin in range(0, len(rows), _ROWS_READ):
-        yield from table[begin : begin + _ROWS_READ].to_pylist()
+def rows_between(rows: Dataset | Sequence[Row], begin: int, end: int) -> list[Any]:
+    """Rows by number as Python values, whatever the format of a dataset."""
+    return list(rows[begin:end]) if isinstance(rows, Sequence) else rows.with_format("arrow")[begin:end].to_pylist()

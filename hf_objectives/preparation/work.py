@@ -31,11 +31,10 @@ from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.files import Segment
 from hf_objectives.preparation.readers import Records, Skipped, read_segment
 from hf_objectives.preparation.shards import PROGRESS, Shard, ShardWriter, id_type
-from hf_objectives.preparation.splits import SPLITS, draw_rows
+from hf_objectives.preparation.splits import ROWS_READ, SPLITS, draw_rows, rows_between
 from hf_objectives.types import IGNORE_INDEX
 
 _ROWS_PACKED = 512  # rows of documents that are packed together at least: fewer leave rows half full
-_ROWS_READ = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +61,26 @@ class Finished:
             r.endswith(SKIPPED) for account in accounts for r in account["dropped_rows"]
         )
 
-    def to_json(self) -> str:
-        """As JSON text."""
-        return json.dumps(asdict(self))
+    def write(self, folder: Path) -> None:
+        """Write it, whole or not at all."""
+        draft = folder / PROGRESS / f"{self.key}.draft"
+        draft.write_text(json.dumps(asdict(self)))
+        draft.replace(draft.with_suffix(".json"))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Finished:
-        """From JSON text."""
-        values = json.loads(text)
+    def read(cls, file: Path) -> Finished:
+        """What `write` wrote."""
+        values = json.loads(file.read_bytes())
         shards = [Shard(**shard) for shard in values["shards"]]
         return cls(values["key"], shards, values["ledgers"], Skipped(**values["skipped"]))
 
 
 @dataclass
 class Work:
-    """Turns segments into shards; picklable, so that it can go to another process or machine.
+    """Turns segments into shards in a folder; picklable, so that it can go to another process or machine.
 
     Attributes:
-        tokenizer: the tokenizer.
-        config: how documents become rows.
-        folder: where shards go.
-        policy: digest of the options and the tokenizer.
+        policy: the options and the tokenizer, as text.
         with_labels: whether shards hold `labels`.
         datasets: the datasets that segments name, by path.
     """
@@ -111,12 +109,7 @@ class Work:
         _ = self._byte_lengths, self._encoder
 
     def __call__(self, segment: Segment) -> Finished:
-        """Prepare a segment; its shards are in place and its account is written when this returns.
-
-        Raises:
-            DataError: a record cannot be used, and errors are not skipped.
-            DiskFullError: no space is left.
-        """
+        """Prepare a segment; its shards are in place and its account is written when this returns."""
         key = segment_key(segment, self.policy)
         ledgers, skipped = {split: Ledger() for split in SPLITS}, Skipped()
         source = "".join(c if c.isalnum() or c in "._" else "_" for c in segment.source)
@@ -135,9 +128,7 @@ class Work:
             if shard := writer.finish(path=paths[split], split=split, **names, **tokens):
                 shards.append(shard)
         done = Finished(key, shards, {split: ledger.to_dict() for split, ledger in ledgers.items()}, skipped)
-        draft = self.folder / PROGRESS / f"{key}.draft"
-        draft.write_text(done.to_json())
-        draft.replace(draft.with_suffix(".json"))
+        done.write(self.folder)
         return done
 
     def _documents(
@@ -169,10 +160,9 @@ class Work:
             yield from read_segment(segment, skipped=skipped)
             return
         assert segment.end is not None  # datasets are cut by row
-        rows = dataset.with_format("arrow")
-        for begin in range(segment.begin, segment.end, _ROWS_READ):
-            end = min(segment.end, begin + _ROWS_READ)
-            yield Records(rows[begin:end].to_pylist(), list(range(begin, end)))
+        for begin in range(segment.begin, segment.end, ROWS_READ):
+            end = min(segment.end, begin + ROWS_READ)
+            yield Records(rows_between(dataset, begin, end), list(range(begin, end)))
 
     def _split(self, records: Records) -> Iterator[tuple[str, Records]]:
         """The records to train on and those that are held out, as `hold_out` would choose them."""
@@ -187,14 +177,8 @@ class Work:
     def _pack(self, documents: pa.Table, ledger: Ledger) -> pa.Table:
         """Pack documents, and count in the ledger what packing keeps and what it leaves out."""
         config = self.config
-        rows = pack_table(
-            documents,
-            config.max_length,
-            strategy=config.strategy,
-            overflow=config.overflow,
-            labels=self.with_labels,
-            allow_empty=True,
-        )
+        how = {"strategy": config.strategy, "overflow": config.overflow}
+        rows = pack_table(documents, config.max_length, **how, labels=self.with_labels, allow_empty=True)
         kept = _count(rows, self._byte_lengths)
         sizes = np.diff(flat_column(documents, "input_ids")[1])
         too_long = np.maximum(sizes - config.max_length, 0)
@@ -221,7 +205,7 @@ def segment_key(segment: Segment, policy: str) -> str:
 def cut_dataset(source: str, path: str, dataset: Dataset, shard_bytes: int) -> list[Segment]:
     """Cut a dataset into segments of about `shard_bytes`."""
     per_row = max(1, dataset.data.nbytes // max(1, len(dataset.data)))
-    rows = max(_ROWS_READ, shard_bytes // per_row)
+    rows = max(ROWS_READ, shard_bytes // per_row)
     bounds = [*range(0, len(dataset), rows), len(dataset)]
     return [Segment(source, path, a, b, a, len(dataset), 0) for a, b in itertools.pairwise(bounds)]
 
