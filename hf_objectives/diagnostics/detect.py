@@ -193,8 +193,8 @@ def _without_echoes(found: list[Finding]) -> list[Finding]:
     kept = []
     for finding in found:
         after_break = finding.kind in ("plateau", "not_decreasing", "sawtooth") and any(
-            one.kind == "non_finite" or (one.kind == "spike_sustained" and one.step <= finding.last_step)
-            for one in broken
+            other.kind == "non_finite" or (other.kind == "spike_sustained" and other.step <= finding.last_step)
+            for other in broken
         )
         rises = finding.kind == "plateau" and "not_decreasing" in kinds
         toothed = finding.kind in ("plateau", "not_decreasing") and "sawtooth" in kinds

@@ -185,8 +185,8 @@ def plateau(run: RunView) -> Iterator[Sign]:
             step = int(steps[begin])
             low = run.is_language_model and level < max(LOW, 0.05 * start)
             evidence = (
-                f"loss {start:.4g} to {level:.4g} by step {step:,}, then {rest.change:+.2g} over the remaining "
-                f"{len(tail)} logged steps ({rest.low:+.2g} to {rest.high:+.2g})"
-            ) + (": nothing is left to learn" if low else "")
+                f"loss {start:.4g} to {level:.4g} by step {step:,}, then {rest.change:+.2g} over the remaining {len(tail)} "
+                f"logged steps ({rest.low:+.2g} to {rest.high:+.2g}){': nothing is left to learn' if low else ''}"
+            )
             yield Sign("info" if low else "warning", step, int(steps[-1]), evidence)
             return
