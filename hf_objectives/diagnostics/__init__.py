@@ -9,6 +9,7 @@ from hf_objectives import import_on_use
 if TYPE_CHECKING:
     from hf_objectives.diagnostics.batch_record import (
         excerpt,  # the part of a marked text where training begins
+        replay,  # compute a batch that the monitor kept again
     )
     from hf_objectives.diagnostics.callback import (
         DiagnosticsCallback,  # watches every step of a Trainer: ours, transformers' or TRL's
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
         plot_reward_model,  # draw a reward model's training and calibration
         plot_rewards,  # draw a run of reinforcement learning
         plot_training_metrics,  # draw the curves of one or several runs, with findings marked
-    )
-    from hf_objectives.diagnostics.replay_step import (
-        replay,  # compute a batch that the monitor kept again
     )
     from hf_objectives.diagnostics.report import (
         write_report,  # write the report of a run as one HTML file

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_objectives.diagnostics.batch_record import (
+    WEIGHTS,
     describe_examples,
     describes,
     excerpt,
@@ -25,7 +26,6 @@ from hf_objectives.diagnostics.batch_record import (
 )
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.monitor import Spike, SpikeMonitor
-from hf_objectives.diagnostics.replay_step import WEIGHTS
 from hf_objectives.diagnostics.suspects import BLOCKLIST, SUSPECTS, Blocked, Suspects, write_blocklist
 from hf_objectives.distributed import any_rank, gather_objects, rank
 from hf_objectives.errors import ConfigError, NonFiniteError
@@ -285,7 +285,10 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         return described
 
     def _write(self, step: int, state: Any, spike: Spike, window: _Window, examples: list[dict[str, Any]]) -> None:
+        trainer, args = self.trainer, self.trainer.args
         folder = self.folder / f"step_{step}_rank_{rank()}"
+        rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
+        seed = args.seed if args.data_seed is None else args.data_seed
         event = {
             "step": step,
             "rank": rank(),
@@ -296,35 +299,26 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
             "limit": spike.limit,
             "deviations": spike.deviations,
             "grad_norm": self._grad_norm,
-            **self._surroundings(state),
+            **rates,
+            "epoch": state.epoch,
+            # What a replay must know of the run.
+            "run": str(Path(args.output_dir or ".").resolve()),
+            "weights": WEIGHTS if self.save_weights else None,
+            "model": origin_of(trainer.model),
+            "dtype": next((str(p.dtype)[6:] for p in trainer.model.parameters() if p.is_floating_point()), None),
+            "autocast": {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision),
+            "attn_implementation": attention_of(trainer.model),
+            "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": seed},
             "examples": examples,
         }
         if self.save_weights:
-            self.trainer.accelerator.unwrap_model(self.trainer.model).save_pretrained(folder / WEIGHTS)
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / WEIGHTS)
         write_event(folder, event, [batch for batch, _ in window], self._random)
         usual = "" if math.isnan(spike.level) else f", usually {spike.level:.4g}"
         logger.warning(
             "step %d: loss %.4g%s, gradient norm %s. %s Written to %s",
             *(step, spike.value, usual, self._grad_norm, _advice(examples), folder),
         )
-
-    def _surroundings(self, state: Any) -> dict[str, Any]:
-        """What a replay must know of the run."""
-        trainer, args = self.trainer, self.trainer.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
-        rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
-        return {
-            **rates,
-            "epoch": state.epoch,
-            "run": str(Path(args.output_dir or ".").resolve()),
-            "weights": WEIGHTS if self.save_weights else None,
-            "model": origin_of(trainer.model),
-            "dtype": next((str(p.dtype)[6:] for p in trainer.model.parameters() if p.is_floating_point()), None),
-            "autocast": precision,
-            "attn_implementation": attention_of(trainer.model),
-            "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": seed},
-        }
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
