@@ -117,7 +117,7 @@ def _read_path(path: Path) -> list[Curves]:
         for folder in sorted(child for child in path.iterdir() if child.is_dir() and any(candidates(child))):
             try:
                 runs += _read_path(folder)
-            except FileFormatError as error:
+            except (FileFormatError, ConfigError) as error:
                 failed.append(error)
                 left_out.append(f"another run was left out: {error}")
     if not runs and failed:

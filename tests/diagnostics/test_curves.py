@@ -126,6 +126,15 @@ def test_a_missing_package_is_named_before_a_file_that_is_no_log(tmp_path, monke
         read_curves(tmp_path)
 
 
+def test_a_missing_package_for_one_run_leaves_the_other_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "events.out.tfevents.1.host").write_bytes(b"\x18\0\0\0")
+    log(tmp_path / "b" / "log.jsonl")
+    (run,) = read_runs(tmp_path)
+    assert run.name == "b" and "another run was left out" in run.notes[-1] and "tensorboard" in run.notes[-1]
+
+
 def test_no_training_loss_is_said():
     (run,) = read_runs([{"step": i, "eval_loss": 2.0, "accuracy": 0.5} for i in (1, 2)])
     assert run.notes == ["no curve of training loss; found: eval_loss, accuracy"]
