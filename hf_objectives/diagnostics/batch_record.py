@@ -172,8 +172,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:
@@ -183,8 +183,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(value.copy())
     if isinstance(value, (list, tuple)):
-        parts = [_plain(one) for one in value]
-        return _UNKNOWN if any(one is _UNKNOWN for one in parts) else parts
+        parts = [_plain(part) for part in value]
+        return _UNKNOWN if any(part is _UNKNOWN for part in parts) else parts
     return value if value is None or type(value) in (str, int, float, bool) else _UNKNOWN
 
 

@@ -371,9 +371,11 @@ def _advice(examples: list[dict[str, Any]]) -> str:
     if not trained:
         return f"No token of this batch is trained: every label is masked, as in {excerpt(examples[0]['text'], 120)!r}."
     # Where no example stands out, the whole batch came with the spike.
-    suspects = [example for example in examples if example["suspect"]] or [max(trained, key=lambda one: one["loss"])]
+    suspects = [example for example in examples if example["suspect"]] or [
+        max(trained, key=lambda example: example["loss"])
+    ]
     named = "; ".join(
-        f"source {one['source']!r}, row {one['row']}, loss {one['loss']:.3g}: {one['text'][:120]!r}"
-        for one in suspects[:3]
+        f"source {suspect['source']!r}, row {suspect['row']}, loss {suspect['loss']:.3g}: {suspect['text'][:120]!r}"
+        for suspect in suspects[:3]
     )
     return f"Look at {named}."

@@ -94,20 +94,20 @@ class LogTable:
         columns = self._named()
         for name in sorted(columns, key=lambda name: name != "loss"):  # the loss first
             lines = np.concatenate([np.array(column.lines) for column in columns[name]])
-            values = np.concatenate([np.array(column.values) for column in columns[name]])
             order = np.argsort(lines, kind="stable")
             order = order[valid[lines[order]]]
-            lines, values = lines[order], values[order]
-            at = steps[lines].astype(np.int64)
+            values = np.concatenate([np.array(column.values) for column in columns[name]])[order]
+            lines = lines[order]
+            points = steps[lines].astype(np.int64)
             # Training that never went back was not resumed: evaluations behind it come late, or from an older checkpoint.
             straight = "loss" in series and len(series["loss"].steps) > 1 and not resumes["loss"]
-            is_stray, is_rewritten, resumes[name] = _going_back(at, may_resume=not straight)
+            is_stray, is_rewritten, resumes[name] = _going_back(points, may_resume=not straight)
             stray[lines[is_stray]], rewritten[lines[is_rewritten]] = True, True
             kept = np.flatnonzero(~is_stray & ~is_rewritten)
-            kept = kept[np.argsort(at[kept], kind="stable")]
-            kept = kept[np.append(np.diff(at[kept]) > 0, True)[: len(kept)]]  # at one step the later line counts
+            kept = kept[np.argsort(points[kept], kind="stable")]
+            kept = kept[np.append(np.diff(points[kept]) > 0, True)[: len(kept)]]  # at one step the later line counts
             if len(kept):
-                series[name] = Series(at[kept], values[kept])
+                series[name] = Series(points[kept], values[kept])
         # A resume shows in every curve, in each at its own step.
         resumed = [name for name in series if resumes[name]]
         longest = max(resumed, key=lambda name: (name == "loss", len(series[name].steps)), default=None)

@@ -113,13 +113,21 @@ def shown_in(kind: str, panels: Collection[str]) -> list[str]:
 
 def with_perplexities(run: Curves) -> Completed:
     """The run, with exp(loss) where the loss of a language model or of a validation set has no perplexity beside it."""
-    made = {}
-    if not any(_of_preferences(key.removeprefix("eval_")) for key in run.series):
-        for key, series in run.series.items():
-            name = f"{key.removesuffix('loss')}perplexity"
-            if (key in ("loss", "eval_loss") or _is_of_set(key)) and name not in run:
-                with np.errstate(over="ignore"):
-                    made[name] = Series(series.steps, np.exp(series.values))
+    plain = {key.removeprefix("eval_") for key in run.series}
+    # Beside these a loss is no mean over tokens. An accuracy says nothing: it may be that of tokens, as `run_clm` logs it.
+    of_preferences = plain & {"reward", "kl", "kl_per_answer", "margin"} or any(
+        key.startswith(("rewards/", "completions/")) for key in plain
+    )
+    made: dict[str, Series] = {}
+    if of_preferences:
+        return Completed(run.name, run.series, run.notes, run.seams)
+    for key, series in run.series.items():
+        source = key.removeprefix("eval_").removesuffix("_loss")
+        of_set = key == f"eval_{source}_loss" and source not in {"", *_PARTS}
+        name = f"{key.removesuffix('loss')}perplexity"
+        if (of_set or key in ("loss", "eval_loss")) and name not in run:
+            with np.errstate(over="ignore"):
+                made[name] = Series(series.steps, np.exp(series.values))
     return Completed(run.name, {**run.series, **made}, run.notes, run.seams, frozenset(made))
 
 
@@ -214,23 +222,6 @@ def _far_apart(lines: Sequence[Line]) -> bool:
     peaks = [float(np.nanmax(line.series.values)) for line in lines]
     peaks = [peak for peak in peaks if 0 < peak < np.inf]
     return bool(peaks) and max(peaks) > 10 * min(peaks)
-
-
-# -- perplexity from loss ------------------------------------------------------------------------------------------
-
-
-def _of_preferences(key: str) -> bool:
-    """Whether a loss beside that key is no mean over tokens, so that its exponential is no perplexity.
-
-    An accuracy says nothing: it may be that of tokens, as `run_clm` logs it.
-    """
-    return key in ("reward", "kl", "kl_per_answer", "margin") or key.startswith(("rewards/", "completions/"))
-
-
-def _is_of_set(key: str) -> bool:
-    """Whether that is the loss of a validation set, as `eval_wiki_loss` is."""
-    name = key.removeprefix("eval_").removesuffix("_loss")
-    return key == f"eval_{name}_loss" and name != "" and name not in _PARTS
 
 
 def _made_note(lines: Sequence[Line]) -> str:

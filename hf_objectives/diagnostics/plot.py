@@ -49,11 +49,8 @@ def plot_training_metrics(
     Args:
         log: what `read_curves` takes: a `trainer_state.json`, a run's folder, a Trainer's `log_history`, `Curves`, ...; or
             several, as a list or by name.
-        output: the picture; its ending names the format (png, svg, pdf).
+        output: the picture, whose path is returned; its ending names the format (png, svg, pdf).
         findings: what to mark; by default what `diagnose` finds. An empty list marks nothing.
-
-    Returns:
-        The path of the picture.
 
     Raises:
         FileFormatError: no log where `log` says, or a log with nothing that is drawn.
@@ -159,10 +156,7 @@ def plot_rewards(log: OneLog, output: str | Path = "rewards.png") -> Path:
 
     Args:
         log: what `read_curves` takes.
-        output: the picture; its ending names the format (png, svg, pdf).
-
-    Returns:
-        The path of the picture.
+        output: the picture, whose path is returned; its ending names the format (png, svg, pdf).
 
     Raises:
         FileFormatError: no log where `log` says, or a log without rewards.
@@ -194,10 +188,7 @@ def plot_reward_model(
     Args:
         log: what `read_curves` takes; an empty `log_history` gives the diagram alone.
         reliabilities: what to draw in the diagram, by name; a dot's area is its bin's share of the pairs.
-        output: the picture; its ending names the format (png, svg, pdf).
-
-    Returns:
-        The path of the picture.
+        output: the picture, whose path is returned; its ending names the format (png, svg, pdf).
 
     Raises:
         FileFormatError: no log where `log` says, or nothing in it can be read.

@@ -53,11 +53,8 @@ def write_report(
     Args:
         run: its output folder, a checkpoint, a log file, a Trainer's `log_history`, or curves. A folder's `labels.json`,
             `environment.json` and `diagnostics/*/event.json` are shown where they are there.
-        output: the HTML file.
+        output: the HTML file, whose path is returned.
         compare: another run: its curves are drawn over these, and its settings are compared.
-
-    Returns:
-        The path of the file.
 
     Raises:
         FileFormatError: there is no log, or nothing in it can be read.
