@@ -45,6 +45,16 @@ def test_log_history_and_curves_are_taken_as_they_are():
     assert read_curves(run) is run and isinstance(run, Curves)
 
 
+def test_several_logs_are_read_from_a_list_and_by_name(tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    given = Curves("b", read_curves(history).series)
+    runs = read_runs([history, given, state(tmp_path / "b", [3.0])])
+    assert [run.name for run in runs] == ["run 1", "b", "b (2)"] and runs[1] is given and given.name == "b"
+    again = read_runs([given, given])
+    assert [run.name for run in again] == ["b", "b (2)"] and given.name == "b"
+    assert [run.name for run in read_runs({"x": history, 7: given})] == ["x", "7"]
+
+
 @pytest.mark.parametrize(
     ("log", "words"),
     [
