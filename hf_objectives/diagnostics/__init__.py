@@ -23,9 +23,6 @@ if TYPE_CHECKING:
         diagnose,  # find what is wrong with one or several runs
         nothing_found,  # what it means that nothing was found in a run
     )
-    from hf_objectives.diagnostics.drawing import (
-        FORMATS,  # endings of pictures
-    )
     from hf_objectives.diagnostics.mixture import (
         plot_mixture,  # draw the share of each source, asked for and realised, and its epochs
         report_of_log,  # the last report of a mixture in a log

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from hf_objectives.inspection.token_texts import (
         MASKS,  # columns that mark trained tokens where a row or a batch has no labels
         marked_runs,  # texts of the runs of trained and of untrained tokens
-        trained_runs,  # ranges of the runs of trained tokens
     )
     from hf_objectives.inspection.types import (
         InspectedRow,  # one row as it will be trained, or a row that is left out

@@ -70,7 +70,7 @@ def write_card(
         "",
     ]
     path = folder / "README.md"
-    path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines))
+    path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines), encoding="utf-8")
     return path
 
 
