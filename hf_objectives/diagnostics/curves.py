@@ -34,6 +34,7 @@ class Curves:
     series: dict[str, Series] = field(default_factory=dict)  #: by the Trainer's names: loss, eval_loss, grad_norm, ...
     notes: list[str] = field(default_factory=list)  #: what could not be read or was put right, a sentence each
     seams: list[int] = field(default_factory=list)  #: steps at which the run was resumed
+    made: frozenset[str] = frozenset()  #: keys of perplexities that are exp(loss), and not of the log
 
     def __contains__(self, key: str) -> bool:
         return key in self.series

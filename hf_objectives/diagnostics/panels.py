@@ -81,13 +81,6 @@ class Panel:
     least: float | None = None  # no value of it can be less
 
 
-@dataclass
-class Completed(Curves):
-    """Curves with perplexities that the log does not have; `made` holds their keys."""
-
-    made: frozenset[str] = frozenset()
-
-
 def panels_of(runs: Sequence[Curves]) -> list[Panel]:
     """The panels that have something to show, the loss first where there is one. Their names are `shortened`."""
     names = shortened([run.name for run in runs])
@@ -111,7 +104,7 @@ def shown_in(kind: str, panels: Collection[str]) -> list[str]:
     return [name for name in places if name] or [*panels][:1]
 
 
-def with_perplexities(run: Curves) -> Completed:
+def with_perplexities(run: Curves) -> Curves:
     """The run, with exp(loss) where the loss of a language model or of a validation set has no perplexity beside it."""
     plain = {key.removeprefix("eval_") for key in run.series}
     # Beside these a loss is no mean over tokens. An accuracy says nothing: it may be that of tokens, as `run_clm` logs it.
@@ -120,7 +113,7 @@ def with_perplexities(run: Curves) -> Completed:
     )
     made: dict[str, Series] = {}
     if of_preferences:
-        return Completed(run.name, run.series, run.notes, run.seams)
+        return run
     for key, series in run.series.items():
         source = key.removeprefix("eval_").removesuffix("_loss")
         of_set = key == f"eval_{source}_loss" and source not in {"", *_PARTS}
@@ -128,7 +121,7 @@ def with_perplexities(run: Curves) -> Completed:
         if (of_set or key in ("loss", "eval_loss")) and name not in run:
             with np.errstate(over="ignore"):
                 made[name] = Series(series.steps, np.exp(series.values))
-    return Completed(run.name, {**run.series, **made}, run.notes, run.seams, frozenset(made))
+    return replace(run, series={**run.series, **made}, made=frozenset(made))
 
 
 def sources_of(runs: Iterable[Curves], start: str, end: str) -> list[str]:
@@ -165,7 +158,7 @@ def shortened(names: Sequence[str]) -> list[str]:
 # -- lines ---------------------------------------------------------------------------------------------------------
 
 
-def _panel_of(runs: Sequence[Completed], key: str, title: str, log: bool | None) -> Panel:
+def _panel_of(runs: Sequence[Curves], key: str, title: str, log: bool | None) -> Panel:
     """Training and validation of every run; one run tells them apart by colour, several by dashes."""
     panel = Panel(key, title, log=log, least=1.0 if key == "perplexity" else None)
     several = len(runs) > 1
@@ -176,7 +169,7 @@ def _panel_of(runs: Sequence[Completed], key: str, title: str, log: bool | None)
     return panel
 
 
-def _panels_by_source(runs: Sequence[Completed]) -> Iterator[Panel]:
+def _panels_by_source(runs: Sequence[Curves]) -> Iterator[Panel]:
     """Perplexity, else loss, and share of the sources: one panel for all of a run, or one a source for several runs."""
     known = sources_of(runs, "eval_", "_perplexity")
     losses = [name for name in sources_of(runs, "eval_", "_loss") if name not in known and name not in _PARTS]
@@ -206,14 +199,14 @@ def _panels_by_source(runs: Sequence[Completed]) -> Iterator[Panel]:
         yield from panels
 
 
-def _lines_of_source(run: Completed, key: str, i: int, label: str) -> list[Line]:
+def _lines_of_source(run: Curves, key: str, i: int, label: str) -> list[Line]:
     if key.startswith("eval_"):
         return [_line(run, key, i, label, held_out=True)]
     asked = _line(run, f"{key.removesuffix('share')}asked", i, "", smooth=False)
     return [_line(run, key, i, label, smooth=False), replace(asked, dashes=dashes_of(i, broken=True))]
 
 
-def _line(run: Completed, key: str, i: int, label: str, *, held_out: bool = False, smooth: bool = True) -> Line:
+def _line(run: Curves, key: str, i: int, label: str, *, held_out: bool = False, smooth: bool = True) -> Line:
     return Line(run.get(key), label, colour_of(i), held_out, smooth, dashes_of(i, broken=held_out), key in run.made)
 
 
