@@ -42,8 +42,8 @@ class SpikeMonitor:
     Later losses are not compared with a spike. After `patience` spikes in a row they are the new level. A height that comes
     back again and again is a part of the data (a harder source), and no spike any more.
 
-    Where `height`, of the last loss over the level in deviations, is high and no spike, one bad example among good ones may be
-    the reason.
+    Where `height` (of the last loss over the level, in deviations) is high and no spike, one bad example among good ones may
+    be the reason.
 
     Args:
         window: losses to compare with.
