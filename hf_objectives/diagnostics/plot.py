@@ -59,7 +59,7 @@ def plot_training_metrics(
     from matplotlib.figure import Figure
 
     check_ending(output)
-    runs = read_runs(log) if isinstance(log, Curves) or log else []
+    runs = read_runs(log) if log else []
     if not runs:
         raise FileFormatError("no log was given; nothing to draw")
     for run in runs:
