@@ -20,6 +20,7 @@ from hf_objectives.diagnostics.drawing import draw_panel, mark_findings, same_st
 from hf_objectives.diagnostics.panels import FINDING_COLOURS, panels_of, sources_of, with_perplexities
 from hf_objectives.inspection import ENVIRONMENT, LABELS, SEVERITIES, Finding, figure_text, visible, write_template
 
+_TEMPLATES = files(__package__) / "templates"
 _EVENT = "event.json"  # as batch_record writes it, which is not imported here because it needs torch
 _EVENTS_AT_MOST, _EXAMPLES_AT_MOST, _ROWS_AT_MOST = 20, 12, 20
 _DEEPEST = 50  # levels of a JSON file
@@ -74,7 +75,7 @@ def write_report(
         str(__package__),
         "report.html.jinja",
         output,
-        style=Markup((files(__package__) / "templates" / "report.css").read_text(encoding="utf-8")),
+        style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         colours=FINDING_COLOURS,
         name=curves.name,
         other=runs[1].name if compare is not None else None,
