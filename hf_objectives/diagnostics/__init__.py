@@ -9,6 +9,7 @@ from hf_objectives import import_on_use
 if TYPE_CHECKING:
     from hf_objectives.diagnostics.batch_record import (
         excerpt,  # the part of a marked text where training begins
+        replay,  # compute a batch that the monitor kept again
     )
     from hf_objectives.diagnostics.callback import (
         DiagnosticsCallback,  # watches every step of a Trainer: ours, transformers' or TRL's
@@ -22,27 +23,17 @@ if TYPE_CHECKING:
         diagnose,  # find what is wrong with one or several runs
         nothing_found,  # what it means that nothing was found in a run
     )
-    from hf_objectives.diagnostics.drawing import (
-        FORMATS,  # endings of pictures
-    )
     from hf_objectives.diagnostics.mixture import (
         plot_mixture,  # draw the share of each source, asked for and realised, and its epochs
         report_of_log,  # the last report of a mixture in a log
     )
     from hf_objectives.diagnostics.plot import (
+        plot_reward_model,  # draw a reward model's training and calibration
+        plot_rewards,  # draw a run of reinforcement learning
         plot_training_metrics,  # draw the curves of one or several runs, with findings marked
-    )
-    from hf_objectives.diagnostics.replay_step import (
-        replay,  # compute a batch that the monitor kept again
     )
     from hf_objectives.diagnostics.report import (
         write_report,  # write the report of a run as one HTML file
-    )
-    from hf_objectives.diagnostics.reward_model import (
-        plot_reward_model,  # draw a reward model's training and calibration
-    )
-    from hf_objectives.diagnostics.rewards import (
-        plot_rewards,  # draw a run of reinforcement learning
     )
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

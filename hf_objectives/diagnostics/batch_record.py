@@ -1,4 +1,4 @@
-"""What is written about a batch: the loss of each document, its text with the trained tokens marked, and the tensors."""
+"""Write about a batch the loss of each document, its text with the trained tokens marked, and the tensors; and replay it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ import math
 import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from hf_objectives.errors import FileFormatError
+from hf_objectives.errors import ConfigError, FileFormatError
 from hf_objectives.evaluation import document_losses
 from hf_objectives.inspection import MASKS, marked_runs
 from hf_objectives.types import IGNORE_INDEX
 
+WEIGHTS = "weights"
 EVENT, BATCHES, RANDOM = "event.json", "batches.pt", "random_state.pt"
 _KEYS = {"step", "kind", "loss", "level", "grad_norm", "weights", "examples"}
 _FIGURES = {"loss", "level", "limit", "deviations", "grad_norm"}
@@ -73,19 +78,17 @@ def describes(model: nn.Module) -> bool:
 def describe_examples(
     model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, *, together: bool = False
 ) -> list[dict[str, Any]]:
-    """The documents of a batch, packed ones one by one.
+    """The documents of a batch, packed ones one by one; none where the batch tells no labels of tokens.
 
     Args:
         model: a causal language model (see `describes`).
         batch: `input_ids` and `labels` (int64 [batch, length], unshifted), or a mask of trained tokens instead of labels;
-            `source_ids` and `row_ids` (int64 [batch, length], or one a row) with `source_names` where the collator gives
-            them.
+            `source_ids` and `row_ids` (the same shape, or one a row) with `source_names` where the collator gives them.
         together: all rows in one forward pass, as in training (dropout draws otherwise), whatever memory that takes.
 
     Returns:
         A mapping for each: `batch_row`, `source` and `row` (None where unknown), `tokens` (trained ones), `loss` (mean nats
-        per trained token; None where no token is trained), `text`. Empty where the batch tells neither labels nor a mask, or
-        the labels are not those of tokens.
+        per trained token; None where no token is trained), `text`.
     """
     whole = with_labels(batch)
     if whole is None or getattr(whole["labels"], "shape", None) != whole["input_ids"].shape:
@@ -101,6 +104,13 @@ def describe_examples(
         }
         for document in document_losses(model, whole, together=together)
     ]
+
+
+def mean_loss(examples: Sequence[Mapping[str, Any]]) -> float:
+    """Nats per trained token over all examples; NaN where no token is trained."""
+    trained = [example for example in examples if example["tokens"]]
+    tokens = sum(example["tokens"] for example in trained)
+    return sum(example["loss"] * example["tokens"] for example in trained) / tokens if tokens else math.nan
 
 
 def random_state() -> dict[str, Any]:
@@ -144,12 +154,9 @@ def write_event(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EVENT).unlink(missing_ok=True)  # of a run before it in the same folder
-    left_out: set[str] = set()
-    kept = []
-    for batch in batches:
-        plain = {str(key): _plain(value) for key, value in batch.items()}
-        left_out |= {key for key, value in plain.items() if value is _UNKNOWN}
-        kept.append({key: value for key, value in plain.items() if value is not _UNKNOWN})
+    plain = [{str(key): _plain(value) for key, value in batch.items()} for batch in batches]
+    kept = [{key: value for key, value in batch.items() if value is not _UNKNOWN} for batch in plain]
+    left_out = {key for batch in plain for key, value in batch.items() if value is _UNKNOWN}
     torch.save(kept, folder / BATCHES)
     torch.save(dict(state), folder / RANDOM)
     whole = {**event, **({"left_out": sorted(left_out)} if left_out else {})}
@@ -165,8 +172,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:
@@ -176,8 +183,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(value.copy())
     if isinstance(value, (list, tuple)):
-        parts = [_plain(one) for one in value]
-        return _UNKNOWN if any(one is _UNKNOWN for one in parts) else parts
+        parts = [_plain(part) for part in value]
+        return _UNKNOWN if any(part is _UNKNOWN for part in parts) else parts
     return value if value is None or type(value) in (str, int, float, bool) else _UNKNOWN
 
 
@@ -208,3 +215,104 @@ def read_event(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     for entry in (event, *event["examples"]):
         entry.update({key: float(entry[key]) for key in _FIGURES & entry.keys() if entry[key] is not None})
     return event, batches, state
+
+
+# -- replay ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Replay:
+    """A batch that was computed again."""
+
+    event: dict[str, Any]  #: what was written about it
+    model: str  #: where the weights came from
+    exact: bool  #: whether they are the weights of that very step
+    #: Those that were written, each with `replayed`: its loss now in nats per trained token, without dropout, as the monitor
+    #: computed it (None without trained tokens).
+    examples: list[dict[str, Any]]
+    #: Nats per trained token of the whole step, with dropout and the step's own random numbers. The trainer computed the same
+    #: where its loss is the plain cross-entropy. (transformers' own Trainer divides by one token more a row, the first.)
+    loss: float
+
+    @property
+    def largest_difference(self) -> float:
+        """Between a replayed loss and the one written, in nats per token. Losses that are not finite count as equal."""
+        pairs = [(example["loss"], example["replayed"]) for example in self.examples if example["tokens"]]
+        return max((abs(a - b) for a, b in pairs if math.isfinite(a) and not math.isnan(b)), default=0.0)
+
+
+def replay(folder: str | Path, model: str | Path | Any | None = None) -> Replay:
+    """Compute the losses of a written batch again, in the precision of the run. No code of a file is run.
+
+    Args:
+        folder: `step_<n>_rank_<r>`, written by DiagnosticsCallback.
+        model: a model, or the folder or Hub id of one. By default the weights written with the event, else the newest
+            checkpoint of the run before that step, else the run's own model.
+
+    Raises:
+        FileFormatError: the folder holds no event, or a damaged one.
+        ConfigError: no weights are known, or they cannot be read, or the event names no documents.
+    """
+    folder = Path(folder).resolve()  # its run is found above it
+    event, batches, state = read_event(folder)
+    if not event["examples"]:
+        raise ConfigError(
+            f"{folder} names no documents: its batch has neither labels nor a mask of trained tokens, or its model is no "
+            "causal language model; nothing to compute"
+        )
+    where, exact = (model, False) if model is not None else _weights(folder, event)
+    loaded: Any = _load(where, event) if isinstance(where, (str, Path)) else where
+    training = loaded.training
+
+    def described(together: bool) -> list[dict[str, Any]]:
+        precision = getattr(torch, event["autocast"]) if event.get("autocast") else None
+        with torch.autocast(loaded.device.type, precision, enabled=precision is not None):
+            return [
+                example
+                for batch in batches
+                for example in describe_examples(loaded, send_to_device(batch, loaded.device), None, together=together)
+            ]
+
+    try:
+        loaded.eval()
+        now = described(together=False)
+        if len(now) != len(event["examples"]):
+            raise FileFormatError(
+                f"{folder} is damaged: {len(event['examples'])} documents are named, {len(now)} are there"
+            )
+        loaded.train()
+        with restored_random_state(state):
+            loss = mean_loss(described(together=True))
+    finally:
+        loaded.train(training)
+    examples = [{**then, "replayed": again["loss"]} for then, again in zip(event["examples"], now, strict=True)]
+    return Replay(event, str(where) if loaded is not where else type(loaded).__name__, exact, examples, loss)
+
+
+def _load(where: str | Path, event: dict[str, Any]) -> Any:
+    """The model with the run's dtype and attention, which move a loss by more than rounding."""
+    options = {"dtype": event["dtype"]} if event.get("dtype") else {}
+    if event.get("attn_implementation") in ("eager", "sdpa"):  # others may not be installed here
+        options["attn_implementation"] = event["attn_implementation"]
+    try:
+        return AutoModelForCausalLM.from_pretrained(where, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"the weights of {where} cannot be read ({error})") from error
+
+
+def _weights(folder: Path, event: dict[str, Any]) -> tuple[Path, bool]:
+    """Where weights are for an event, and whether they are those of its step."""
+    if event["weights"]:
+        return folder / WEIGHTS, True
+    runs = [folder.parent.parent, *([Path(event["run"])] if event.get("run") else [])]
+    for run in runs:
+        steps = [path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")]
+        before = [int(step) for step in steps if step.isdigit() and int(step) < event["step"]]
+        if before:
+            return run / f"checkpoint-{max(before)}", max(before) == event["step"] - 1
+        if (run / "config.json").exists() or (run / "adapter_config.json").exists():
+            return run, False
+    raise ConfigError(
+        f"no weights for {folder}: none were written with it (save_weights=True does), {runs[-1]} has no checkpoint before "
+        f"step {event['step']} and no model; name one with --model"
+    )

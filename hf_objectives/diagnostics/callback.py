@@ -15,16 +15,17 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_objectives.diagnostics.batch_record import (
+    WEIGHTS,
     describe_examples,
     describes,
     excerpt,
+    mean_loss,
     random_state,
     to_json,
     write_event,
 )
 from hf_objectives.diagnostics.detect import diagnose
 from hf_objectives.diagnostics.monitor import Spike, SpikeMonitor
-from hf_objectives.diagnostics.replay_step import WEIGHTS
 from hf_objectives.diagnostics.suspects import BLOCKLIST, SUSPECTS, Blocked, Suspects, write_blocklist
 from hf_objectives.distributed import any_rank, gather_objects, rank
 from hf_objectives.errors import ConfigError, NonFiniteError
@@ -230,18 +231,22 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         step = state.global_step + 1
         if self._suspects.settle(spike is not None):
             write_blocklist(self._path(BLOCKLIST), [self._suspects.blocked])
-        if spike is not None:
-            self.events += 1
-            if self.events <= self.max_events:
-                examples = self._examples(window)
-                self._name_suspects(step, examples, _limit(spike, examples))
-                self._write(step, state, spike, window, examples)
-        elif self._is_due(step):
+        if spike is None and not self._is_due(step):
+            return
+        is_written = self.events < self.max_events
+        if spike is None or is_written:
             examples = self._examples(window)
-            if self._name_suspects(step, examples) and step > 1:
-                self.events += 1
-                if self.events <= self.max_events:
-                    self._write(step, state, Spike(loss, math.nan, math.nan, math.nan), window, examples)
+            suspects = self._suspects.judge(examples, math.inf if spike is None else _limit(spike, examples))
+            for suspect in suspects:
+                self._append(SUSPECTS, {"step": step, **suspect})
+            self._suspects.take(suspects, len(examples))
+            if spike is None:
+                if not suspects or step == 1:
+                    return
+                spike = Spike(loss, math.nan, math.nan, math.nan)
+        self.events += 1
+        if is_written:
+            self._write(step, state, spike, window, examples)
 
     def _is_due(self, step: int) -> bool:
         if self.sample_every and (step % self.sample_every == 0 or step == 1):
@@ -279,17 +284,11 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
         self._spent += self._last
         return described
 
-    def _name_suspects(
-        self, step: int, examples: list[dict[str, Any]], limit: float = math.inf
-    ) -> list[dict[str, Any]]:
-        suspects = self._suspects.judge(examples, limit)
-        for suspect in suspects:
-            self._append(SUSPECTS, {"step": step, **suspect})
-        self._suspects.take(suspects, len(examples))
-        return suspects
-
     def _write(self, step: int, state: Any, spike: Spike, window: _Window, examples: list[dict[str, Any]]) -> None:
+        trainer, args = self.trainer, self.trainer.args
         folder = self.folder / f"step_{step}_rank_{rank()}"
+        rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
+        seed = args.seed if args.data_seed is None else args.data_seed
         event = {
             "step": step,
             "rank": rank(),
@@ -300,35 +299,26 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
             "limit": spike.limit,
             "deviations": spike.deviations,
             "grad_norm": self._grad_norm,
-            **self._surroundings(state),
+            **rates,
+            "epoch": state.epoch,
+            # What a replay must know of the run.
+            "run": str(Path(args.output_dir or ".").resolve()),
+            "weights": WEIGHTS if self.save_weights else None,
+            "model": origin_of(trainer.model),
+            "dtype": next((str(p.dtype)[6:] for p in trainer.model.parameters() if p.is_floating_point()), None),
+            "autocast": {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision),
+            "attn_implementation": attention_of(trainer.model),
+            "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": seed},
             "examples": examples,
         }
         if self.save_weights:
-            self.trainer.accelerator.unwrap_model(self.trainer.model).save_pretrained(folder / WEIGHTS)
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / WEIGHTS)
         write_event(folder, event, [batch for batch, _ in window], self._random)
         usual = "" if math.isnan(spike.level) else f", usually {spike.level:.4g}"
         logger.warning(
             "step %d: loss %.4g%s, gradient norm %s. %s Written to %s",
             *(step, spike.value, usual, self._grad_norm, _advice(examples), folder),
         )
-
-    def _surroundings(self, state: Any) -> dict[str, Any]:
-        """What a replay must know of the run."""
-        trainer, args = self.trainer, self.trainer.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
-        rates = {} if trainer.lr_scheduler is None else {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
-        return {
-            **rates,
-            "epoch": state.epoch,
-            "run": str(Path(args.output_dir or ".").resolve()),
-            "weights": WEIGHTS if self.save_weights else None,
-            "model": origin_of(trainer.model),
-            "dtype": next((str(p.dtype)[6:] for p in trainer.model.parameters() if p.is_floating_point()), None),
-            "autocast": precision,
-            "attn_implementation": attention_of(trainer.model),
-            "data_state": {"global_step": state.global_step, "epoch": state.epoch, "seed": seed},
-        }
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -369,11 +359,8 @@ class DiagnosticsCallback(TrainerCallback, StepWatch):
 
 def _limit(spike: Spike, examples: list[dict[str, Any]]) -> float:
     """The loss above which an example is suspect: that of the step, where it too is in nats per token."""
-    trained = [example for example in examples if example["tokens"]]
-    tokens = sum(example["tokens"] for example in trained)
-    mean = sum(example["loss"] * example["tokens"] for example in trained) / max(1, tokens)
-    same_unit = math.isfinite(spike.value) and abs(mean - spike.value) < 0.25 * abs(spike.value)
-    return spike.limit if same_unit else math.inf
+    off = abs(mean_loss(examples) - spike.value)
+    return spike.limit if math.isfinite(spike.value) and off < 0.25 * abs(spike.value) else math.inf
 
 
 def _advice(examples: list[dict[str, Any]]) -> str:
@@ -384,9 +371,11 @@ def _advice(examples: list[dict[str, Any]]) -> str:
     if not trained:
         return f"No token of this batch is trained: every label is masked, as in {excerpt(examples[0]['text'], 120)!r}."
     # Where no example stands out, the whole batch came with the spike.
-    suspects = [example for example in examples if example["suspect"]] or [max(trained, key=lambda one: one["loss"])]
+    suspects = [example for example in examples if example["suspect"]] or [
+        max(trained, key=lambda example: example["loss"])
+    ]
     named = "; ".join(
-        f"source {one['source']!r}, row {one['row']}, loss {one['loss']:.3g}: {one['text'][:120]!r}"
-        for one in suspects[:3]
+        f"source {suspect['source']!r}, row {suspect['row']}, loss {suspect['loss']:.3g}: {suspect['text'][:120]!r}"
+        for suspect in suspects[:3]
     )
     return f"Look at {named}."

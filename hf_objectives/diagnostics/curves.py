@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from hf_objectives.diagnostics.log_files import STATE, read_lines
-from hf_objectives.diagnostics.log_folders import PATTERNS, candidates, contents
+from hf_objectives.diagnostics.log_files import STATE, TAGGED, read_lines
 from hf_objectives.diagnostics.log_table import LogTable, Series, tables_by_run
 from hf_objectives.errors import ConfigError, FileFormatError
 from hf_objectives.inspection import visible
 
 Log = Sequence[Mapping[str, Any]]
+#: Names of files that may hold a log, the likeliest first.
+_PATTERNS = ("*.jsonl", "*.ndjson", "*.csv", "*.tsv", "events.out.tfevents.*", "*.db", "*.sqlite", "*log*.json")
+_GLOBAL_STEP = re.compile(rb'"global_step"\s*:\s*(\d+)')
 _EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
 _NAMES_SHOWN = 8  # of curves, in a note
 _UNIT_TOLERANCE = 0.005  # relative; two spellings of one perplexity agree better than that
@@ -24,19 +28,13 @@ _UNIT_TOLERANCE = 0.005  # relative; two spellings of one perplexity agree bette
 
 @dataclass
 class Curves:
-    """The log of one run.
+    """The log of one run."""
 
-    Attributes:
-        name: of the run, from its folder or file.
-        series: curves by the Trainer's names: loss, eval_loss, learning_rate, grad_norm, epoch, ...
-        notes: what could not be read or was put right, a sentence each.
-        seams: steps at which the run was resumed.
-    """
-
-    name: str
-    series: dict[str, Series] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    seams: list[int] = field(default_factory=list)
+    name: str  #: from its folder or file
+    series: dict[str, Series] = field(default_factory=dict)  #: by the Trainer's names: loss, eval_loss, grad_norm, ...
+    notes: list[str] = field(default_factory=list)  #: what could not be read or was put right, a sentence each
+    seams: list[int] = field(default_factory=list)  #: steps at which the run was resumed
+    made: frozenset[str] = frozenset()  #: keys of perplexities that are exp(loss), and not of the log
 
     def __contains__(self, key: str) -> bool:
         return key in self.series
@@ -45,8 +43,16 @@ class Curves:
         """The curve of that name; an empty one where the log has none."""
         return self.series.get(key, _EMPTY)
 
+    @property
+    def points(self) -> int:
+        """Points of the longest curve; one point is no curve, and has no course that could be wrong."""
+        return max((len(series.steps) for series in self.series.values()), default=0)
 
-def read_curves(log: str | Path | Log | Curves) -> Curves:
+
+OneLog = str | Path | Log | Curves
+
+
+def read_curves(log: OneLog) -> Curves:
     """Read the log of one run.
 
     Args:
@@ -64,8 +70,12 @@ def read_curves(log: str | Path | Log | Curves) -> Curves:
     return runs[0]
 
 
-def read_runs(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Curves]:
-    """Read the logs of one or several runs: what `read_curves` takes, a folder of run folders, or a list of paths.
+def read_runs(log: OneLog | Sequence[OneLog] | Mapping[str, OneLog]) -> list[Curves]:
+    """Read the logs of one or several runs.
+
+    Args:
+        log: what `read_curves` takes, a folder of run folders, or several of these in a list or by name. A `log_history` in
+            a list is named for its place: run 1, run 2, ...
 
     Raises:
         FileFormatError: there is no log, or nothing in it can be read.
@@ -75,14 +85,26 @@ def read_runs(log: str | Path | Log | Curves | Sequence[str | Path]) -> list[Cur
         return [log]
     if isinstance(log, (str, Path)):
         return _named_apart(_read_path(Path(log)))
-    if log and all(isinstance(entry, (str, Path)) for entry in log):
-        return _named_apart([run for path in log for run in _read_path(Path(path))])  # type: ignore[arg-type]
-    for i, line in enumerate(log):
-        if not isinstance(line, Mapping):
+    if isinstance(log, Mapping) and log:
+        return [replace(read_curves(entry), name=str(name)) for name, entry in log.items()]
+    if not isinstance(log, Sequence):
+        raise FileFormatError(f"{log!r:.60} is no log; expected a path, a Trainer's log_history, or several of them")
+    several = log and not any(isinstance(entry, Mapping) for entry in log)
+    for i, entry in enumerate(log):
+        if not isinstance(entry, (Curves, str, Path, Sequence) if several else Mapping):
             raise FileFormatError(
-                f"entry {i} of the log is {line!r:.60}; expected a mapping such as a Trainer's log_history has"
+                f"entry {i} of the log is {entry!r:.60}; expected a mapping such as a Trainer's log_history has"
             )
-    return _named_apart(_runs_of(log, "the log"))  # type: ignore[arg-type]
+    if several:
+        runs: list[Curves] = []
+        for i, entry in enumerate(cast(Sequence[OneLog], log)):
+            if isinstance(entry, (str, Path)):
+                runs += _read_path(Path(entry))
+            else:
+                found = read_curves(entry)
+                runs.append(found if entry is found else replace(found, name=f"run {i + 1}"))
+        return _named_apart(runs)
+    return _named_apart(_runs_of(cast(Log, log), "the log"))
 
 
 def _read_path(path: Path) -> list[Curves]:
@@ -96,7 +118,7 @@ def _read_path(path: Path) -> list[Curves]:
         for folder in sorted(child for child in path.iterdir() if child.is_dir() and any(candidates(child))):
             try:
                 runs += _read_path(folder)
-            except FileFormatError as error:
+            except (FileFormatError, ConfigError) as error:
                 failed.append(error)
                 left_out.append(f"another run was left out: {error}")
     if not runs and failed:
@@ -106,7 +128,7 @@ def _read_path(path: Path) -> list[Curves]:
         raise type(first)(f"{first}{more}")
     if not runs:
         raise FileFormatError(
-            f"no log in {path}: expected {STATE} or checkpoint-*/{STATE}, or a file {', '.join(PATTERNS)}; it holds "
+            f"no log in {path}: expected {STATE} or checkpoint-*/{STATE}, or a file {', '.join(_PATTERNS)}; it holds "
             f"{contents(path)}. A Trainer writes its log with the first checkpoint, or by trainer.save_state()"
         )
     runs[0].notes += left_out
@@ -143,6 +165,53 @@ def _read_folder(folder: Path) -> tuple[list[Curves], list[FileFormatError | Con
     return best, failed
 
 
+def candidates(folder: Path) -> Iterator[dict[str, list[Path]]]:
+    """Yield groups of files that may hold a log, the likeliest first: in a group, the files of each run by its name."""
+    if state := _state_of(folder):
+        yield {state.stem: [state]}
+    for pattern in _PATTERNS:
+        for place in (pattern, f"runs/*/{pattern}", f"logs/{pattern}"):
+            runs: dict[str, list[Path]] = {}
+            for file in sorted(file for file in folder.glob(place) if file.is_file()):
+                tagged = TAGGED.fullmatch(file.name)
+                # Event files of one folder are of one run: it was resumed, or it has a writer for the evaluation.
+                name = pattern if "tfevents" in pattern else tagged["run"] if tagged else file.stem
+                runs.setdefault(name, []).append(file)
+            if runs:
+                yield runs
+
+
+def _state_of(folder: Path) -> Path | None:
+    """The state file of a run: its own, or that of the newest checkpoint where the run went on since."""
+    numbered = [
+        (int(number), state)
+        for state in folder.glob(f"checkpoint-*/{STATE}")
+        if (number := state.parent.name.removeprefix("checkpoint-")).isdigit()
+    ]
+    newest = max(numbered, default=(0, None), key=lambda pair: pair[0])[1]
+    own = folder / STATE
+    if newest is None or not own.is_file():
+        return own if own.is_file() else newest
+    # A copy loses the times of files, so the step that stands in the file comes first.
+    own_step, newest_step = _global_step(own), _global_step(newest)
+    if own_step is not None and newest_step is not None:
+        return newest if newest_step > own_step else own
+    return newest if newest.stat().st_mtime > own.stat().st_mtime else own
+
+
+def _global_step(state: Path) -> int | None:
+    """The step of a state, from its head: its keys are sorted, and global_step comes before the log."""
+    with state.open("rb") as file:
+        found = _GLOBAL_STEP.search(file.read(1 << 16).partition(b'"log_history"')[0])
+    return int(found[1]) if found else None
+
+
+def contents(folder: Path) -> str:
+    """The first names in a folder, for an error message."""
+    names = sorted(child.name for child in folder.iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+
+
 def _read_files(paths: Sequence[Path], name: str) -> list[Curves]:
     """The runs in the files of one log, which are read one after the other."""
     notes: list[str] = []
@@ -161,9 +230,8 @@ def _runs_of(
 
 def _curves(name: str, table: LogTable, path: Path | None, file_notes: Sequence[str]) -> Curves:
     series, table_notes, seams = table.curves()
-    notes = [
-        visible(note) for note in (*dict.fromkeys(file_notes), *table_notes)
-    ]  # keys are data, and notes are printed
+    # Keys are data, and notes are printed.
+    notes = [visible(note) for note in (*dict.fromkeys(file_notes), *table_notes)]
     if not series:
         raise FileFormatError(
             f'{visible(str(path or name))}: no curve could be read; expected lines such as {{"step": 1, "loss": 2.3}}. '
@@ -196,10 +264,11 @@ def _unit_notes(series: Mapping[str, Series]) -> list[str]:
     return notes
 
 
-def _named_apart(runs: list[Curves]) -> list[Curves]:
-    seen: dict[str, int] = {}
+def _named_apart(runs: Sequence[Curves]) -> list[Curves]:
+    """The runs, with a number behind a name that an earlier one has."""
+    seen = Counter[str]()
+    apart = []
     for run in runs:
-        seen[run.name] = seen.get(run.name, 0) + 1
-        if seen[run.name] > 1:
-            run.name = f"{run.name} ({seen[run.name]})"
-    return runs
+        seen[run.name] += 1
+        apart.append(replace(run, name=f"{run.name} ({seen[run.name]})") if seen[run.name] > 1 else run)
+    return apart

@@ -15,11 +15,12 @@ _COLLAPSED = 0.2  # of the entropy at the beginning
 _GROWN = 2.0  # times the length at the beginning
 _EXPLODES = 3.0  # times the KL in the middle of the run
 _MORE_CUT = 0.1  # of the answers
-_CHOSEN = ("logps_change/chosen", "logps/chosen")
-_KL = ("kl", "objective/kl", "kl_per_answer")
-_REWARD = ("reward", "objective/scores", "rewards/mean")
-_ENTROPY = ("entropy", "policy/entropy_avg")  # of a token; TRL's objective/entropy is the sum over an answer
-_LENGTH = ("completions/mean_length", "completion_length")
+#: Keys of one thing in the logs of several trainers, the best first.
+CHOSEN = ("logps_change/chosen", "logps/chosen")
+KL = ("kl", "objective/kl", "kl_per_answer")
+REWARD = ("reward", "objective/scores", "rewards/mean")
+ENTROPY = ("entropy", "policy/entropy_avg")  # of a token; TRL's objective/entropy is the sum over an answer
+LENGTH = ("completions/mean_length", "completion_length")
 _CUT = ("completions/clipped_ratio",)  # share of answers that never ended
 
 
@@ -30,12 +31,12 @@ def _first_of(run: RunView, keys: Sequence[str]) -> tuple[str, Series]:
 
 def falling_chosen(run: RunView) -> Iterator[Sign]:
     """Preference training makes the chosen answers less likely, and the rejected ones still less."""
-    key, (steps, values) = _first_of(run, _CHOSEN)
+    key, (steps, values) = _first_of(run, CHOSEN)
     if not key or "rewards/margins" not in run:
         return
     start, end = edges(values)
     error = 1.25 * noise(values) * (2 / max(3, len(values) // 10)) ** 0.5
-    per_token = key == _CHOSEN[0]
+    per_token = key == CHOSEN[0]
     size = 0.02 if per_token else max(0.02 * abs(start), 1.0)
     if start - end > max(4 * error, size) and trend(values).p_falls < 0.01:
         margin = run["rewards/margins"].values
@@ -47,8 +48,8 @@ def falling_chosen(run: RunView) -> Iterator[Sign]:
 
 def reward_hacking(run: RunView) -> Iterator[Sign]:
     """The reward rises while the policy runs away from its reference."""
-    key, (steps, kl) = _first_of(run, _KL)
-    name, (_, reward) = _first_of(run, _REWARD)
+    key, (steps, kl) = _first_of(run, KL)
+    name, (_, reward) = _first_of(run, REWARD)
     if not key or not name:
         return
     n = len(kl)
@@ -66,8 +67,8 @@ def reward_hacking(run: RunView) -> Iterator[Sign]:
 
 def entropy_collapse(run: RunView) -> Iterator[Sign]:
     """The policy's entropy falls below a fifth of what it began with."""
-    key, (steps, values) = _first_of(run, _ENTROPY)
-    if not key or not _first_of(run, _REWARD)[0]:
+    key, (steps, values) = _first_of(run, ENTROPY)
+    if not key or not _first_of(run, REWARD)[0]:
         return
     start, end = edges(values)
     if start > 0 and end < _COLLAPSED * start and start - end > 4 * noise(values):
@@ -77,13 +78,13 @@ def entropy_collapse(run: RunView) -> Iterator[Sign]:
 
 def length_growth(run: RunView) -> Iterator[Sign]:
     """Answers become twice as long. A warning where more of them are cut off, or the reward stands."""
-    key, (steps, values) = _first_of(run, _LENGTH)
+    key, (steps, values) = _first_of(run, LENGTH)
     if not key:
         return
     start, end = edges(values)
     if start <= 0 or end <= _GROWN * start or end - start <= 4 * noise(values):
         return
-    name, (_, reward) = _first_of(run, _REWARD)
+    name, (_, reward) = _first_of(run, REWARD)
     evidence = f"mean length of an answer {start:.0f} to {end:.0f} tokens"
     gains, more_cut = False, False
     if name:

@@ -9,6 +9,7 @@ import numpy as np
 from hf_objectives.diagnostics.robust import Values, noise, trend
 from hf_objectives.diagnostics.run_view import ENOUGH, LOW, RunView, Sign
 
+_NAMES = {"eval_loss": "evaluation loss"}
 _RISE = 0.02  # of the lowest evaluation loss: a smaller rise is none
 _CLEAR = 0.1  # of it: a larger rise without a break needs no estimate of noise
 _APART = 0.25  # of the evaluation loss
@@ -25,7 +26,9 @@ def rises(run: RunView) -> Iterator[Sign]:
         if falls is None:
             continue  # no gap opens: the run stands, or goes wrong as a whole
         first, last = int(steps[low]), int(steps[-1])
-        evidence = f"{_named(key)} {values[low]:.4g} at step {first:,}, {values[-1]:.4g} at step {last:,}{falls}"
+        evidence = (
+            f"{_NAMES.get(key, key)} {values[low]:.4g} at step {first:,}, {values[-1]:.4g} at step {last:,}{falls}"
+        )
         yield Sign("error" if values[-1] > values[0] and low > 0 else "warning", first, last, evidence)
 
 
@@ -53,10 +56,6 @@ def _training_loss_after(run: RunView, step: int) -> str | None:
     return f", training loss {there:.4g} to {end:.4g} meanwhile" if end < there else None
 
 
-def _named(key: str) -> str:
-    return "evaluation loss" if key == "eval_loss" else key
-
-
 def learned_by_heart(run: RunView) -> Iterator[Sign]:
     """Over several epochs the training loss falls far below an evaluation loss that stands still."""
     train, epochs = run["loss"], run["epoch"].values
@@ -76,8 +75,8 @@ def learned_by_heart(run: RunView) -> Iterator[Sign]:
         stands = values[:-third].min() - values[-third:].min() < _RISE * values.min()
         if stands and 0 < end < (1 - _APART) * values[-1]:  # a loss of exactly 0 is a NaN that was filtered
             evidence = (
-                f"{_named(key)} {values[-third - 1]:.4g} to {values[-1]:.4g} in the last {third} evaluations, training "
-                f"loss {end:.4g} after {epochs.max():.1f} epochs"
+                f"{_NAMES.get(key, key)} {values[-third - 1]:.4g} to {values[-1]:.4g} in the last {third} evaluations, "
+                f"training loss {end:.4g} after {epochs.max():.1f} epochs"
             )
             yield Sign("warning", first, int(steps[-1]), evidence)
 
@@ -90,7 +89,9 @@ def too_good(run: RunView) -> Iterator[Sign]:
         steps, losses = run[key]
         if len(losses) and 0 < (low := float(losses.min())) < LOW:
             step = int(steps[int(losses.argmin())])
-            evidence = f"{_named(key)} {low:.3g} nats per token at step {step:,} (a perplexity of {np.exp(low):.3f})"
+            evidence = (
+                f"{_NAMES.get(key, key)} {low:.3g} nats per token at step {step:,} (a perplexity of {np.exp(low):.3f})"
+            )
             yield Sign("warning", step, step, evidence)
             return
     steps, values = run["loss"]

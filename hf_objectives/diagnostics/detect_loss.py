@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import stats
 
-from hf_objectives.diagnostics.robust import MAD, Excursion, Values, block_medians, noise, trend
+from hf_objectives.diagnostics.robust import MAD, Values, block_medians, noise, trend
 from hf_objectives.diagnostics.run_view import ENOUGH, LOW, SIZABLE, RunView, Sign
-from hf_objectives.inspection import Severity
+from hf_objectives.inspection import SEVERITIES, Severity
 
 _FALL = 0.02  # of the loss at the beginning: a smaller change is none
 _FLAT = 0.06  # of the loss at the beginning: a change that a flat curve may still have within its bounds
@@ -40,47 +40,39 @@ def early_rise(run: RunView) -> Iterator[Sign]:
 
 def recovered_spikes(run: RunView) -> Iterator[Sign]:
     """The loss leaves its noise and comes back, or the log ends too early to say."""
-    for spike, begin, end, figures, near in _spikes(run):
-        length = spike.end - spike.start
-        if spike.back:
-            # One batch may be odd. A spike is a warning where it lasts or is higher than that.
-            clear = spike.deviations >= (8 if length > 1 else 10)
-            severe = clear and spike.height >= SIZABLE * max(abs(spike.level), 1e-9)
-            evidence = f"{figures}, back after {length} logged steps{near}"
-            yield Sign("warning" if severe else "info", begin, end, evidence)
-        elif _has_just_begun(spike, run):
-            evidence = f"{figures}, at the end of the log: too near to say whether it recovers{near}"
-            yield Sign("info", begin, end, evidence)
+    return (sign for lasts, sign in _spikes(run) if not lasts)
 
 
 def sustained_spikes(run: RunView) -> Iterator[Sign]:
     """The loss leaves its noise and stays above it."""
-    for spike, begin, end, figures, near in _spikes(run):
-        if not spike.back and not _has_just_begun(spike, run):
-            after = float(np.median(run["loss"].values[spike.start : spike.end]))
-            severe = after - spike.level >= SIZABLE * abs(spike.level)
-            evidence = f"{figures}, and {after:.4g} since (median to step {end:,}){near}"
-            yield Sign("error" if severe else "warning", begin, end, evidence)
+    return (sign for lasts, sign in _spikes(run) if lasts)
 
 
-def _has_just_begun(spike: Excursion, run: RunView) -> bool:
-    return spike.end - spike.start < min(5, len(run["loss"].values) // 20 + 3)
-
-
-def _spikes(run: RunView) -> Iterator[tuple[Excursion, int, int, str, str]]:
-    """Excursions of some height: each with its first and last step, its figures, and what else happened there."""
-    steps = run["loss"].steps
+def _spikes(run: RunView) -> Iterator[tuple[bool, Sign]]:
+    """Excursions of some height, each with whether the loss stays above its level."""
+    steps, values = run["loss"]
     early = list(early_rise(run))
     for spike in () if run.is_policy else run.rises:
-        begin, end = int(steps[spike.start]), int(steps[spike.end - 1])
-        small = spike.height < SIZABLE / 2 * max(abs(spike.level), 1e-9)
-        if small or any(sign.step <= begin <= sign.last_step for sign in early):
+        level, length = max(abs(spike.level), 1e-9), spike.end - spike.start
+        first, last = int(steps[spike.start]), int(steps[spike.end - 1])
+        if spike.height < SIZABLE / 2 * level or any(sign.step <= first <= sign.last_step for sign in early):
             continue
-        figures = (
-            f"loss {spike.level:.4g} before step {begin:,}, up to {spike.peak:.4g} "
-            f"({spike.deviations:.0f} standard deviations of the noise)"
+        lasts, severe = not spike.back and length >= min(5, len(values) // 20 + 3), False
+        if spike.back:
+            # One batch may be odd. A spike is a warning where it lasts or is higher than that.
+            severe = spike.deviations >= (8 if length > 1 else 10) and spike.height >= SIZABLE * level
+            outcome = f"back after {length} logged steps"
+        elif lasts:
+            after = float(np.median(values[spike.start : spike.end]))
+            severe = after - spike.level >= SIZABLE * abs(spike.level)
+            outcome = f"and {after:.4g} since (median to step {last:,})"
+        else:
+            outcome = "at the end of the log: too near to say whether it recovers"
+        evidence = (
+            f"loss {spike.level:.4g} before step {first:,}, up to {spike.peak:.4g} ({spike.deviations:.0f} standard "
+            f"deviations of the noise), {outcome}{_beside(run, spike.start)}"
         )
-        yield spike, begin, end, figures, _beside(run, spike.start)
+        yield lasts, Sign(SEVERITIES[lasts + severe], first, last, evidence)
 
 
 def _beside(run: RunView, start: int) -> str:
@@ -193,8 +185,8 @@ def plateau(run: RunView) -> Iterator[Sign]:
             step = int(steps[begin])
             low = run.is_language_model and level < max(LOW, 0.05 * start)
             evidence = (
-                f"loss {start:.4g} to {level:.4g} by step {step:,}, then {rest.change:+.2g} over the remaining "
-                f"{len(tail)} logged steps ({rest.low:+.2g} to {rest.high:+.2g})"
-            ) + (": nothing is left to learn" if low else "")
+                f"loss {start:.4g} to {level:.4g} by step {step:,}, then {rest.change:+.2g} over the remaining {len(tail)} "
+                f"logged steps ({rest.low:+.2g} to {rest.high:+.2g}){': nothing is left to learn' if low else ''}"
+            )
             yield Sign("info" if low else "warning", step, int(steps[-1]), evidence)
             return

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hf_objectives.diagnostics.robust import Values, excursions
+from hf_objectives.diagnostics.robust import excursions
 from hf_objectives.diagnostics.run_view import RunView, Sign
 
 _FIRST = ("loss", "eval_loss", "grad_norm")
@@ -66,19 +66,14 @@ def gradient_explosion(run: RunView) -> Iterator[Sign]:
     lasting = [leap for leap in found if not leap.back and leap.end - leap.start >= 5]
     worst = lasting[0] if lasting else max(found, key=lambda leap: leap.height)
     first, last = int(steps[worst.start]), int(steps[worst.end - 1])
-    with_loss = worst.height > _THIRTYFOLD and _loss_rises(run, first, last)
-    severe = worst.height > _HUNDREDS or len(found) > _OFTEN or with_loss
+    # Without a loss it is unknown whether it leaves its noise there as well, and counts as yes.
+    low, high = np.searchsorted(run["loss"].steps, [first, last])
+    loss_rises = not len(run["loss"].steps) or any(low - 3 <= rise.start <= high + 3 for rise in run.rises)
+    severe = worst.height > _HUNDREDS or len(found) > _OFTEN or (worst.height > _THIRTYFOLD and loss_rises)
     times = f"; {len(found)} time{'s' if len(found) > 1 else ''} more than tenfold"
     evidence = f"gradient norm {np.exp(worst.level):.3g} before step {first:,}, up to {np.exp(worst.peak):.3g}"
     evidence += ", and it stays" if lasting else times
     yield Sign("error" if lasting else "warning" if severe else "info", first, last, evidence)
-
-
-def _loss_rises(run: RunView, first: int, last: int) -> bool:
-    """Whether the loss leaves its noise near these steps. Without a loss that is unknown and counts as yes."""
-    steps, values = run["loss"]
-    low, high = np.searchsorted(steps, [first, last])
-    return not len(values) or any(low - 3 <= rise.start <= high + 3 for rise in run.rises)
 
 
 def zero_rate(run: RunView) -> Iterator[Sign]:
@@ -100,13 +95,14 @@ def zero_rate(run: RunView) -> Iterator[Sign]:
 def rate_leaps(run: RunView) -> Iterator[Sign]:
     """The learning rate rises by half or more from one line to the next; at equal distances it is a schedule's restart."""
     (steps, rates), leaps = run["learning_rate"], _leaps(run)
-    if _are_restarts(rates, leaps):
+    apart = np.diff(leaps)  # the stretch before the first leap has the warmup as well
+    regular = len(apart) > 0 and apart.max() <= 1.05 * apart.min() + 2
+    if regular and (rates[leaps] <= 1.05 * rates[: leaps[0]].max()).all():  # to a former height, as after a cosine
         last = int(steps[leaps[-1]])
         evidence = (
-            f"the learning rate starts anew {len(leaps)} times, at equal distances, the last time at step {last:,}: "
-            "a schedule with restarts"
+            f"the learning rate starts anew {len(leaps)} times, at equal distances, the last time at step {last:,}"
         )
-        yield Sign("info", int(steps[leaps[0]]), last, evidence)
+        yield Sign("info", int(steps[leaps[0]]), last, f"{evidence}: a schedule with restarts")
         return
     for i in leaps[:_TOLD]:
         step = int(steps[i])
@@ -128,14 +124,6 @@ def _leaps(run: RunView) -> list[int]:
     before, after = rates[1:-1], rates[2:]
     leaps = (before > 0) & (after > _LEAP * before) & ((rises[1:] > 3 * usual) | (rises[:-1] <= 0))
     return (np.flatnonzero(leaps) + 2).tolist()
-
-
-def _are_restarts(rates: Values, leaps: list[int]) -> bool:
-    """Whether the rate leaps to a former height at equal distances, as cosine schedules with restarts do."""
-    apart = np.diff(leaps)  # the stretch before the first leap has the warmup as well
-    if not len(apart) or apart.max() > 1.05 * apart.min() + 2:
-        return False
-    return bool((rates[leaps] <= 1.05 * rates[: leaps[0]].max()).all())
 
 
 def _loss_after(run: RunView, step: int) -> str:

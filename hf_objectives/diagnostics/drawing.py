@@ -27,15 +27,9 @@ _MARKS = 12  # findings
 def envelope(
     steps: NDArray[np.int64], values: NDArray[np.float64], bins: int = BINS
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Reduce a curve to its extremes: the least and the greatest value in each of `bins` equal spans of steps.
+    """The least and the greatest value in each of `bins` equal spans of steps; the curve itself where it has no more.
 
-    Args:
-        steps: [points], rising.
-        values: [points]; infinities become NaN, and NaN stays where a span has nothing else: a gap.
-        bins: how many spans.
-
-    Returns:
-        Steps and values [at most 2 * bins]; the curve itself where it has no more.
+    Infinities become NaN. A NaN stays, as a gap, where a span has nothing else. Shapes: [points], and [at most 2 * bins].
     """
     values = np.where(np.isfinite(values), values, np.nan)
     if len(values) <= 2 * bins:
@@ -50,18 +44,11 @@ def envelope(
 def trend(
     steps: NDArray[np.int64], values: NDArray[np.float64], *, geometric: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The moving median of a curve over a tenth of it, and a short moving mean over that.
+    """The moving median of a curve over a tenth of it, and a short moving mean over that; float64 [at most points].
 
-    A lone spike leaves no mark on a median, and a leap stays a leap, where a mean would begin to rise before it. Windows
-    are centred, so that the trend does not lag behind, and narrower towards both ends.
-
-    Args:
-        steps: [points], rising.
-        values: [points]; what is not finite does not count and is a gap in the result.
-        geometric: of the logarithms, as perplexity needs; values that are not positive do not count.
-
-    Returns:
-        Steps and trend, float64 [points]; of a long curve, of the means of its spans [at most BINS].
+    A lone spike leaves no mark on a median, and a leap stays a leap. Windows are centred and narrower towards both ends, so
+    that the trend does not lag behind. What is not finite is a gap. With `geometric` it is the trend of the logarithms, as
+    perplexity needs. A long curve is first reduced to the means of its spans.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         y = np.log(values) if geometric else np.asarray(values, float)
@@ -93,16 +80,7 @@ def _spans(steps: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
 
 
 def draw_line(axes: Any, line: Line, *, geometric: bool = False) -> Any:
-    """Draw a curve on matplotlib's axes; a long one pale as it was logged, with its trend over it.
-
-    Args:
-        axes: matplotlib's.
-        line: what to draw.
-        geometric: the trend is that of the logarithms.
-
-    Returns:
-        The `Line2D` that stands for the curve in a legend.
-    """
+    """Draw a curve; a long one pale as it was logged, with its trend over it. Returns the `Line2D` for a legend."""
     style: Any = (0, line.dashes) if line.dashes else "-"
     look: dict[str, Any] = {"color": line.colour, "linestyle": style, "linewidth": 1.3}
     points = int(np.isfinite(line.series.values).sum())
@@ -132,11 +110,7 @@ def draw_panel(axes: Any, panel: Panel, *, legend: bool = True) -> None:
     """Draw a panel with its scale, title and legend on matplotlib's axes."""
     from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
-    handles = []
-    for line in panel.lines:
-        drawn = draw_line(axes, line, geometric=panel.log is True)
-        if line.label:
-            handles.append((drawn, line.label))
+    drawn = [(draw_line(axes, line, geometric=panel.log is True), line.label) for line in panel.lines]
     values = np.concatenate([line.series.values for line in panel.lines] or [np.ones(1)])
     values = values[np.isfinite(values)]
     log = bool(_spans_decades(values) if panel.log is None else panel.log) and bool((values > 0).any())
@@ -163,11 +137,11 @@ def draw_panel(axes: Any, panel: Panel, *, legend: bool = True) -> None:
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    handles = {plain(label): handle for handle, label in drawn if label}
     if len(handles) > 1 and legend:
-        lines, names = zip(*handles, strict=True)
         columns = 1 + (len(handles) > 5)
-        drawn = axes.legend(lines, [plain(name) for name in names], frameon=False, fontsize=8, ncols=columns)
-        drawn.set_in_layout(False)  # wide names may lie over the curves, and take no room from them
+        box = axes.legend(handles.values(), handles, frameon=False, fontsize=8, ncols=columns)
+        box.set_in_layout(False)  # wide names may lie over the curves, and take no room from them
 
 
 def _spans_decades(values: NDArray[np.float64]) -> bool:
@@ -201,12 +175,9 @@ def same_steps(axes: Iterable[Any], runs: Sequence[Curves]) -> None:
 
 
 def mark_findings(axes: Mapping[str, Any], findings: Sequence[Finding], *, bands: bool = True) -> None:
-    """Mark the first findings by number in the panels that show them: a line at its step, and a band over its steps.
+    """Mark the first findings by number in the panels that show them: a line at the step, a band over its steps.
 
-    Args:
-        axes: matplotlib's, by name of the panel, with the limits of their steps set.
-        findings: the gravest first; the first has number 1.
-        bands: draw them.
+    `axes` are by name of the panel, with the limits of their steps set.
     """
     placed: dict[str, list[tuple[float, int]]] = {name: [] for name in axes}  # step and row of the numbers
     shaded = set()
@@ -239,22 +210,14 @@ def plain(text: str) -> str:
 
 
 def check_ending(output: str | Path) -> None:
-    """Refuse a path whose ending names no format of a picture.
-
-    Raises:
-        ConfigError: the ending is none of png, svg and pdf.
-    """
+    """Refuse a path whose ending names no format of a picture (ConfigError)."""
     ending = Path(output).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
         raise ConfigError(f"{output}: a picture ends in {', '.join(f'.{name}' for name in FORMATS)}; found {ending!r}")
 
 
 def save(figure: Any, output: str | Path) -> Path:
-    """Write a matplotlib figure, and make the folder for it; returns its path.
-
-    Raises:
-        ConfigError: the ending is none of png, svg and pdf.
-    """
+    """Write a matplotlib figure, and make the folder for it; returns its path."""
     check_ending(output)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)

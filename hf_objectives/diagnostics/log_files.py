@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from hf_objectives.diagnostics.log_json import CHUNK, HISTORY, parse_object, read_history, read_json_lines
+import orjson
+
 from hf_objectives.diagnostics.log_names import RUN_KEYS, canonical
 from hf_objectives.errors import ConfigError, FileFormatError
 
@@ -18,22 +20,27 @@ Lines = Iterator[Mapping[str, Any]]
 STATE = "trainer_state.json"
 #: A curve that TensorBoard exported: the name of the file holds the run and the tag.
 TAGGED = re.compile(r"(?P<run>.*)-tag-(?P<tag>.+)\.csv")
+_HEAD, _FORE = 1 << 20, 1 << 12  # bytes that tell the format of a file, and those in which a state begins its log
 _EXAMPLE = '{"step": 1, "loss": 2.3}'
+CHUNK = 1 << 22  # bytes of a state that are parsed at once
+_HISTORY = re.compile(rb'"log_history"\s*:\s*\[')
+_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
+_BETWEEN = re.compile(r"(?<=\})\s*,\s*(?=\{)")
+_BEGIN = re.compile(rb'\s*(\{\s*"[^"]*")')
+_CLOSED = re.compile(r"[}\s]\]\s*(?:[,}]|$)")
+_DECODER = json.JSONDecoder()
+_DAMAGE = object()
 
 
 def read_lines(path: Path, notes: list[str]) -> Lines:
-    """Yield the log lines of a file in the order in which they were written.
-
-    Args:
-        path: a log file.
-        notes: gets a sentence about each thing that cannot be read, at the end of the iteration.
+    """Yield the log lines of a file in order. At the end `notes` gets a sentence about each thing that cannot be read.
 
     Raises:
         FileFormatError: the file is empty, or its format is none of a log.
         ConfigError: the package that reads it is not installed.
     """
     with path.open("rb") as file:
-        head = file.read(4096)
+        head = file.read(_HEAD)
     if not head.strip():
         raise FileFormatError(f"{path} is empty; a log has lines such as {_EXAMPLE}")
     return _reader_of(path, head)(path, notes)
@@ -49,21 +56,115 @@ def _reader_of(path: Path, head: bytes) -> Callable[[Path, list[str]], Lines]:
         raise FileFormatError(f"{path} is UTF-16; expected UTF-8, which iconv -f UTF-16 -t UTF-8 makes of it")
     if path.suffix in (".csv", ".tsv"):
         return _read_csv
-    text = head.decode("utf-8-sig", errors="replace").lstrip()
-    if path.name == STATE or text.startswith("[") or HISTORY.search(head):
-        return read_history
-    if text.startswith("{") or path.suffix in (".jsonl", ".ndjson"):
-        return read_history if _is_state(path) else read_json_lines
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    first = text.partition(b"\n")[0]
+    # A state may have any name: an object over many lines, or one line with a log_history.
+    is_state = first.strip() == b"{" or _HISTORY.search(text, 0, max(_FORE, len(first)))
+    if path.name == STATE or text.startswith(b"[") or is_state:
+        return _read_history
+    if text.startswith(b"{") or path.suffix in (".jsonl", ".ndjson"):
+        return _read_json_lines
     raise FileFormatError(
         f"{path} is no log that is known; expected {STATE}, JSON lines, CSV, TensorBoard events or trackio's database"
     )
 
 
-def _is_state(path: Path) -> bool:
-    """Whether a file is a state under another name: an object over many lines, or a line with a log_history."""
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _parse_object(text: Any) -> dict[str, Any] | None:
+    """One JSON object, which may hold NaN and Infinity; None where `text` is no such object."""
+    try:
+        entry = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        try:
+            entry = json.loads(text)  # accepts NaN and Infinity
+        except (ValueError, TypeError, RecursionError):
+            return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _read_json_lines(path: Path, notes: list[str]) -> Lines:
+    bad: list[tuple[int, bool]] = []  # number of the line, and whether it has a line end
     with path.open("rb") as file:
-        first = file.readline(CHUNK)
-    return first.strip(b"\xef\xbb\xbf \t\r\n") == b"{" or HISTORY.search(first) is not None
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if (entry := _parse_object(line)) is not None:
+                yield entry
+            else:
+                bad.append((number, line.endswith(b"\n")))
+    if bad and not bad[-1][1]:
+        notes.append(f"line {bad.pop()[0]:,}, the last, is cut short: the log is damaged there or still being written")
+    if bad:
+        notes.append(f"{len(bad):,} lines are no JSON objects and were left out, the first is line {bad[0][0]:,}")
+
+
+def _read_history(path: Path, notes: list[str]) -> Lines:
+    """Yield the entries of a state's `log_history`, or of an array of log lines, also those behind damage.
+
+    A million entries at once would take a gigabyte, so the text is parsed in pieces that end between two entries.
+    """
+    text = path.read_bytes()
+    opened = _ARRAY.match(text) or _HISTORY.search(text)
+    if opened is None:
+        notes.append("it has no log_history")
+        return
+    # A piece ends before an entry that begins as the first one does: an object inside of an entry begins otherwise.
+    begin = _BEGIN.match(text, opened.end())
+    between = re.compile(rb"(?<=\})\s*,\s*(?=" + (re.escape(begin[1]) if begin else rb"\{") + rb")")
+    damage: list[str] = []  # where
+    odd: list[Any] = []  # entries that are no objects
+    step, start, rest, entry = None, opened.end(), "", None
+    while start < len(text) and not rest.startswith("]"):
+        cut = between.search(text, start + CHUNK)
+        entries, rest = _parse_entries(text[start : cut.start() if cut else None])
+        start = cut.end() if cut else len(text)
+        for entry in entries:
+            if isinstance(entry, dict):
+                step = entry.get("step", step)
+                yield entry
+            elif entry is _DAMAGE:
+                damage.append("at its start" if step is None else f"after step {step}")
+            else:
+                odd.append(entry)
+    ended = rest.startswith("]") or bool(_CLOSED.search(rest) and rest.rstrip().endswith(("}", "]")))
+    if not ended and entry is _DAMAGE:
+        damage.pop()
+    if damage:
+        places = f"{len(damage):,} place" + ("s, the first" if len(damage) > 1 else ",")
+        notes.append(f"it is damaged in {places} {damage[0]}: what stood there was left out")
+    if not ended:
+        notes.append("it ends in the middle of its log (damaged or still being written); the lines before were read")
+    if odd:
+        notes.append(f"{len(odd):,} entries of the log are no objects, the first is {str(odd[0])[:60]}")
+
+
+def _parse_entries(piece: bytes) -> tuple[list[Any], str]:
+    """The entries in a piece of the text, `_DAMAGE` for each that cannot be read, and the text behind the last one.
+
+    Where the last one is damaged, the rest begins with it. At the end of the log the rest begins with its bracket.
+    """
+    try:
+        return orjson.loads(b"[" + piece + b"]"), ""
+    except orjson.JSONDecodeError:  # a NaN, damage, or the end of the log
+        text = piece.decode("utf-8", errors="replace")
+    try:
+        entries, end = _DECODER.raw_decode(f"[{text}]")
+        return entries, text[end - 2 :]
+    except (ValueError, RecursionError):
+        entries, rest = [], ""
+    for part in _BETWEEN.split(text):
+        rest = part.lstrip()
+        with suppress(ValueError, RecursionError):  # what cannot be read stays in `rest`, and counts as damage below
+            entry, end = _DECODER.raw_decode(rest)
+            entries.append(entry)
+            rest = rest[end:].lstrip(" \t\r\n,")
+        if rest.startswith("]"):
+            break
+        if rest:
+            entries.append(_DAMAGE)
+    return entries, rest
 
 
 # -- CSV -----------------------------------------------------------------------------------------------------------
@@ -72,7 +173,7 @@ def _is_state(path: Path) -> bool:
 def _read_csv(path: Path, notes: list[str]) -> Lines:
     """Yield the rows of a table; also of those that Weights & Biases and TensorBoard export."""
     unreadable: list[tuple[int, str]] = []  # number of the line, and why
-    ragged: list[int] = []
+    ragged: list[int] = []  # numbers of lines
     with path.open("rb") as raw:
         raw.seek(-1, 2)
         ended = raw.read(1) in b"\r\n"
@@ -91,10 +192,12 @@ def _read_csv(path: Path, notes: list[str]) -> Lines:
         to_lines = _wandb_lines if side_by_side else _table_lines
         yield from to_lines(names, _rows(reader, len(names), unreadable, ragged))
     if unreadable:
+        number, why = unreadable[0]
         lines = f"{len(unreadable):,} lines cannot be read and were left out"
-        notes.append(f"{lines}, the first is line {unreadable[0][0]:,} ({unreadable[0][1]})")
+        notes.append(f"{path.name}: {lines}, the first is line {number:,} ({why})")
     if ragged:
-        notes.append(f"{len(ragged):,} lines have more or fewer cells than the header")
+        lines = f"{len(ragged):,} lines have more or fewer cells than the header"
+        notes.append(f"{path.name}: {lines}, the first is line {ragged[0]:,}")
     if not ended:
         notes.append("the last line has no line end: it may be cut short")
 
@@ -102,19 +205,19 @@ def _read_csv(path: Path, notes: list[str]) -> Lines:
 def _rows(reader: Any, width: int, unreadable: list[tuple[int, str]], ragged: list[int]) -> Iterator[list[str]]:
     while True:
         try:
-            for row in reader:
-                if 0 < len(row) != width:
-                    ragged.append(reader.line_num)
-                yield row
-            return
+            row = next(reader, None)
         except csv.Error as error:  # such as a cell of more than 128 KiB; the reader goes on with the next line
             unreadable.append((reader.line_num, str(error)))
+            continue
+        if row is None:
+            return
+        if 0 < len(row) != width:
+            ragged.append(reader.line_num)
+        yield row
 
 
 def _table_lines(names: list[str], rows: Iterable[list[str]]) -> Lines:
-    for row in rows:
-        cells = zip(names, row, strict=False)
-        yield {name: value for name, value in cells if value} if "" in row else dict(cells)
+    return ({name: value for name, value in zip(names, row, strict=False) if value} for row in rows)
 
 
 def _wandb_lines(names: list[str], rows: Iterable[list[str]]) -> Lines:
@@ -165,7 +268,7 @@ def _read_trackio(path: Path, notes: list[str]) -> Lines:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
             for run, step, metrics in base.execute("select run_name, step, metrics from metrics order by id"):
                 runs = True
-                if (entry := parse_object(metrics)) is not None:
+                if (entry := _parse_object(metrics)) is not None:
                     yield {"step": step, **entry, RUN_KEYS[0]: run}
                 else:
                     bad.append(step)

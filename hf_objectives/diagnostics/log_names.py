@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 #: Names of the step, best first: the step that the trainer logged comes before a tracker's own counter (`_step`).
@@ -52,13 +52,15 @@ def of_split(key: str, split: str) -> str:
     return f"test_{name}" if plain == "test" else f"eval_{split.strip()}_{name}"
 
 
-def step_of(keys: Iterable[Any]) -> str | None:
+@lru_cache
+def step_of(keys: tuple[Any, ...]) -> str | None:
     """The key that holds the step; None where there is none."""
     plain = {_plain(key): key for key in keys}
     return next((plain[name] for name in STEP_KEYS if name in plain), None)
 
 
-def split_of(keys: Iterable[Any]) -> str | None:
+@lru_cache
+def split_of(keys: tuple[Any, ...]) -> str | None:
     """The key that names the split; None where there is none."""
     return next((key for key in keys if _plain(key) in SPLIT_KEYS), None)
 

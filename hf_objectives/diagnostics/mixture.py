@@ -19,10 +19,7 @@ def plot_mixture(log: str | Path | Log | Curves | Sequence[MixtureReport], outpu
 
     Args:
         log: what `read_curves` takes, or reports of a mixture.
-        output: the picture; its ending names the format (png, svg, pdf).
-
-    Returns:
-        The path of the picture.
+        output: the picture, whose path is returned; its ending names the format (png, svg, pdf).
 
     Raises:
         FileFormatError: no log where `log` says, or one without a mixture.

@@ -21,19 +21,12 @@ _LOWEST_OF_64 = 3.2  # standard deviations: the lowest of 64 normal values is hi
 
 
 class Spike(NamedTuple):
-    """A loss out of its noise.
-
-    Attributes:
-        value: the loss.
-        level: the median of the losses before it.
-        limit: the loss from which on it is a spike.
-        deviations: its height over the level, in standard deviations of the noise.
-    """
+    """A loss out of its noise."""
 
     value: float
-    level: float
-    limit: float
-    deviations: float
+    level: float  #: the median of the losses before it
+    limit: float  #: the loss from which on it is a spike
+    deviations: float  #: its height over the level, in standard deviations of the noise
 
     @property
     def kind(self) -> str:
@@ -49,14 +42,13 @@ class SpikeMonitor:
     Later losses are not compared with a spike. After `patience` spikes in a row they are the new level. A height that comes
     back again and again is a part of the data (a harder source), and no spike any more.
 
+    Where `height` (of the last loss over the level, in deviations) is high and no spike, one bad example among good ones may
+    be the reason.
+
     Args:
         window: losses to compare with.
         warmup: losses before the first judgement.
         patience: spikes in a row after which the new level is accepted.
-
-    Attributes:
-        height: of the last loss over the level, in deviations; 0 before there is a level. Where it is high and no spike, one
-            bad example among good ones may be the reason.
     """
 
     def __init__(self, window: int = 64, warmup: int = 12, patience: int = 20) -> None:
@@ -65,7 +57,7 @@ class SpikeMonitor:
         self._apart: list[float] = []
         self._rises: deque[tuple[int, float]] = deque(maxlen=window)  # step and height of each
         self._count = 0
-        self.height = 0.0
+        self.height = 0.0  #: 0 before there is a level
 
     def seed(self, values: Iterable[float]) -> None:
         """Take losses from before a resume, to compare with."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
 from hf_objectives.diagnostics.curves import Curves, Series
+from hf_objectives.diagnostics.detect_alignment import CHOSEN, ENTROPY, KL, LENGTH, REWARD
 
 #: Colours of a finding on a light and on a dark page; each has a contrast of 4.5:1 or more.
 FINDING_COLOURS = {
@@ -47,66 +49,36 @@ _SHOWN_IN: dict[str, tuple[tuple[str, ...], ...]] = {
     "gradient_explosion": (("grad_norm",),),
     "schedule_fault": (("learning_rate",),),
     "mixture_drift": (("share",),),
-    "falling_chosen": (("logps_change/chosen", "logps/chosen"),),
-    "reward_hacking": (("reward", "objective/scores", "rewards/mean"), ("kl", "objective/kl", "kl_per_answer")),
-    "entropy_collapse": (("entropy", "policy/entropy_avg"),),
-    "length_growth": (("completions/mean_length", "completion_length"),),
+    "falling_chosen": (CHOSEN,),
+    "reward_hacking": (REWARD, KL),
+    "entropy_collapse": (ENTROPY,),
+    "length_growth": (LENGTH,),
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a panel.
-
-    Attributes:
-        series: its points.
-        label: its name in a legend; "" for none.
-        colour: as matplotlib takes it.
-        held_out: it is of validation, and never smoothed.
-        smooth: its trend is drawn over it.
-        dashes: lengths of dashes and gaps in turn; () for a solid line.
-        made: it is exp(loss), because the log has no such perplexity.
-    """
+    """One curve of a panel."""
 
     series: Series
-    label: str
+    label: str  # in a legend; "" for none
     colour: str
-    held_out: bool = False
-    smooth: bool = True
-    dashes: tuple[float, ...] = ()
-    made: bool = False
+    held_out: bool = False  # of validation, and never smoothed
+    smooth: bool = True  # with its trend over it
+    dashes: tuple[float, ...] = ()  # lengths of dashes and gaps in turn; () for a solid line
+    made: bool = False  # exp(loss), because the log has no such perplexity
 
 
 @dataclass
 class Panel:
-    """One part of the picture.
+    """One part of the picture."""
 
-    Attributes:
-        name: unlike all others.
-        title: what it shows.
-        lines: its curves.
-        log: on a log scale; None where the values span decades.
-        share: values are shares, from 0 to 1.
-        least: no value of it can be less.
-    """
-
-    name: str
+    name: str  # unlike all others
     title: str
     lines: list[Line] = field(default_factory=list)
-    log: bool | None = False
-    share: bool = False
-    least: float | None = None
-
-
-@dataclass
-class Completed(Curves):
-    """Curves with perplexities that the log does not have.
-
-    Attributes:
-        made: the keys of these.
-    """
-
-    made: frozenset[str] = frozenset()
+    log: bool | None = False  # on a log scale; None where the values span decades
+    share: bool = False  # values are shares, from 0 to 1
+    least: float | None = None  # no value of it can be less
 
 
 def panels_of(runs: Sequence[Curves]) -> list[Panel]:
@@ -126,27 +98,30 @@ def panels_of(runs: Sequence[Curves]) -> list[Panel]:
 
 
 def shown_in(kind: str, panels: Collection[str]) -> list[str]:
-    """The panels that show what a finding is about; the first panel where none does.
-
-    Args:
-        kind: of the finding.
-        panels: the names of those that are drawn, in order.
-    """
+    """Of the panels drawn, those that show what a kind of finding is about; the first one where none does."""
     rows = _SHOWN_IN.get(kind, (("loss",),))
     places = [next((name for name in row if name in panels), None) for row in rows]
     return [name for name in places if name] or [*panels][:1]
 
 
-def with_perplexities(run: Curves) -> Completed:
+def with_perplexities(run: Curves) -> Curves:
     """The run, with exp(loss) where the loss of a language model or of a validation set has no perplexity beside it."""
-    made = {}
-    if not any(_of_preferences(key.removeprefix("eval_")) for key in run.series):
-        for key, series in run.series.items():
-            name = f"{key.removesuffix('loss')}perplexity"
-            if (key in ("loss", "eval_loss") or _is_of_set(key)) and name not in run:
-                with np.errstate(over="ignore"):
-                    made[name] = Series(series.steps, np.exp(series.values))
-    return Completed(run.name, {**run.series, **made}, run.notes, run.seams, frozenset(made))
+    plain = {key.removeprefix("eval_") for key in run.series}
+    # Beside these a loss is no mean over tokens. An accuracy says nothing: it may be that of tokens, as `run_clm` logs it.
+    of_preferences = plain & {"reward", "kl", "kl_per_answer", "margin"} or any(
+        key.startswith(("rewards/", "completions/")) for key in plain
+    )
+    made: dict[str, Series] = {}
+    if of_preferences:
+        return run
+    for key, series in run.series.items():
+        source = key.removeprefix("eval_").removesuffix("_loss")
+        of_set = key == f"eval_{source}_loss" and source not in {"", *_PARTS}
+        name = f"{key.removesuffix('loss')}perplexity"
+        if (of_set or key in ("loss", "eval_loss")) and name not in run:
+            with np.errstate(over="ignore"):
+                made[name] = Series(series.steps, np.exp(series.values))
+    return replace(run, series={**run.series, **made}, made=frozenset(made))
 
 
 def sources_of(runs: Iterable[Curves], start: str, end: str) -> list[str]:
@@ -161,26 +136,14 @@ def colour_of(i: int) -> str:
 
 
 def dashes_of(i: int, *, broken: bool = False) -> tuple[float, ...]:
-    """Dashes and gaps of the i-th run's line: one dot more in each round of the colours, () in the first.
-
-    Args:
-        i: of the run, from 0.
-        broken: of validation, whose line is dashed in every round.
-    """
+    """Dashes and gaps of the i-th run's line: one dot more in each round of the colours. A `broken` line is always dashed."""
     rounds = i // len(_PALETTE)
     first: tuple[float, ...] = (3.7, 1.6) if broken else (9.0, 1.6) if rounds else ()
     return first + (1.0, 1.6) * rounds
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Names as a legend has room for: long ones lose their middle, and names that then look alike get a number.
-
-    Args:
-        names: whole ones; the same name twice has one short one.
-
-    Returns:
-        As many names, at most 36 characters each, the numbers not counted.
-    """
+    """Names of 36 characters at most: long ones lose their middle, and names that then look alike get a number."""
     half = (_NAME_AT_MOST - 1) // 2
     short: dict[str, str] = {}
     for name in dict.fromkeys(names):
@@ -195,7 +158,7 @@ def shortened(names: Sequence[str]) -> list[str]:
 # -- lines ---------------------------------------------------------------------------------------------------------
 
 
-def _panel_of(runs: Sequence[Completed], key: str, title: str, log: bool | None) -> Panel:
+def _panel_of(runs: Sequence[Curves], key: str, title: str, log: bool | None) -> Panel:
     """Training and validation of every run; one run tells them apart by colour, several by dashes."""
     panel = Panel(key, title, log=log, least=1.0 if key == "perplexity" else None)
     several = len(runs) > 1
@@ -206,46 +169,44 @@ def _panel_of(runs: Sequence[Completed], key: str, title: str, log: bool | None)
     return panel
 
 
-def _panels_by_source(runs: Sequence[Completed]) -> Iterator[Panel]:
+def _panels_by_source(runs: Sequence[Curves]) -> Iterator[Panel]:
     """Perplexity, else loss, and share of the sources: one panel for all of a run, or one a source for several runs."""
     known = sources_of(runs, "eval_", "_perplexity")
     losses = [name for name in sources_of(runs, "eval_", "_loss") if name not in known and name not in _PARTS]
     shares = sources_of(runs, "mixture/", "/share")
     perplexity = Panel("source", "Validation perplexity by source", log=True, least=1.0)
     share = Panel("share", "Share of what was drawn, dashed as asked", share=True)
-    for panel, title, sources, key in (
+    for whole, title, sources, key in (
         (perplexity, "Perplexity, {}", known, "eval_{}_perplexity"),
         (Panel("set", "Validation loss by source", log=None), "Validation loss, {}", losses, "eval_{}_loss"),
         (share, "Share, {}", shares, "mixture/{}/share"),
     ):
         shown = sources[:_SOURCES_AT_MOST]
         if len(runs) == 1:
-            panels = [panel]
+            panels = [whole]
             for i, (source, name) in enumerate(zip(shown, shortened(shown), strict=True)):
-                panel.lines += _lines_of_source(runs[0], key.format(source), i, name)
+                whole.lines += _lines_of_source(runs[0], key.format(source), i, name)
         else:
-            panels = [
-                replace(panel, name=f"{panel.name} {source}" if n else panel.name, title=title.format(source), lines=[])
-                for n, source in enumerate(shown)
-            ]
-            for each, source in zip(panels, shown, strict=True):
-                for i, run in enumerate(runs):
-                    each.lines += _lines_of_source(run, key.format(source), i, run.name)
-            # Lone points of runs side by side compare nothing.
-            panels = [each for each in panels if max(len(line.series.steps) for line in each.lines) > 1]
+            panels = []
+            for source in shown:
+                name = f"{whole.name} {source}" if source != shown[0] else whole.name
+                lines = [_lines_of_source(run, key.format(source), i, run.name) for i, run in enumerate(runs)]
+                # Lone points of runs side by side compare nothing.
+                if max(len(line.series.steps) for line in chain(*lines)) > 1:
+                    panels.append(replace(whole, name=name, title=title.format(source), lines=[*chain(*lines)]))
         if panels and len(sources) > len(shown):
             panels[-1].title += f" (the first {len(shown)} of {len(sources)})"
         yield from panels
 
 
-def _lines_of_source(run: Completed, key: str, i: int, label: str) -> list[Line]:
+def _lines_of_source(run: Curves, key: str, i: int, label: str) -> list[Line]:
     if key.startswith("eval_"):
         return [_line(run, key, i, label, held_out=True)]
     asked = _line(run, f"{key.removesuffix('share')}asked", i, "", smooth=False)
     return [_line(run, key, i, label, smooth=False), replace(asked, dashes=dashes_of(i, broken=True))]
 
 
-def _line(run: Completed, key: str, i: int, label: str, *, held_out: bool = False, smooth: bool = True) -> Line:
+def _line(run: Curves, key: str, i: int, label: str, *, held_out: bool = False, smooth: bool = True) -> Line:
     return Line(run.get(key), label, colour_of(i), held_out, smooth, dashes_of(i, broken=held_out), key in run.made)
 
 
@@ -254,23 +215,6 @@ def _far_apart(lines: Sequence[Line]) -> bool:
     peaks = [float(np.nanmax(line.series.values)) for line in lines]
     peaks = [peak for peak in peaks if 0 < peak < np.inf]
     return bool(peaks) and max(peaks) > 10 * min(peaks)
-
-
-# -- perplexity from loss ------------------------------------------------------------------------------------------
-
-
-def _of_preferences(key: str) -> bool:
-    """Whether a loss beside that key is no mean over tokens, so that its exponential is no perplexity.
-
-    An accuracy says nothing: it may be that of tokens, as `run_clm` logs it.
-    """
-    return key in ("reward", "kl", "kl_per_answer", "margin") or key.startswith(("rewards/", "completions/"))
-
-
-def _is_of_set(key: str) -> bool:
-    """Whether that is the loss of a validation set, as `eval_wiki_loss` is."""
-    name = key.removeprefix("eval_").removesuffix("_loss")
-    return key == f"eval_{name}_loss" and name != "" and name not in _PARTS
 
 
 def _made_note(lines: Sequence[Line]) -> str:

@@ -1,23 +1,37 @@
-"""Draw training curves: one run or several over each other, with what is wrong marked where it is."""
+"""Draw training curves: one run or several over each other, with findings marked; reinforcement learning; reward models."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_objectives.diagnostics.curves import Curves, Log, read_curves, read_runs
+from hf_objectives.diagnostics.curves import Curves, OneLog, read_curves, read_runs
 from hf_objectives.diagnostics.detect import diagnose
-from hf_objectives.diagnostics.drawing import check_ending, draw_panel, mark_findings, plain, same_steps, save
+from hf_objectives.diagnostics.drawing import (
+    check_ending,
+    draw_keys,
+    draw_panel,
+    mark_findings,
+    plain,
+    same_steps,
+    save,
+)
 from hf_objectives.diagnostics.panels import FINDING_COLOURS, Panel, colour_of, dashes_of, panels_of, shortened
 from hf_objectives.errors import FileFormatError
 from hf_objectives.inspection import SEVERITIES, Finding, visible
 
-OneLog = str | Path | Log | Curves
+if TYPE_CHECKING:
+    from hf_objectives.evaluation import Reliability
+
 _LISTED = 8  # findings
 _TEXT, _LINE_HEIGHT, _PANEL_HEIGHT = "findings", 0.17, 3.1  # inches
+_SHARES = {
+    "completions/finished": "finished answers",
+    "clip_fraction": "clipped tokens",
+    "explained_variance": "variance explained by the critic",
+}
 _BANDS_UP_TO = 16  # runs; the bands of more would lie over all that is drawn
 
 
@@ -35,11 +49,8 @@ def plot_training_metrics(
     Args:
         log: what `read_curves` takes: a `trainer_state.json`, a run's folder, a Trainer's `log_history`, `Curves`, ...; or
             several, as a list or by name.
-        output: the picture; its ending names the format (png, svg, pdf).
+        output: the picture, whose path is returned; its ending names the format (png, svg, pdf).
         findings: what to mark; by default what `diagnose` finds. An empty list marks nothing.
-
-    Returns:
-        The path of the picture.
 
     Raises:
         FileFormatError: no log where `log` says, or a log with nothing that is drawn.
@@ -48,7 +59,9 @@ def plot_training_metrics(
     from matplotlib.figure import Figure
 
     check_ending(output)
-    runs = _runs(log)
+    runs = read_runs(log) if log else []
+    if not runs:
+        raise FileFormatError("no log was given; nothing to draw")
     for run in runs:
         if not panels_of([run]):
             raise FileFormatError(
@@ -56,8 +69,9 @@ def plot_training_metrics(
                 f"{', '.join(sorted(run.series)[:8])}"
             )
     panels = panels_of(runs)
-    marked = _diagnosed(runs) if findings is None else findings
-    marked = sorted(marked, key=lambda finding: (-SEVERITIES.index(finding.severity), finding.step))
+    if findings is None:
+        findings = diagnose(runs) if any(run.points > 1 for run in runs) else []
+    marked = sorted(findings, key=lambda finding: (-SEVERITIES.index(finding.severity), finding.step))
     columns = 3 if len(panels) > 4 else min(2, len(panels))
     width = 4.9 * columns + (1.5 if columns == 1 else 0)
     listing = _listing(marked, several=len(runs) > 1, characters=int(width * 14.5))
@@ -134,36 +148,69 @@ def _listing(findings: Sequence[Finding], *, several: bool, characters: int) -> 
     return lines
 
 
-def _runs(log: Any) -> list[Curves]:
-    """The runs in one log or several; several `log_history` lists are named run 1, run 2, ..."""
-    if isinstance(log, Mapping):
-        runs = [replace(_read(entry), name=str(name)) for name, entry in log.items()]
-    elif isinstance(log, (str, Path, Curves)):
-        runs = read_runs(log)
-    elif not isinstance(log, Sequence) or any(isinstance(entry, Mapping) for entry in log):
-        runs = [_read(log)]
-    elif all(isinstance(entry, (str, Path)) for entry in log):
-        runs = read_runs(log) if log else []
-    else:
-        runs = [_read(entry) for entry in log]
-        for i, entry in enumerate(log):
-            if not isinstance(entry, (str, Path, Curves)):
-                runs[i] = replace(runs[i], name=f"run {i + 1}")
-    if not runs:
-        raise FileFormatError("no log was given; nothing to draw")
-    return runs
+# -- alignment ------------------------------------------------------------------------------------------------------
 
 
-def _read(log: Any) -> Curves:
-    if not isinstance(log, (str, Path, Curves, Sequence)):
-        raise FileFormatError(f"{log!r:.60} is no log; expected a path, a Trainer's log_history, or several of them")
-    return read_curves(log)
+def plot_rewards(log: OneLog, output: str | Path = "rewards.png") -> Path:
+    """Draw the reward, the KL to the reference, the lengths of answers, and how the steps go.
+
+    Args:
+        log: what `read_curves` takes.
+        output: the picture, whose path is returned; its ending names the format (png, svg, pdf).
+
+    Raises:
+        FileFormatError: no log where `log` says, or a log without rewards.
+        ConfigError: another ending.
+    """
+    from matplotlib.figure import Figure
+
+    curves = read_curves(log)
+    if "reward" not in curves:
+        raise FileFormatError("the log has no 'reward'; nothing to draw")
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    (reward, kl), (length, shares) = figure.subplots(2, 2, sharex=True)
+    draw_keys(reward, curves, {"reward": "training", "eval_reward": "evaluation"}, "Reward (mean of an answer)")
+    key, unit = ("kl_per_answer", "answer") if "kl_per_answer" in curves else ("kl", "token")
+    draw_keys(kl, curves, {key: "KL to the reference"}, f"KL to the reference (nats per {unit})")
+    draw_keys(length, curves, {"completions/mean_length": "mean length of an answer"}, "Tokens of an answer")
+    draw_keys(shares, curves, _SHARES, "Shares")
+    shares.set(ylim=(-0.05, 1.05))
+    for axes in (reward, kl):
+        axes.set(xlabel="")
+    return save(figure, output)
 
 
-def _diagnosed(runs: Sequence[Curves]) -> list[Finding]:
-    found: list[Finding] = []
-    for run in runs:
-        # One point can be drawn, and has no course that could be wrong.
-        if max(len(series.steps) for series in run.series.values()) > 1:
-            found += [replace(finding, run=run.name) for finding in diagnose(run)]
-    return found
+def plot_reward_model(
+    log: OneLog, reliabilities: Mapping[str, Reliability], output: str | Path = "reward_model.png"
+) -> Path:
+    """Draw loss and accuracy over steps, and a reliability diagram: how often choices of a confidence are right.
+
+    Args:
+        log: what `read_curves` takes; an empty `log_history` gives the diagram alone.
+        reliabilities: what to draw in the diagram, by name; a dot's area is its bin's share of the pairs.
+        output: the picture, whose path is returned; its ending names the format (png, svg, pdf).
+
+    Raises:
+        FileFormatError: no log where `log` says, or nothing in it can be read.
+        ConfigError: another ending.
+    """
+    from matplotlib.figure import Figure
+
+    curves = read_curves(log) if log else Curves("nothing was trained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    loss, accuracy, diagram = figure.subplots(1, 3)
+    draw_keys(loss, curves, {"loss": "training", "eval_loss": "held out"}, "Loss (nats per pair)")
+    low, high = (curves.get(f"eval_accuracy_{end}") for end in ("low", "high"))
+    if len(low.steps):
+        accuracy.fill_between(*low, high.values, alpha=0.2, color=colour_of(1), label="95 % interval")
+    draw_keys(accuracy, curves, {"accuracy": "training", "eval_accuracy": "held out"}, "Accuracy")
+    diagram.plot([0.5, 1], [0.5, 1], "--", color="grey", label="calibrated")
+    for name, found in reliabilities.items():
+        full = found.counts > 0
+        areas = 400 * found.counts[full] / found.counts.sum()
+        label = f"{name}, ECE {found.expected_calibration_error:.3f}"
+        diagram.scatter(found.confidence[full], found.accuracy[full], areas, alpha=0.7, label=label)
+    diagram.set(title="Calibration (held out)", xlabel="confidence, sigmoid of the margin", ylabel="accuracy")
+    diagram.grid(alpha=0.25)
+    diagram.legend(frameon=False)
+    return save(figure, output)

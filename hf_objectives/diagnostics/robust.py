@@ -17,11 +17,9 @@ _Q99 = 2.326  # the 99 % quantile of a standard normal distribution
 
 
 def noise(values: Values, *, bends: bool = False) -> float:
-    """Standard deviation of the noise around a curve's trend, from the differences of neighbours.
+    """Standard deviation of the noise around a curve's trend, from the differences of neighbours (float64 [points]).
 
-    Args:
-        values: the curve, float64 [points].
-        bends: use second differences. A trend that turns within few values does not widen them.
+    With `bends` from second differences, which a trend that turns within few values does not widen.
     """
     if len(values) < 3:
         return 0.0
@@ -68,23 +66,14 @@ def trend(values: Values, blocks: int = 60) -> Trend:
 
 
 class Excursion(NamedTuple):
-    """A stretch above the level before it.
+    """A stretch above the level before it."""
 
-    Attributes:
-        start: index of its first value.
-        end: index after its last value; the number of values where it does not come back.
-        level: the median before it.
-        height: its highest value minus the level.
-        deviations: the height in standard deviations of the noise there.
-        back: whether it came back to the level.
-    """
-
-    start: int
-    end: int
-    level: float
-    height: float
-    deviations: float
-    back: bool
+    start: int  #: index of its first value
+    end: int  #: index after its last value; the number of values where it does not come back
+    level: float  #: the median before it
+    height: float  #: its highest value minus the level
+    deviations: float  #: the height in standard deviations of the noise there
+    back: bool  #: whether it came back to the level
 
     @property
     def peak(self) -> float:
@@ -93,14 +82,10 @@ class Excursion(NamedTuple):
 
 
 def excursions(values: Values, *, most: int = 50) -> list[Excursion]:
-    """Find stretches that rise out of the noise around the median of the values before them.
+    """The first stretches (`most`) that rise out of the noise around the median of the values before; 16 points are needed.
 
     The threshold is six standard deviations of the local noise, up to twelve where the curve's own noise has heavier tails
     than a normal one.
-
-    Args:
-        values: the curve, float64 [points]; fewer than 16 points have no excursion.
-        most: how many are returned, the first ones.
     """
     n = len(values)
     if n < 16:

@@ -30,11 +30,7 @@ class Sign(NamedTuple):
 
 
 class RunView:
-    """The curves of a run, without values that are not finite, and what kind of a run it is.
-
-    Args:
-        curves: the log of one run.
-    """
+    """The curves of a run, without values that are not finite, and what kind of a run it is."""
 
     def __init__(self, curves: Curves) -> None:
         self.curves = curves

@@ -27,14 +27,13 @@ if TYPE_CHECKING:
         inspect_rows,  # encode rows as `prepare_dataset` does, and look at the result
     )
     from hf_objectives.inspection.safe_text import (
-        script_hash,  # the hash by which a page allows one script
-        script_json,  # JSON that may stand inside a script element
+        figure_text,  # a number as people read it
         visible,  # text with its control characters shown as pictures
+        write_template,  # write an HTML page from a template, text escaped
     )
     from hf_objectives.inspection.token_texts import (
         MASKS,  # columns that mark trained tokens where a row or a batch has no labels
         marked_runs,  # texts of the runs of trained and of untrained tokens
-        trained_runs,  # ranges of the runs of trained tokens
     )
     from hf_objectives.inspection.types import (
         InspectedRow,  # one row as it will be trained, or a row that is left out

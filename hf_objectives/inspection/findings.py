@@ -12,25 +12,15 @@ SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is noteworthy about a run.
+    """One thing that is noteworthy about a run."""
 
-    Attributes:
-        kind: its name; `diagnostics/detect.py` lists the kinds.
-        step: the first optimizer step that it concerns.
-        severity: "info" (worth knowing), "warning" (look before you go on) or "error" (the run is wrong).
-        evidence: what was measured, in figures.
-        advice: what to do, the likeliest cause first.
-        last_step: the last step that it concerns; `step` where it is one step.
-        run: the run's name where several were read, else "".
-    """
-
-    kind: str
-    step: int
-    severity: Severity
-    evidence: str
-    advice: str
-    last_step: int = -1
-    run: str = ""
+    kind: str  #: its name; `diagnostics/detect.py` lists the kinds
+    step: int  #: the first optimizer step that it concerns
+    severity: Severity  #: "info" (worth knowing), "warning" (look before you go on) or "error" (the run is wrong)
+    evidence: str  #: what was measured, in figures
+    advice: str  #: what to do, the likeliest cause first
+    last_step: int = -1  #: the last step that it concerns; `step` where it is one step
+    run: str = ""  #: the run's name where several were read
 
     def __post_init__(self) -> None:
         if self.last_step < self.step:

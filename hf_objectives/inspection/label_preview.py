@@ -37,13 +37,9 @@ _SECRET_TEXTS = (
 
 
 def save_label_preview(tokenizer: Any, rows: Iterable[Mapping[str, Any]], path: str | Path, most: int = 8) -> Path:
-    """Write a few encoded rows as text, trained and untrained pieces apart.
+    """Write the first rows (`most`) as text, trained and untrained pieces apart. A report looks for `labels.json`.
 
-    Args:
-        tokenizer: decodes them.
-        rows: with `input_ids` and `labels` ([length], unshifted) or a mask of trained tokens, and `source` where known.
-        path: the file. A report looks for `labels.json` in the output folder.
-        most: how many rows are written.
+    A row has `input_ids` and `labels` ([length], unshifted) or a mask of trained tokens, and `source` where known.
 
     Raises:
         DataError: a row has neither labels nor a mask, or not as many as tokens.
@@ -68,14 +64,10 @@ def _labels(row: Mapping[str, Any]) -> list[int]:
 
 
 def save_environment(path: str | Path, args: Any = ()) -> Path:
-    """Write versions, device, number of processes and settings as JSON, without secrets.
+    """Write versions, device, number of processes and settings as JSON, without secrets (`environment.json` for a report).
 
     Settings whose name says that they are secret (`hub_token`, `wandb_key`, `Authorization`), tokens of the Hub, and user
-    and password in addresses are left out.
-
-    Args:
-        path: the file. A report looks for `environment.json` in the output folder.
-        args: a dataclass of settings, or several.
+    and password in addresses are left out. `args` is a dataclass of settings, or several.
     """
     several = args if isinstance(args, Sequence) else [args]
     settings: dict[str, Any] = {}

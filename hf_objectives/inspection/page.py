@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
+import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from hf_objectives.inspection.rows import QUANTILES, Inspection
-from hf_objectives.inspection.safe_text import script_hash, script_json, visible
+from hf_objectives.inspection.safe_text import visible, write_template
 from hf_objectives.inspection.token_texts import Token
 
 _TEMPLATES = files(__package__) / "templates"
 
 
 def write_page(inspection: Inspection, path: str | Path, tokenizer: Any = None) -> Path:
-    """Write an inspection as one HTML page, and return its path.
+    """Write an inspection as one HTML page (.html), and return its path.
 
-    Args:
-        inspection: what was found.
-        path: the page, .html.
-        tokenizer: gives the names of tokens in its vocabulary. Without it only their texts and ids are shown.
+    Without a tokenizer, which gives the names of tokens in its vocabulary, only their texts and ids are shown.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(str(__package__)),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is the page's own
-    )
     script = (_TEMPLATES / "inspection.js").read_text(encoding="utf-8")
-    page = environment.get_template("inspection.html.jinja").render(
+    # The page's policy names the hash of its one script. A browser hashes line ends as it reads them.
+    digest = hashlib.sha256(script.replace("\r\n", "\n").replace("\r", "\n").encode()).digest()
+    # Nothing in the data ends the script element or begins a comment.
+    data = json.dumps(page_data(inspection, tokenizer), allow_nan=False)
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return write_template(
+        str(__package__),
+        "inspection.html.jinja",
+        path,
         one=inspection,
         figures=inspection.statistics,
         quantiles=list(zip(QUANTILES, inspection.statistics.quantiles, strict=True)),
         most=max(count for _, _, count in inspection.histogram),
-        data=Markup(script_json(page_data(inspection, tokenizer))),
+        data=Markup(data),
         script=Markup(script),
-        hash=Markup(script_hash(script)),  # which the page's policy names
+        hash=Markup(f"'sha256-{base64.b64encode(digest).decode()}'"),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page.encode("utf-8", "replace"))  # half a surrogate pair is no UTF-8
-    return path
 
 
 def page_data(inspection: Inspection, tokenizer: Any = None) -> dict[str, Any]:

@@ -27,27 +27,16 @@ _REASONS = 3  # for refusing rows that are quoted
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a look at rows found.
+    """What a look at rows found."""
 
-    Attributes:
-        examples: rows to show, at most as many as asked for, in the order of the data.
-        packed: packed rows to show.
-        statistics: figures over all rows.
-        histogram: lowest length, highest length and number of rows of each bar.
-        warnings: the worst first.
-        ledger: what happened to every token, per source.
-        max_length: the limit on a row's tokens.
-        settings: the policies by name.
-    """
-
-    examples: list[InspectedRow]
-    packed: list[PackedRow]
-    statistics: Statistics
-    histogram: list[tuple[int, int, int]]
-    warnings: list[LabelWarning]
-    ledger: Ledger
-    max_length: int | None
-    settings: dict[str, Any]
+    examples: list[InspectedRow]  #: rows to show, at most as many as asked for, in the order of the data
+    packed: list[PackedRow]  #: packed rows to show
+    statistics: Statistics  #: figures over all rows
+    histogram: list[tuple[int, int, int]]  #: lowest length, highest length and number of rows of each bar
+    warnings: list[LabelWarning]  #: the worst first
+    ledger: Ledger  #: what happened to every token, per source
+    max_length: int | None  #: the limit on a row's tokens
+    settings: dict[str, Any]  #: the policies by name
 
 
 def inspect_rows(

@@ -1,10 +1,8 @@
-"""Show text from data without letting it act: in a terminal, and inside an HTML page that runs one script."""
+"""Show text from data without letting it act, in a terminal and in HTML pages; and write such pages."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
+from pathlib import Path
 from typing import Any
 
 # Control characters become pictures. Line ends and tabs stay.
@@ -17,13 +15,29 @@ def visible(text: str) -> str:
     return text.translate(_PICTURES)
 
 
-def script_json(content: Any) -> str:
-    """Write JSON that may stand in a `<script>` element: nothing in it ends the element or begins a comment."""
-    text = json.dumps(content, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def write_template(package: str, template: str, path: str | Path, **content: Any) -> Path:
+    """Write an HTML page from a template of a package; text in `content` is escaped and made `visible`."""
+    import jinja2  # here, because terminals need none of it
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # A bidi control in one name would turn round what follows. Markup is the page's own.
+        finalize=lambda value: visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
+    )
+    environment.filters["figure"] = figure_text
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = environment.get_template(template).render(**content)
+    path.write_bytes(page.encode("utf-8", "replace"))  # half a surrogate pair is no UTF-8
+    return path
 
 
-def script_hash(script: str) -> str:
-    """The hash by which a content security policy allows a script: sha256 of what stands between its tags."""
-    script = script.replace("\r\n", "\n").replace("\r", "\n")  # a browser hashes line ends as it reads them
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+def figure_text(value: Any) -> str:
+    """A number as people read it, nothing for None, anything else as text."""
+    if value is None or isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}" if abs(value) < 1e6 else f"{value:.3e}"

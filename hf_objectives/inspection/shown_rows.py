@@ -60,7 +60,9 @@ def _chosen(
     """One row of each source, one of each warning (of duplicates two), then the first, while there is room."""
     by_position = {row.position: row for row in whole}
     first_of_source = {row.source: row.position for row in reversed(whole)}
-    flagged = [at for warning in warnings for at in warning.positions[: 2 if warning.kind == "duplicates" else 1]]
+    flagged = [
+        position for warning in warnings for position in warning.positions[: 2 if warning.kind == "duplicates" else 1]
+    ]
     picked: list[WholeRow] = []
     tokens = 0
     for position in dict.fromkeys([*sorted(first_of_source.values()), *flagged, *by_position]):

@@ -47,13 +47,7 @@ class _Found:
 
 
 def template_warnings(rows: Sequence[WholeRow], tokenizer: Any, settings: EncodingConfig) -> Iterator[LabelWarning]:
-    """Warnings of what chat templates do with rows, one of a kind for each template.
-
-    Args:
-        rows: the rows; only those with messages count.
-        tokenizer: gives the template.
-        settings: gives another template, and `template_kwargs`.
-    """
+    """Warnings of what chat templates do with rows that have messages, one of a kind for each template."""
     markers = marker_pattern(tokenizer)
     templates: defaultdict[str, _Found] = defaultdict(_Found)
     for row in rows:
@@ -61,17 +55,54 @@ def template_warnings(rows: Sequence[WholeRow], tokenizer: Any, settings: Encodi
             template = template_of(tokenizer, settings.chat_template, read_tools(row.example.tools))
             _look(row, templates[template], tokenizer, template, settings, markers)
     for found in templates.values():
-        yield from _added_text(found)
-        yield from _tools(found)
-        if found.dated:
-            yield warn(
-                "date_in_template",
-                "warning",
-                f"the chat template prints the date, so {len(found.dated):,} conversations show the day of their "
-                "preparation",
-                "Prepare the data on one day, or give the template a fixed date in template_kwargs if it takes one.",
-                found.dated,
-            )
+        yield from _warnings_of(found)
+
+
+def _warnings_of(found: _Found) -> Iterator[LabelWarning]:
+    """What one template does: text that no message says, tools that it explains or leaves out, the date."""
+    conversations, with_tools = len(found.rows), len(found.with_tools)
+    # A system prompt of the template's own goes only into rows without one.
+    if added := _common(
+        found.added, lambda rows: len(found.bare) if {row.position for row in rows} <= found.bare else conversations
+    ):
+        ordered = sorted(added.items(), key=lambda item: -len(item[1]))
+        words = ", ".join(f"{_short(piece)!r} into {len(rows):,}" for piece, rows in ordered)
+        yield warn(
+            "template_adds_text",
+            "warning",
+            f"the chat template writes {words} of {conversations:,} conversations; no message says so",
+            "The model learns to expect it. Give the conversations a system message of their own, or change the template, "
+            "unless it is used in the same way at inference.",
+            _by_position(added),
+        )
+    if common := _common(found.of_tools, lambda rows: with_tools):
+        concerned = _by_position(common)
+        yield warn(
+            "template_explains_tools",
+            "info",
+            f"beside the tools, the chat template writes {_short(' ... '.join(common))!r} into {len(concerned):,} of "
+            f"{with_tools:,} conversations with tools",
+            "Most templates explain tools in this way. Use the same template and tools at inference.",
+            concerned,
+        )
+    if found.hidden:
+        yield warn(
+            "tools_not_shown",
+            "warning",
+            f"{len(found.hidden):,} of {with_tools:,} conversations with tools are rendered without them: the chat template "
+            "does not print tools",
+            "The model learns to call what it was not shown. Use a chat template that takes tools, or describe them in "
+            "the system message.",
+            found.hidden,
+        )
+    if found.dated:
+        yield warn(
+            "date_in_template",
+            "warning",
+            f"the chat template prints the date, so {len(found.dated):,} conversations show the day of their preparation",
+            "Prepare the data on one day, or give the template a fixed date in template_kwargs if it takes one.",
+            found.dated,
+        )
 
 
 def _look(
@@ -112,11 +143,12 @@ def _common(
     rows_of: Mapping[str, list[WholeRow]], possible: Callable[[list[WholeRow]], int]
 ) -> dict[str, list[WholeRow]]:
     """The pieces of text that enough of the rows have that could have them."""
-    return {
-        piece: rows
-        for piece, rows in rows_of.items()
-        if len(rows) >= max(min(2, n := possible(rows)), _ADDED_SHARE * n)
-    }
+    common = {}
+    for piece, rows in rows_of.items():
+        could_have = possible(rows)
+        if len(rows) >= max(min(2, could_have), _ADDED_SHARE * could_have):
+            common[piece] = rows
+    return common
 
 
 def _by_position(rows_of: Mapping[str, list[WholeRow]]) -> list[WholeRow]:
@@ -125,74 +157,23 @@ def _by_position(rows_of: Mapping[str, list[WholeRow]]) -> list[WholeRow]:
     return [rows[position] for position in sorted(rows)]
 
 
-def _added_text(found: _Found) -> Iterator[LabelWarning]:
-    """Text that no message says."""
-
-    def possible(rows: list[WholeRow]) -> int:
-        # A system prompt of the template's own goes only into rows without one.
-        return len(found.bare) if all(row.position in found.bare for row in rows) else len(found.rows)
-
-    if not (added := _common(found.added, possible)):
-        return
-    ordered = sorted(added.items(), key=lambda item: -len(item[1]))
-    words = ", ".join(f"{_short(piece)!r} into {len(rows):,}" for piece, rows in ordered)
-    yield warn(
-        "template_adds_text",
-        "warning",
-        f"the chat template writes {words} of {len(found.rows):,} conversations; no message says so",
-        "The model learns to expect it. Give the conversations a system message of their own, or change the template, "
-        "unless it is used in the same way at inference.",
-        _by_position(added),
-    )
-
-
-def _tools(found: _Found) -> Iterator[LabelWarning]:
-    """What a template writes about tools, and tools that it does not write."""
-    count = len(found.with_tools)
-    if common := _common(found.of_tools, lambda rows: count):
-        concerned = _by_position(common)
-        yield warn(
-            "template_explains_tools",
-            "info",
-            f"beside the tools, the chat template writes {_short(' ... '.join(common))!r} into {len(concerned):,} of "
-            f"{count:,} conversations with tools",
-            "Most templates explain tools in this way. Use the same template and tools at inference.",
-            concerned,
-        )
-    if found.hidden:
-        yield warn(
-            "tools_not_shown",
-            "warning",
-            f"{len(found.hidden):,} of {count:,} conversations with tools are rendered without them: the chat template "
-            "does not print tools",
-            "The model learns to call what it was not shown. Use a chat template that takes tools, or describe them in "
-            "the system message.",
-            found.hidden,
-        )
-
-
 def _render(render: Renderer, example: Example) -> str | None:
     """A conversation with its texts blanked, without calls and their results; None where the template refuses that."""
-    messages = [
-        _blanked(message)
-        for message in read_messages(example.messages).messages
-        if message.get("role") != "tool" and not message.get("tool_calls")
-    ]
+    messages = []
+    for message in read_messages(example.messages).messages:
+        if message.get("role") == "tool" or message.get("tool_calls"):
+            continue
+        content = message.get("content")
+        if isinstance(content, str):
+            content = _BLANK
+        elif content:
+            content = [{**block, "text": _BLANK} for block in content]
+        blanked = {**message, **({"content": content} if "content" in message else {})}
+        messages.append({key: _BLANK if key in REASONING_FIELDS else value for key, value in blanked.items()})
     try:
         return render(messages)
     except DataError:  # a template that reads the text itself; the encoder has rendered the row as it is
         return None
-
-
-def _blanked(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose texts are one private code point."""
-    blanked = dict(message)
-    content = message.get("content")
-    if isinstance(content, str):
-        blanked["content"] = _BLANK
-    elif content:
-        blanked["content"] = [{**block, "text": _BLANK} for block in content]
-    return {key: _BLANK if key in REASONING_FIELDS else value for key, value in blanked.items()}
 
 
 def _names(tools: Sequence[Any]) -> set[str]:

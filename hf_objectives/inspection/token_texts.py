@@ -27,10 +27,7 @@ class Token(NamedTuple):
 class TokenTexts:
     """Decodes tokens in their context: the text of a token is what it adds to the text before it.
 
-    Tokens that share a character have one text together.
-
-    Args:
-        tokenizer: a transformers tokenizer, or anything with its `decode`.
+    Tokens that share a character have one text together. The tokenizer is one of transformers, or anything with its `decode`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -93,11 +90,7 @@ def marked_runs(tokenizer: Any, ids: Iterable[int], labels: Iterable[int]) -> li
     """Texts of the runs of trained and of untrained tokens, each with whether it is trained; they join to the decoded row.
 
     Decoded alone, a run may lose the space before it, and a character whose tokens two runs share. Here such a character
-    is in one run, which is trained where any of its tokens is.
-
-    Args:
-        tokenizer: as for `TokenTexts`.
-        ids, labels: [tokens] of one row; labels are unshifted, -100 where a token is not trained.
+    is in one run, which is trained where any of its tokens is. `ids` and unshifted `labels` are [tokens] of one row.
     """
     runs = itertools.groupby(TokenTexts(tokenizer).tokens(ids, labels), key=lambda token: token.trained)
     return [("".join(token.text for token in run), trained) for trained, run in runs]

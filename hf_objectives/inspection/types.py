@@ -21,23 +21,15 @@ _PLACES_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class WholeRow:
-    """One row before any limit on its length.
+    """One row before any limit on its length."""
 
-    Attributes:
-        position: index among all rows looked at. Source and number may be those of several rows, this is not.
-        source, number: where the row is from, for messages.
-        example: the row in one form.
-        ids, labels: int32 [tokens]; the pieces of one row (`expand_turns`) stand end to end.
-        sizes: tokens of each piece.
-    """
-
-    position: int
+    position: int  #: index among all rows looked at; source and number may be those of several rows, this is not
     source: str
-    number: int
-    example: Example
-    ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    sizes: tuple[int, ...]
+    number: int  #: with the source, where the row is from, for messages
+    example: Example  #: the row in one form
+    ids: NDArray[np.int32]  #: [tokens]; the pieces of one row (`expand_turns`) stand end to end
+    labels: NDArray[np.int32]  #: [tokens]
+    sizes: tuple[int, ...]  #: tokens of each piece
 
     @property
     def trains_nothing(self) -> bool:
@@ -47,23 +39,16 @@ class WholeRow:
 
 @dataclass(frozen=True, slots=True)
 class LabelWarning:
-    """One thing that is wrong with rows.
+    """One thing that is wrong with rows."""
 
-    Attributes:
-        kind: its name.
-        severity: "info", "warning" or "error", as of a `Finding`.
-        evidence: what was found, in figures.
-        advice: what to do.
-        rows: source and number of every row that it concerns.
-        positions: indices of the rows that show it; of duplicates also those of the rows that they repeat.
-    """
-
-    kind: str
-    severity: Severity
-    evidence: str
-    advice: str
-    rows: tuple[Place, ...] = ()
-    positions: tuple[int, ...] = ()
+    kind: str  #: its name
+    severity: Severity  #: as of a `Finding`
+    evidence: str  #: what was found, in figures
+    advice: str  #: what to do
+    rows: tuple[Place, ...] = ()  #: every row that it concerns
+    positions: tuple[
+        int, ...
+    ] = ()  #: indices of the rows that show it; of duplicates also those of the rows they repeat
 
     @property
     def places(self) -> str:
@@ -85,54 +70,34 @@ def warn(kind: str, severity: Severity, evidence: str, advice: str, rows: Iterab
 
 @dataclass(frozen=True, slots=True)
 class InspectedRow:
-    """One row as it will be trained, or a row that is left out.
-
-    Attributes:
-        source, row: where it is from.
-        fate: "" where the row is trained whole; else "left out: ...", "cut ..." or "part 1 of 3".
-        input_ids, labels: int32 [tokens].
-        tokens: the tokens with their texts; of a very long row the first ones.
-        more: how many tokens `tokens` leaves out.
-        warnings: kinds of the warnings about it.
-    """
+    """One row as it will be trained, or a row that is left out."""
 
     source: str
-    row: int
-    fate: str
-    input_ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    tokens: list[Token]
-    more: int
-    warnings: tuple[str, ...]
+    row: int  #: with the source, where it is from
+    fate: str  #: "" where the row is trained whole; else "left out: ...", "cut ..." or "part 1 of 3"
+    input_ids: NDArray[np.int32]  #: [tokens]
+    labels: NDArray[np.int32]  #: [tokens]
+    tokens: list[Token]  #: with their texts; of a very long row the first ones
+    more: int  #: how many tokens `tokens` leaves out
+    warnings: tuple[str, ...]  #: kinds of the warnings about it
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Figures over all rows.
+    """Figures over all rows."""
 
-    Attributes:
-        rows: rows looked at, including rows that cannot be used.
-        kept_rows: rows that are trained, before packing.
-        tokens: tokens of the whole rows; with `expand_turns` of the rows made of them, and so below.
-        kept_tokens, trained_tokens: tokens that the policies keep, and how many of them are trained.
-        shortest, mean, longest: tokens of a whole row.
-        quantiles: tokens of a whole row at the shares of `QUANTILES`.
-        too_long: rows longer than max_length.
-        packed_rows, fill: rows after packing, and the share of their room that is used; None without packing.
-    """
-
-    rows: int
-    kept_rows: int
-    tokens: int
-    kept_tokens: int
-    trained_tokens: int
-    shortest: int
+    rows: int  #: rows looked at, including rows that cannot be used
+    kept_rows: int  #: rows that are trained, before packing
+    tokens: int  #: tokens of the whole rows; with `expand_turns` of the rows made of them, and so below
+    kept_tokens: int  #: tokens that the policies keep
+    trained_tokens: int  #: how many of these are trained
+    shortest: int  #: tokens of a whole row
     mean: float
     longest: int
-    quantiles: tuple[int, ...]
-    too_long: int
-    packed_rows: int | None = None
-    fill: float | None = None
+    quantiles: tuple[int, ...]  #: tokens of a whole row at the shares of `QUANTILES`
+    too_long: int  #: rows longer than max_length
+    packed_rows: int | None = None  #: rows after packing; None without it
+    fill: float | None = None  #: share of the packed rows' room that is used
 
     @property
     def trained_share(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from hf_objectives.inspection.findings import SEVERITIES
@@ -39,8 +40,7 @@ def find_warnings(
 
     Args:
         rows: the rows, encoded whole.
-        tokenizer: what encoded them.
-        settings: the policies under which they will be trained.
+        tokenizer, settings: what encoded them, and the policies under which they will be trained.
         trained_share: share of the kept tokens that is trained, 0 to 1.
         stops: ids at which generation stops, beside EOS.
     """
@@ -64,7 +64,11 @@ def _stops(rows: Sequence[WholeRow], tokenizer: Any, known: Collection[int]) -> 
     """Trained turns whose last token, white space aside, is no control token, or one at which nothing stops."""
     stopping = {*known} | ({tokenizer.eos_token_id} - {None})
     control = set(tokenizer.added_tokens_decoder) | stopping
-    blank: dict[int, bool] = {}
+
+    @cache
+    def is_blank(token: int) -> bool:
+        return token not in tokenizer.added_tokens_decoder and not tokenizer.decode([token]).strip()
+
     stops = Counter[int]()
     turns = 0
     without: dict[int, tuple[WholeRow, int]] = {}
@@ -73,7 +77,7 @@ def _stops(rows: Sequence[WholeRow], tokenizer: Any, known: Collection[int]) -> 
         for turn, (start, end) in enumerate(trained_runs(row.labels)):
             turns += 1
             ids = row.ids[start:end].tolist()
-            while len(ids) > 1 and blank.setdefault(ids[-1], _is_blank(tokenizer, ids[-1])):
+            while len(ids) > 1 and is_blank(ids[-1]):
                 ids.pop()
             if ids[-1] not in control:
                 without.setdefault(row.position, (row, turn))
@@ -108,10 +112,6 @@ def _stops(rows: Sequence[WholeRow], tokenizer: Any, known: Collection[int]) -> 
             "trainers of hf_objectives do that when they save). If not, let the template print the end of a turn after it.",
             beside.values(),
         )
-
-
-def _is_blank(tokenizer: Any, token: int) -> bool:
-    return token not in tokenizer.added_tokens_decoder and not tokenizer.decode([token]).strip()
 
 
 def _nothing_trained(rows: Sequence[WholeRow]) -> Iterator[LabelWarning]:

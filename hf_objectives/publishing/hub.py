@@ -27,8 +27,6 @@ _SETTINGS = (
     *("max_length", "packing", "overlength", "train_on", "max_completion_length", "loss_type", "beta"),
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
-
-
 # Files of a run's folder that are not pushed: checkpoints, and the training data, which is not ours to publish.
 _NOT_PUSHED = ["checkpoint-*", "prepared/*", "ref/*"]
 
@@ -58,17 +56,10 @@ def write_card(
         tags=["hf-objectives", objective],
         license=_licence(local) if base_model else None,
     )
-    lines = [
-        f"# {folder.name}",
-        "",
-        f"{made} with hf_objectives {__version__}.",
-        "",
-    ]
-    lines += _tables(results)
     chosen = [(name, holder) for name in _SETTINGS for holder in (data, args) if hasattr(holder, name)]
     settings = {name: getattr(holder, name) for name, holder in chosen}
+    lines = [f"# {folder.name}", "", f"{made} with hf_objectives {__version__}.", "", *_tables(results), ""]
     lines += [
-        "",
         "Settings:",
         "",
         "```json",
@@ -79,7 +70,7 @@ def write_card(
         "",
     ]
     path = folder / "README.md"
-    path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines))
+    path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -128,9 +119,7 @@ def push(folder: Path, repo_id: str | None, *, private: bool, console: Console) 
 
 def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
-    if not card.exists():
-        return None
-    return ModelCard.load(card).data.to_dict().get("license")
+    return ModelCard.load(card).data.to_dict().get("license") if card.exists() else None
 
 
 def _number(value: float | None) -> str:

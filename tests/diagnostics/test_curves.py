@@ -45,6 +45,16 @@ def test_log_history_and_curves_are_taken_as_they_are():
     assert read_curves(run) is run and isinstance(run, Curves)
 
 
+def test_several_logs_are_read_from_a_list_and_by_name(tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    given = Curves("b", read_curves(history).series)
+    runs = read_runs([history, given, state(tmp_path / "b", [3.0])])
+    assert [run.name for run in runs] == ["run 1", "b", "b (2)"] and runs[1] is given and given.name == "b"
+    again = read_runs([given, given])
+    assert [run.name for run in again] == ["b", "b (2)"] and given.name == "b"
+    assert [run.name for run in read_runs({"x": history, 7: given})] == ["x", "7"]
+
+
 @pytest.mark.parametrize(
     ("log", "words"),
     [
@@ -124,6 +134,15 @@ def test_a_missing_package_is_named_before_a_file_that_is_no_log(tmp_path, monke
     (tmp_path / "events.out.tfevents.1.host").write_bytes(b"\x18\0\0\0")
     with pytest.raises(ConfigError, match=r"tensorboard.*\(and 1 more file\)"):
         read_curves(tmp_path)
+
+
+def test_a_missing_package_for_one_run_leaves_the_other_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "events.out.tfevents.1.host").write_bytes(b"\x18\0\0\0")
+    log(tmp_path / "b" / "log.jsonl")
+    (run,) = read_runs(tmp_path)
+    assert run.name == "b" and "another run was left out" in run.notes[-1] and "tensorboard" in run.notes[-1]
 
 
 def test_no_training_loss_is_said():

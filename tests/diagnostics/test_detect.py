@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from hf_objectives.diagnostics.detect import RULES, diagnose
+from hf_objectives.diagnostics.detect import ADVICE, RULES, diagnose
 from hf_objectives.errors import FileFormatError
 from tests.support.curves_by_hand import N, T, healthy_loss, kinds, log, noisy
 
@@ -53,5 +53,6 @@ def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, caplog):
     assert "b: one point is no curve" in caplog.text
 
 
-def test_every_rule_is_documented():
-    assert all((case.__doc__ or "").strip() for rule in RULES for case in rule.cases)
+def test_every_rule_is_documented_and_has_its_advice():
+    assert all((case.__doc__ or "").strip() for cases in RULES.values() for case in cases)
+    assert list(RULES) == list(ADVICE)

@@ -57,7 +57,9 @@ def test_csv_with_a_short_line_says_so(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("step,loss\n1,2.9\n2\n")
     values, notes = losses(path)
-    assert values == [2.9] and notes == ["1 lines have more or fewer cells than the header"]
+    assert values == [2.9] and notes == [
+        "log.csv: 1 lines have more or fewer cells than the header, the first is line 3"
+    ]
 
 
 def test_tensorboard_events_of_a_resumed_run(tmp_path):
@@ -214,7 +216,7 @@ def test_a_cell_that_is_too_long_costs_its_line(tmp_path):
     path.write_text("step,loss,text\n1,2.5," + "x" * 200_000 + "\n2,2.4,y\n3,2.3,\n")
     values, notes = losses(path)
     assert values == [2.4, 2.3] and notes[0].startswith(
-        "1 lines cannot be read and were left out, the first is line 2 ("
+        "log.csv: 1 lines cannot be read and were left out, the first is line 2 ("
     )
     path.write_text("x" * 200_000 + ",loss\n1,2.5\n")
     with pytest.raises(FileFormatError, match="log.csv, line 1: "):

@@ -12,7 +12,8 @@ from hf_objectives.diagnostics.log_table import LogTable, tables_by_run
 
 def curves(lines):
     table = LogTable()
-    table.extend(lines)
+    for line in lines:
+        table.add(line)
     return table.curves()
 
 

@@ -236,7 +236,7 @@ def test_other_endings_are_refused_before_anything_is_read(tmp_path, name):
         ([], "no log was given"),
         ({}, "no log was given"),
         ({"a": LOG, "b": [{"step": 1, "speed": 2.0}]}, "b has neither"),
-        ([1, 2], "1 is no log; expected a path"),
+        ([1, 2], "entry 0 of the log is 1; expected a mapping"),
         (7, "7 is no log; expected a path"),
         ({"step": 1, "loss": 2.0}, "1 is no log; expected a path"),
     ],

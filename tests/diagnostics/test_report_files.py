@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_objectives.diagnostics.report_files import (
+from hf_objectives.diagnostics.report import (
     read_differences,
     read_environment,
     read_events,

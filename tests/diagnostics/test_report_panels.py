@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_objectives.diagnostics.curves import Curves, Series
-from hf_objectives.diagnostics.report_panels import draw_panels
+from hf_objectives.diagnostics.report import draw_panels
 from hf_objectives.inspection import Finding
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 from huggingface_hub import ModelCard
@@ -27,6 +28,18 @@ def test_card_holds_measured_facts_only(tmp_path):
     read = card(tmp_path, "org/base")
     assert read.data.base_model == "org/base" and read.data.license is None
     assert "| perplexity | 7 | 10 | 5 |" in read.text and "| chats | 3 | 30 | 9 | 4 |" in read.text
+
+
+def test_a_card_is_utf_8_whatever_the_machine_writes(tmp_path, monkeypatch):
+    usual, encodings = Path.write_text, []
+
+    def write_text(path, text, encoding="cp1252", **options):
+        encodings.append(encoding)
+        return usual(path, text, encoding=encoding, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    (tmp_path / "模型").mkdir()
+    assert "# 模型" in card(tmp_path / "模型", None).text and encodings == ["utf-8"]
 
 
 def test_licence_is_read_from_the_base_and_a_local_base_is_not_called_a_hub_id(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.image import imread
 
-from hf_objectives.diagnostics.reward_model import plot_reward_model
+from hf_objectives.diagnostics.plot import plot_reward_model
 from hf_objectives.evaluation.calibration import reliability
 
 TRAINED = [{"step": step, "loss": 0.7 / step, "accuracy": 1 - 0.5 / step} for step in range(1, 40)]

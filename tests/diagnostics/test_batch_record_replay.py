@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_objectives import DiagnosticsCallback, demo
 from hf_objectives.cli.main import main
-from hf_objectives.diagnostics.replay_step import replay
+from hf_objectives.diagnostics.batch_record import replay
 from hf_objectives.errors import ConfigError, FileFormatError
 from tests.support.monitored_runs import BAD, SETTINGS, trainer_of
 

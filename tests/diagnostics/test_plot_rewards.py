@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_objectives.diagnostics.rewards import plot_rewards
+from hf_objectives.diagnostics.plot import plot_rewards
 from hf_objectives.errors import FileFormatError
 
 LOG = [

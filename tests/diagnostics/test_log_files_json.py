@@ -37,7 +37,7 @@ def test_a_state_with_nan_and_nested_values(tmp_path):
 
 
 def test_a_state_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", 37)
+    monkeypatch.setattr("hf_objectives.diagnostics.log_files.CHUNK", 37)
     path = tmp_path / "trainer_state.json"
     path.write_text(json.dumps({"best_model_checkpoint": "x" * 100, "log_history": LINES}, indent=2))
     assert losses(path) == (LOSSES, [])
@@ -46,7 +46,7 @@ def test_a_state_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [97, 1 << 22])
 def test_a_state_is_read_on_behind_damage(tmp_path, monkeypatch, indent, chunk):
-    monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", chunk)
+    monkeypatch.setattr("hf_objectives.diagnostics.log_files.CHUNK", chunk)
     path = tmp_path / "trainer_state.json"
     lines = [{"step": i, "loss": float(i), "more": {"a": [1, {"b": 2}]}} for i in range(1, 101)]
     text = json.dumps({"log_history": lines, "max_steps": 5}, indent=indent)
@@ -68,14 +68,14 @@ def test_damage_longer_than_a_piece(tmp_path, monkeypatch):
     first, end = text.index('"step": 7,'), text.index('"step": 20,') + 9
     path.write_text(text[:first] + "x" * (end - first) + text[end:])
     for chunk in range(21, 80):
-        monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", chunk)
+        monkeypatch.setattr("hf_objectives.diagnostics.log_files.CHUNK", chunk)
         values, notes = losses(path)
         assert values == [float(i) for i in range(1, 101) if not 7 <= i <= 20]
         assert notes == ["it is damaged in 1 place, after step 6: what stood there was left out"]
 
 
 def test_objects_inside_of_entries_do_not_end_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_objectives.diagnostics.log_json.CHUNK", 10)
+    monkeypatch.setattr("hf_objectives.diagnostics.log_files.CHUNK", 10)
     path = tmp_path / "trainer_state.json"
     lines = [{"step": i, "loss": float(i), "more": [{"a": 1}, {"b": {"c": 2}}, {"d": 3}]} for i in range(9)]
     for indent in (None, 2):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from hf_objectives.diagnostics.curves import read_curves
-from hf_objectives.diagnostics.log_folders import candidates, contents
+from hf_objectives.diagnostics.curves import candidates, contents, read_curves
 
 
 def state(folder, losses, *, when=None):
