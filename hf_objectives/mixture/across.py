@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_objectives.mixture.feeds import Units
 from hf_objectives.mixture.row_table import Integers
-from hf_objectives.packing import PackedRows, pack_rows
+from hf_objectives.packing import PackedRows, document_positions, pack_rows
 from hf_objectives.types import IGNORE_INDEX
 
 _CHOICES = 16  # packed rows of which the next is chosen
@@ -82,6 +82,7 @@ def packed_row(
     return {
         "input_ids": np.concatenate(ids),
         "labels": trained,
+        "position_ids": document_positions(lengths),
         "seq_lengths": lengths.astype(np.int32),
         "sources": list(sources),
         "rows": [rows[d].get("row", n) for d, n in zip(documents, numbers[documents].tolist(), strict=True)],

@@ -320,7 +320,8 @@ def _without(rows: list[dict[str, Any]], blocked: Collection[int]) -> list[dict[
         keep = np.array([number not in blocked for number in row["rows"]])
         if not keep.all():
             tokens = np.repeat(keep, row["seq_lengths"])
-            row |= {name: np.asarray(row[name])[tokens] for name in ("input_ids", "labels") if name in row}
+            per_token = [name for name in ("input_ids", "labels", "position_ids") if name in row]
+            row |= {name: np.asarray(row[name])[tokens] for name in per_token}
             per_document = [name for name in ("rows", "sources", "seq_lengths") if name in row]
             row |= {name: np.asarray(row[name])[keep].tolist() for name in per_document}
     return rows

@@ -14,6 +14,8 @@ from hf_objectives.mixture.feeds import NOTHING, Units
 from hf_objectives.mixture.row_table import Integers, gathered
 from hf_objectives.mixture.stream_feed import Cursor, Feed
 from hf_objectives.mixture.weights import WeightPlan
+from hf_objectives.packing import document_positions
+from hf_objectives.types import IGNORE_INDEX
 
 _DRAWS = 4096  # draws that are ordered at a time
 _ROWS_PACKED = 128  # rows of documents that are packed together: fewer leave rows half full
@@ -110,8 +112,9 @@ class Order:
             found = self._units(block, rows)
             for row, source in zip(found, block.sources[rows].tolist(), strict=True):
                 _name_source(row, names[source])
-                if labels and "labels" not in row:
-                    row["labels"] = row["input_ids"]
+                if "labels" in row or labels:  # of no document's first token: nothing predicts it
+                    places = np.asarray(row.get("position_ids", range(len(row["input_ids"]))))
+                    row["labels"] = np.where(places == 0, IGNORE_INDEX, row.get("labels", row["input_ids"]))
             return found
         packed, bounds = block.packed, block.packed.piece_offsets
         pieces = [np.arange(a, b) for a, b in zip(bounds[rows].tolist(), bounds[rows + 1].tolist(), strict=True)]
@@ -138,6 +141,8 @@ def _name_source(row: dict[str, Any], name: str) -> None:
     if "seq_lengths" in row:
         row["sources"] = [name] * len(row["seq_lengths"])
         row |= {column: np.asarray(row[column]).tolist() for column in ("seq_lengths", "rows") if column in row}
+        if "position_ids" not in row:
+            row["position_ids"] = document_positions(row["seq_lengths"])
 
 
 def _in_order(sources: Integers, known: Sequence[Units]) -> Units:

@@ -124,7 +124,9 @@ def _open_prepared(source: SourceConfig, config: MixtureConfig, tokenizer: Any, 
         max_epochs=source.max_epochs,
         blocked=config.blocklist.get(source.name, ()),
     )
-    names = ["input_ids", "seq_lengths", "sources", "rows"] + ["labels"] * bool(manifest.policy["labels"])
+    names = ["input_ids", "position_ids", "seq_lengths", "sources", "rows"] + ["labels"] * bool(
+        manifest.policy["labels"]
+    )
     held_out: Any = load_prepared(folder, source.eval_split, sources=[name]) if source.eval_split else None
     return Opened(feed, dict.fromkeys(names, INTEGERS), held_out)
 
@@ -238,7 +240,8 @@ def _open_stream(source: SourceConfig, rows: Any, config: MixtureConfig, tokeniz
             raise ConfigError(_NO_TOKENIZER)
         pack = config.packed_by if config.packing == "within" else None
         encode = StreamEncoder(source.name, None if encoded else tokenizer, config.encoding(), pack)
-        columns = dict.fromkeys(["input_ids", "labels"] + ["seq_lengths"] * (config.packing == "within"), INTEGERS)
+        packed = ["seq_lengths", "position_ids"] if config.packing == "within" else []
+        columns = dict.fromkeys(["input_ids", "labels", *packed], INTEGERS)
     feed = StreamFeed(
         source.name,
         rows,

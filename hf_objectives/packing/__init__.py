@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_objectives.packing.rows import (
         PackedRows,  # Rows of packed documents: which piece of which document is where
         check_packing,  # Checks strategy, overflow and max_length
+        document_positions,  # the position of each token in its document
         pack_rows,  # Documents to packed rows
     )
 else:

@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
 from hf_objectives.errors import FormatError, NothingSupervisedError
-from hf_objectives.packing.rows import PackedRows, pack_rows
+from hf_objectives.packing.rows import PackedRows, document_positions, pack_rows
 from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,9 @@ def pack_dataset(
 
     Returns:
         A dataset with `input_ids` and `labels` (list of int32; the first label of each document is -100), `seq_lengths`
-        (the lengths of the documents in a row, in order) and, where the dataset has `source` or `row`, `sources` and
-        `rows`, one entry per document. Every row trains at least one token; the log counts rows that would not, which
+        (the lengths of the documents in a row, in order) and `position_ids` (of each token in its document): a plain Trainer
+        keeps the latter, SFTTrainer the former. Where the dataset has `source` or `row`, also `sources` and `rows`, one
+        entry per document. Every row trains at least one token; the log counts rows that would not, which
         are left out.
 
     Raises:
@@ -71,6 +72,7 @@ def pack_table(
     columns: dict[str, Any] = {"input_ids": _lists(packed_ids, rows.row_offsets)}
     if others:
         columns["labels"] = _lists(rows.without_begins(others[0]), rows.row_offsets)
+    columns["position_ids"] = _lists(document_positions(rows.lengths), rows.row_offsets)
     columns["seq_lengths"] = _lists(rows.lengths.astype(np.int32), rows.piece_offsets)
     for name in ("source", "row"):
         if name in table.column_names:

@@ -43,6 +43,13 @@ def pack_rows(
     return _pack_whole(offsets, max_length, overflow, strategy)
 
 
+def document_positions(lengths: ArrayLike) -> NDArray[np.int32]:
+    """The position of each token in its document, int32 [tokens], of documents of these lengths that lie end to end."""
+    sizes = np.asarray(lengths, np.int64)
+    ends = np.cumsum(sizes)
+    return (np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)).astype(np.int32)
+
+
 def check_packing(max_length: int | None, strategy: str, overflow: str = "split") -> None:
     """Raise a ConfigError where settings of packing are unknown, or `max_length` is missing or under 2."""
     check_one_of("strategy", strategy, STRATEGIES)

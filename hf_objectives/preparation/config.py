@@ -18,7 +18,7 @@ from hf_objectives.types import check_keys, check_one_of
 
 #: Version of prepared rows, raised when the same input gives other rows; folders of another version are refused.
 #: 3: rows are held out by their content. 2: by file and number.
-VERSION = 3
+VERSION = 4
 LABELS = ("auto", "always")
 # Fields of CorpusConfig that may differ between two runs over the same shards.
 _NOT_POLICY = ("on_error", "num_proc", "engine")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
@@ -21,7 +22,7 @@ from hf_objectives.preparation.readers import load_rows
 from hf_objectives.preparation.splits import rows_between
 from hf_objectives.preparation.work import concatenated
 from hf_objectives.preparation.workers import ENGINES, count_cores, run_local
-from hf_objectives.types import Row, check_one_of
+from hf_objectives.types import IGNORE_INDEX, Row, check_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def prepare_dataset(
         config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]
         encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
         if not packing:
-            return Dataset(encoded)
+            return Dataset(_without_first_labels(encoded))
         return Dataset(pack_table(encoded, max_length or 0, strategy=strategy, overflow=overflow))
     if not packing or options.pop("template_kwargs", None) or ledger is not None:
         raise ConfigError("output_dir gets packed rows and a manifest: no packing=False, template_kwargs or ledger")
@@ -90,6 +91,15 @@ def prepare_dataset(
     prepared = load_prepared(output_dir)
     assert isinstance(prepared, Dataset)  # not a stream
     return prepared
+
+
+def _without_first_labels(table: pa.Table) -> pa.Table:
+    """The labels of encoded rows without the first of each row, which nothing predicts; packing does the same."""
+    labels = table["labels"].combine_chunks()
+    values, offsets = labels.values.to_numpy().copy(), labels.offsets
+    starts = offsets.to_numpy()
+    values[starts[:-1][np.diff(starts) > 0]] = IGNORE_INDEX
+    return table.set_column(table.column_names.index("labels"), "labels", type(labels).from_arrays(offsets, values))
 
 
 def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset | Iterable[Row]:

@@ -99,7 +99,7 @@ class Manifest:
         if made != VERSION:
             raise PreparedDataError(
                 f"{folder} was prepared under version {made} of the rows; this is version {VERSION}, which holds out other "
-                "rows. Prepare it again in another folder, or overwrite it"
+                "rows or writes other columns. Prepare it again in another folder, or overwrite it"
             )
         ledgers = {split: Ledger.from_dict(ledger) for split, ledger in values["ledgers"].items()}
         return cls(**{**values, "ledgers": ledgers, "shards": [Shard(**shard) for shard in values["shards"]]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,25 @@ class Shard:
 class ShardWriter:
     """Writes packed rows to one file; leaving the context closes the file, and removes it after an error.
 
-    The shard gets its `path` in the folder when it is finished. Token ids are stored as `id_type`.
+    The shard gets its `path` in the folder when it is finished. Columns named in `types` are stored in these types.
     """
 
-    def __init__(self, folder: Path, path: str, file_format: str, id_type: type[np.unsignedinteger]) -> None:
+    def __init__(
+        self, folder: Path, path: str, file_format: str, types: Mapping[str, type[np.unsignedinteger]]
+    ) -> None:
         self.final = folder / path
         self.draft = folder / PROGRESS / path.replace("/", "-")
-        self._open, self._id_type = FORMATS[file_format], pa.from_numpy_dtype(id_type)
+        self._open, self._types = FORMATS[file_format], types
         self._writer: Any = None
         self.row_groups: list[int] = []
 
     def write(self, table: pa.Table) -> None:
         """Add packed rows, as one row group or record batch."""
-        ids = table["input_ids"].combine_chunks()
-        narrow = type(ids).from_arrays(ids.offsets, ids.values.cast(self._id_type))
-        table = table.set_column(table.column_names.index("input_ids"), "input_ids", narrow).combine_chunks()
+        for name, kind in self._types.items():
+            column = table[name].combine_chunks()
+            narrow = type(column).from_arrays(column.offsets, column.values.cast(pa.from_numpy_dtype(kind)))
+            table = table.set_column(table.column_names.index(name), name, narrow)
+        table = table.combine_chunks()
         try:
             if self._writer is None:
                 self._writer = self._open(str(self.draft), table.schema)
@@ -107,15 +111,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def id_type(vocabulary: int) -> type[np.unsignedinteger]:
-    """The smallest unsigned type that holds the ids of a vocabulary; 65,536 ids fit in two bytes."""
-    return next(kind for kind in (np.uint8, np.uint16, np.uint32) if vocabulary - 1 <= np.iinfo(kind).max)
+def smallest_type(size: int) -> type[np.unsignedinteger]:
+    """The smallest unsigned type that holds the numbers under `size`; 65,536 ids fit in two bytes."""
+    return next(kind for kind in (np.uint8, np.uint16, np.uint32) if size - 1 <= np.iinfo(kind).max)
 
 
 def _parquet(path: str, schema: pa.Schema) -> pq.ParquetWriter:
-    # Splitting ids by byte before zstd makes files as small as a dictionary does, in less time.
-    bytes_apart = {
-        f"{field.name}.list.element": "BYTE_STREAM_SPLIT"
+    # Splitting ids by byte before zstd makes files as small as a dictionary does, in less time. Positions count up.
+    encodings = {
+        f"{field.name}.list.element": "DELTA_BINARY_PACKED" if field.name == "position_ids" else "BYTE_STREAM_SPLIT"
         for field in schema
         if pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type)
     }
@@ -125,7 +129,7 @@ def _parquet(path: str, schema: pa.Schema) -> pq.ParquetWriter:
         compression="zstd",
         compression_level=1,
         use_dictionary=["sources.list.element"],
-        column_encoding=bytes_apart,
+        column_encoding=encodings,
         write_statistics=False,
     )
 

@@ -20,6 +20,7 @@ Column = tuple[Any, NDArray[np.int64]]
 Numbers = NDArray[np.int64]
 T = TypeVar("T")
 WINDOW = 8  # row groups of some two million tokens
+_PER_TOKEN = ("input_ids", "labels", "position_ids")
 _LENGTHS_KEPT = 64  # row groups
 
 
@@ -37,8 +38,8 @@ class PreparedStream(OrderedStream):
         seed: seed of the permutations.
         window: row groups whose rows are mixed.
 
-    Yields (on iteration): `input_ids` and, where shards hold them, `labels` (integer arrays [tokens]), `seq_lengths`,
-    `sources` and `rows` (lists).
+    Yields (on iteration): `input_ids`, `position_ids` and, where shards hold them, `labels` (integer arrays [tokens]),
+    `seq_lengths`, `sources` and `rows` (lists).
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class PreparedStream(OrderedStream):
         for group, row in zip(groups.tolist(), rows.tolist(), strict=True):
             columns = _kept(self._columns, group, self.window, self.columns)
             parts = {name: values[begins[row] : begins[row + 1]] for name, (values, begins) in columns.items()}
-            yield {name: v if name in ("input_ids", "labels") else v.tolist() for name, v in parts.items()}
+            yield {name: v if name in _PER_TOKEN else v.tolist() for name, v in parts.items()}
 
     def sizes(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
         """Tokens and documents of rows by their numbers, int64 [rows]; no tokens are read."""

@@ -30,7 +30,7 @@ from hf_objectives.packing import flat_column, pack_table
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.files import Segment
 from hf_objectives.preparation.readers import Records, Skipped, read_segment
-from hf_objectives.preparation.shards import PROGRESS, Shard, ShardWriter, id_type
+from hf_objectives.preparation.shards import PROGRESS, Shard, ShardWriter, smallest_type
 from hf_objectives.preparation.splits import ROWS_READ, SPLITS, draw_rows, rows_between
 from hf_objectives.types import IGNORE_INDEX
 
@@ -107,8 +107,11 @@ class Work:
         ledgers, skipped = {split: Ledger() for split in SPLITS}, Skipped()
         source = "".join(c if c.isalnum() or c in "._" else "_" for c in segment.source)
         paths = {split: f"{split}/{source}-{key}.{self.config.file_format}" for split in SPLITS}
-        ids = id_type(len(self._byte_lengths))
-        writers = {split: ShardWriter(self.folder, paths[split], self.config.file_format, ids) for split in SPLITS}
+        types = {
+            "input_ids": smallest_type(len(self._byte_lengths)),
+            "position_ids": smallest_type(self.config.max_length),
+        }
+        writers = {split: ShardWriter(self.folder, paths[split], self.config.file_format, types) for split in SPLITS}
         with writers["train"], writers["validation"]:
             for split, documents in self._documents(segment, ledgers, skipped):
                 rows = self._pack(documents, ledgers[split])

@@ -59,7 +59,7 @@ def test_the_sources_of_a_prepared_folder_are_mixed_without_touching_a_token(fol
     resumed = build_mixture(config, tokenizer=TOKENIZER)
     resumed.load_state_dict(state)
     assert taken(resumed, 20) == taken(made, 1_254)[1_234:]
-    batch = DataCollatorWithEosPacking(TOKENIZER, max_length=64)(list(itertools.islice(made, 4)))
+    batch = DataCollatorWithEosPacking(TOKENIZER, max_length=64, train_on="all")(list(itertools.islice(made, 4)))
     assert batch["input_ids"].shape == (4, 64)
 
 

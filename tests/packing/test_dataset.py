@@ -23,6 +23,7 @@ def test_best_fit_by_hand():
         {
             "input_ids": [1, 2, 3, 4, 5],
             "labels": [IGNORE, 2, 3, IGNORE, 5],
+            "position_ids": [0, 1, 2, 0, 1],
             "seq_lengths": [3, 2],
             "sources": ["a", "b"],
             "rows": [0, 7],
@@ -30,6 +31,7 @@ def test_best_fit_by_hand():
         {
             "input_ids": [6, 7, 8, 9],
             "labels": [IGNORE, IGNORE, IGNORE, 9],
+            "position_ids": [0, 1, 2, 3],
             "seq_lengths": [4],
             "sources": ["a"],
             "rows": [2],

@@ -52,10 +52,10 @@ def test_folders_of_this_version_are_read_and_older_ones_refused_with_the_reason
     rows = list(load_prepared(tmp_path / "out", tokenizer=TOKENIZER))
     file = tmp_path / "out" / "manifest.json"
     values = json.loads(file.read_text())
-    assert values["policy"]["preparation_version"] == 3
+    assert values["policy"]["preparation_version"] == 4
     values["policy"]["preparation_version"] = 2
     file.write_text(json.dumps(values))
-    reason = "prepared under version 2 of the rows; this is version 3, which holds out other rows"
+    reason = "prepared under version 2 of the rows; this is version 4, which holds out other rows"
     with pytest.raises(PreparedDataError, match=reason):
         load_prepared(tmp_path / "out")
     with pytest.raises(PreparedDataError, match=reason):

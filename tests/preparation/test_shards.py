@@ -12,7 +12,7 @@ from datasets import load_dataset
 from hf_objectives.errors import DiskFullError
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
-from hf_objectives.preparation.shards import id_type
+from hf_objectives.preparation.shards import smallest_type
 from tests.support.corpora import SMALL, TOKENIZER, shard_times, write_demo
 
 
@@ -21,6 +21,8 @@ def test_ids_are_stored_small_and_folders_load_anywhere(tmp_path):
     prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusConfig(eval_share=0.2, **SMALL))
     plain = load_dataset("parquet", data_dir=str(tmp_path / "out"))
     assert plain["train"].features["input_ids"].feature.dtype == "uint16" and set(plain) == {"train", "validation"}
+    for row in plain["train"]:
+        assert row["position_ids"] == [place for length in row["seq_lengths"] for place in range(length)]
     assert {len(load_prepared(tmp_path / "out", split)) for split in plain} == {len(plain[split]) for split in plain}
     stream = load_dataset("parquet", data_dir=str(tmp_path / "out"), split="train", streaming=True)
     assert sorted(map(str, stream)) == sorted(map(str, plain["train"]))
@@ -30,7 +32,7 @@ def test_ids_are_stored_small_and_folders_load_anywhere(tmp_path):
     ("vocabulary", "kind"), [(256, np.uint8), (257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)]
 )
 def test_the_smallest_type_that_holds_every_id(vocabulary, kind):
-    assert id_type(vocabulary) is kind
+    assert smallest_type(vocabulary) is kind
 
 
 def test_arrow_shards_hold_the_same_rows(tmp_path):
