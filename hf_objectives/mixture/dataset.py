@@ -102,11 +102,12 @@ class DatasetMixture(OrderedStream):
     def read_turns(self, turns: Iterable[range]) -> Iterator[Row]:
         """Yield the rows of ascending ranges; what does not fill `batch_rows` at the end is left out."""
         for found in self._read(turns):
-            whole = len(found) - len(found) % self.batch_rows
+            together = self.batch_rows or 1
+            whole = len(found) - len(found) % together
             if whole < len(found):
                 logger.warning(
                     "the mixture ends: %d rows that do not fill %d, which all ranks take together, are left out",
-                    *(len(found) - whole, self.batch_rows),
+                    *(len(found) - whole, together),
                 )
             yield from found[:whole]
 
@@ -145,8 +146,8 @@ class DatasetMixture(OrderedStream):
 
     def state_dict(self, rows_taken: int | None = None) -> dict[str, Any]:
         """The state to resume from, as JSON values; some hundred bytes a source, at any row. See `OrderedStream`."""
-        row = self._begin if rows_taken is None else rows_taken
-        return {"row": row, "mixture": self._fingerprint, "order": self._before(row)}
+        place = super().state_dict(rows_taken)
+        return {**place, "mixture": self._fingerprint, "order": self._before(place["row"])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration at the row of a state. Nothing before it is read again, except a buffer of each stream.

@@ -64,7 +64,7 @@ class OrderedStreamCallback(TrainerCallback):
 
     def _rows_per_step(self, args: Any) -> int:
         # After a resume `state.train_batch_size` is that of the checkpoint, so it is not used here.
-        return self.stream.batch_rows * args.gradient_accumulation_steps
+        return (self.stream.batch_rows or 1) * args.gradient_accumulation_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the rows that all ranks took."""
