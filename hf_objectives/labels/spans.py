@@ -108,15 +108,17 @@ class SpanFinder:
 
         None where this does not hold for a turn. `prompts` gets the prompts that were rendered.
         """
-        if len(trained) > _EVERY_PROMPT or any(len(messages[k]) > 2 for k in trained):
+        if len(trained) > _EVERY_PROMPT:
             return None
-        if not all(type(message.get("content")) is str for message in messages):
-            return None
-        roles = [message["role"] for message in messages]
+        roles = []
+        for message in messages:
+            if type(message.get("content")) is not str:
+                return None
+            roles.append(message["role"])
         spans: list[Span] = []
         for k in trained:
             closing = self.memory.closings.get(_roles_around(roles, k))
-            if closing is None:
+            if closing is None or len(messages[k]) > 2:
                 return None
             prompts[k] = prompt = self.starts.prompt(messages, k)
             start = self.starts.after_prompt(text, prompt)
