@@ -61,6 +61,7 @@ class DataArguments(EncodingArguments):
     packing: bool = option(True, "Pack several documents into a row.")
     strategy: str = option("best_fit", "best_fit or concat.")
     num_proc: int | None = option(None, "Processes that prepare data.")
+    allow_no_stop: bool = option(False, "Train also where most of the assistant's turns end without a control token.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_objectives.errors import StopTokenError
 from hf_objectives.inspection import marked_runs, visible
 from hf_objectives.labels import Ledger
 from hf_objectives.mixture import MixtureReport
@@ -60,8 +61,8 @@ def print_preview(
         console.print(line, highlight=False)
 
 
-def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print how many of the trained turns end with a control token, and with which."""
+def _stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+    """How many of the trained turns end with a control token, and with which; and whether it is less than half."""
     control = set(tokenizer.added_tokens_decoder)
     ends: Counter[int] = Counter()
     for row in rows:
@@ -70,7 +71,26 @@ def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Con
     stops = {token: count for token, count in ends.most_common() if token in control}
     stopped, names = sum(stops.values()), ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(stops))))
     line = f"{stopped} of {ends.total()} trained turns in a sample end with a control token {names}".rstrip()
-    if 2 * stopped < ends.total():
+    return line, 2 * stopped < ends.total()
+
+
+def check_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, allow_no_stop: bool) -> None:
+    """Check, on a sample of encoded rows, that the model is taught to stop.
+
+    Raises:
+        StopTokenError: less than half of the trained turns end with a control token.
+    """
+    line, few = _stops(tokenizer, rows)
+    if few and not allow_no_stop:
+        raise StopTokenError(
+            f"{line}: a model that is trained on them does not stop; give a chat_template that closes the assistant's turns, "
+            "or set allow_no_stop if something else stops it (GLM stops at the next role's marker)"
+        )
+
+
+def _print_stops(tokenizer: Any, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    line, few = _stops(tokenizer, rows)
+    if few:
         line += ": the model is hardly taught to stop; the chat template prints no stop there"
         console.print(Text(line, style="bold red"))
     else:

@@ -20,7 +20,7 @@ from hf_objectives.inspection import save_label_preview
 from hf_objectives.recipes.arguments import BUILT_IN
 from hf_objectives.recipes.data import DataArguments, Prepared, mix_rows, prepare
 from hf_objectives.recipes.models import load_model, with_lora
-from hf_objectives.recipes.preview import print_preview
+from hf_objectives.recipes.preview import check_stops, print_preview
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 
@@ -42,6 +42,7 @@ class Sft(Recipe):
         data, args = self.data, self.args
         model, self.tokenizer = load_model(self.model_config, use_cpu=self.use_cpu)
         self.prepared = prepare(data, self.tokenizer, seed=args.seed, output_dir=args.output_dir)
+        check_stops(self.tokenizer, self.prepared.examples, allow_no_stop=data.allow_no_stop)
         self.num_rows, self.results["ledger"] = len(self.prepared.train), self.prepared.ledger.to_dict()
         if (settings := data.mixture_settings()) is not None:
             self.mixture = mix_rows(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from rich.console import Console
 
+from hf_objectives.errors import StopTokenError
 from hf_objectives.labels.ledger import Ledger
 from hf_objectives.labels.rows import EncodingConfig, RowEncoder
-from hf_objectives.recipes.preview import highlight, print_preview
+from hf_objectives.recipes.preview import check_stops, highlight, print_preview
 from tests.support.chat_corpus import PLAIN, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -56,3 +58,14 @@ def test_preview_says_whether_turns_are_taught_to_stop():
     printed = console.export_text()
     assert "2 of 2 trained turns in a sample end with a control token <|im_end|>\n" in printed
     assert "2 of 5 trained turns in a sample end with a control token <|im_end|>: the model is hardly taught" in printed
+
+
+def test_a_sample_whose_turns_do_not_stop_stops_the_run():
+    encoded, _ = rows()
+    check_stops(TOKENIZER, encoded, allow_no_stop=False)
+    endless = [{"input_ids": [5] * 4, "labels": [-100, 5, 5, 5]}] * 3
+    with pytest.raises(
+        StopTokenError, match="0 of 3 trained turns in a sample.*chat_template that closes.*allow_no_stop"
+    ):
+        check_stops(TOKENIZER, endless, allow_no_stop=False)
+    check_stops(TOKENIZER, endless, allow_no_stop=True)
