@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from tqdm.auto import tqdm
 
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
 from hf_objectives.evaluation.counts import EvaluationCounts, PerplexityResult, TokenCount
@@ -111,8 +112,11 @@ def compute_perplexity(
     counts, was_training = EvaluationCounts(), model.training
     model.eval()
     try:
-        for batch in _batches(windows, batch_tokens or (512 if device.type == "cpu" else 16_384)):
-            counts.add(count_batch(model, _tensors(batch, device), byte_lengths=lengths))
+        # A bar after five seconds, on terminals alone.
+        with tqdm(total=len(windows), desc="Perplexity", unit="window", delay=5, disable=None) as bar:
+            for batch in _batches(windows, batch_tokens or (512 if device.type == "cpu" else 16_384)):
+                counts.add(count_batch(model, _tensors(batch, device), byte_lengths=lengths))
+                bar.update(len(batch))
     finally:
         model.train(was_training)
     return PerplexityResult.of(counts.total, counts.sources)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.labels import BatchEncoder, EncodingConfig, EncodingOptions, Ledger, text_encoder
@@ -131,7 +132,9 @@ def encode_rows(
     ledger = Ledger() if ledger is None else ledger
     work = _Encoding(BatchEncoder(tokenizer, config), source, dataset)
     size = len(dataset) if isinstance(dataset, (Dataset, Sequence)) else 0
-    done = list(run_local(work, work.batches(), num_proc or max(1, min(count_cores(), size // (4 * _BATCH)))))
+    results = run_local(work, work.batches(), num_proc or max(1, min(count_cores(), size // (4 * _BATCH))))
+    batches = -(-size // _BATCH) if size else None
+    done = list(tqdm(results, total=batches, desc="Encoding", unit="batch", delay=5, disable=None))
     done.sort(key=lambda batch: batch[0])
     for _, _, booked in done:
         ledger.merge(booked)

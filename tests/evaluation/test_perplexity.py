@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
@@ -130,3 +131,20 @@ def test_no_tensor_of_all_positions_and_the_vocabulary_is_made():
 def test_empty_counts():
     assert math.isnan(EvaluationCounts().metrics("eval")["eval_loss"])
     assert "eval_stop_probability" not in EvaluationCounts().metrics("eval")
+
+
+def test_a_bar_is_shown_on_terminals_alone(monkeypatch, capsys):
+    model, texts, options = llama(), ["one text", "another text"], {}
+
+    def at_once(**given):
+        options.update(given)
+        return tqdm(
+            **{**given, "delay": 0, "mininterval": 0, "disable": False if options["shown"] else given["disable"]}
+        )
+
+    monkeypatch.setattr("hf_objectives.evaluation.perplexity.tqdm", at_once)
+    for shown in (False, True):  # the stream of a test is no terminal
+        options["shown"] = shown
+        compute_perplexity(model, TOKENIZER, texts)
+        assert ("Perplexity: 100%" in capsys.readouterr().err) == shown
+    assert options["disable"] is None and options["delay"] == 5
