@@ -100,6 +100,29 @@ def test_a_backend_that_differs_at_a_control_token_alone_is_not_trusted(monkeypa
     assert encoder.encode_ids(["the<|im_end|>"])[0].tolist() == tokenizer("the<|im_end|>")["input_ids"]
 
 
+def test_a_sample_of_a_corpus_is_encoded_twice(monkeypatch):
+    """A text that fastokens gets wrong, unlike all that the probe holds, stops the preparation."""
+    encoder = TextEncoder(trained_bpe())
+    right = encoder._fast.encode_batch_flat
+
+    class Wrong:
+        def encode_batch_flat(self, texts):
+            ids, offsets = right(texts)
+            ids = np.frombuffer(ids, "<u4").copy()
+            bounds = np.frombuffer(offsets, "<u8")
+            for i, text in enumerate(texts):
+                if "zebra" in text:
+                    ids[int(bounds[i])] += 1
+            return ids.tobytes(), offsets
+
+    encoder._fast = Wrong()
+    for _ in range(5):
+        encoder.encode_ids(["the answer is forty two"] * 2000)
+    with pytest.raises(TokenizerError, match="fastokens and the tokenizer give different ids for 'a zebra"):
+        for _ in range(3):
+            encoder.encode_ids(["a zebra in a zoo"] * 2000)
+
+
 def test_fast_and_slow_places_agree(tokenizer):
     fast, slow = TextEncoder(tokenizer), TextEncoder(tokenizer)
     slow._fast = slow._lengths = None
