@@ -119,7 +119,7 @@ def test_a_sample_of_a_corpus_is_encoded_twice(monkeypatch):
     for _ in range(5):
         encoder.encode_ids(["the answer is forty two"] * 2000)
     with pytest.raises(TokenizerError, match="fastokens and the tokenizer give different ids for 'a zebra"):
-        for _ in range(3):
+        for _ in range(5):
             encoder.encode_ids(["a zebra in a zoo"] * 2000)
 
 
