@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from hf_objectives.preparation.ordered_stream import (
         OrderedStream,
     )  # base of streams that ranks and workers read alike
-    from hf_objectives.preparation.readers import load_rows  # all rows of local files, or a dataset of the Hub
+    from hf_objectives.preparation.readers import (
+        load_rows,  # all rows of local files, or a dataset of the Hub
+        naming_places,  # adds file and line to errors about such rows
+    )
     from hf_objectives.preparation.splits import (
         check_share,  # check a share of rows that is held out
         hold_out,  # row numbers to train on and to evaluate on

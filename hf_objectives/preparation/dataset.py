@@ -19,7 +19,7 @@ from hf_objectives.labels import BatchEncoder, EncodingConfig, EncodingOptions, 
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
-from hf_objectives.preparation.readers import load_rows
+from hf_objectives.preparation.readers import load_rows, naming_places
 from hf_objectives.preparation.splits import rows_between
 from hf_objectives.preparation.work import concatenated
 from hf_objectives.preparation.workers import ENGINES, count_cores, run_local
@@ -81,7 +81,8 @@ def prepare_dataset(
         check_packing(max_length, strategy, overflow)
     if output_dir is None:
         config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]
-        encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
+        with naming_places(_paths(dataset, source)):
+            encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
         if not packing:
             return Dataset(_without_first_labels(encoded))
         return Dataset(pack_table(encoded, max_length or 0, strategy=strategy, overflow=overflow))
@@ -107,8 +108,14 @@ def _rows(dataset: Dataset | Iterable[Row] | str | Mapping[str, Any]) -> Dataset
     if isinstance(dataset, str):
         return load_rows(dataset)
     if isinstance(dataset, Mapping):
-        return [{**row, "source": name} for name, path in dataset.items() for row in load_rows(path)]
+        return [
+            {"row": i, **row, "source": name} for name, path in dataset.items() for i, row in enumerate(load_rows(path))
+        ]
     return dataset
+
+
+def _paths(dataset: Any, source: str) -> Mapping[str, str]:
+    return {source: dataset} if isinstance(dataset, str) else dataset if isinstance(dataset, Mapping) else {}
 
 
 def _named(dataset: Any, source: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ segment each, which is read as a stream.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
 import io
@@ -159,7 +160,7 @@ def open_file(path: str) -> IO[bytes]:
 def holds_lines(path: str) -> bool:
     """Whether a .json file holds JSON lines: it begins with an object that ends on its line."""
     with open_file(path) as file, contextlib.suppress(OSError):
-        first = file.readline()
+        first = file.readline().removeprefix(codecs.BOM_UTF8)
         while first and first.isspace():
             first = file.readline()
         if first.lstrip().startswith(b"{"):

@@ -20,7 +20,7 @@ def elements(file: IO[bytes], path: str, read_chars: int) -> Iterator[list[Any]]
         FileFormatError: the file is not UTF-8, not JSON, not an array, or ends too soon; names `path` and the line.
     """
     decoder, text, line, expected = json.JSONDecoder(), "", 1, "["
-    lines = io.TextIOWrapper(file, encoding="utf-8")
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig")
     while True:
         try:
             more = lines.read(max(read_chars, len(text)))  # a long element is read in ever larger steps

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from numpy.typing import NDArray
 
-from hf_objectives.errors import FileFormatError
+from hf_objectives.errors import DataError, FileFormatError
 from hf_objectives.preparation import files
 from hf_objectives.preparation.files import DOCUMENTS, Segment, count_lines, kind_of, open_file
 from hf_objectives.preparation.json_array import bad_byte, elements
@@ -74,6 +76,34 @@ def load_rows(name: str, *, split: str = "train", documents: str = "blank_line")
     return rows
 
 
+@contextlib.contextmanager
+def naming_places(paths: Mapping[str, str], documents: str = "blank_line") -> Iterator[None]:
+    """Add file and line to an error about a row that `load_rows` read; `paths` are the names given to it, by source.
+
+    The files are read again to find the line, once the error is there.
+    """
+    try:
+        yield
+    except DataError as error:
+        path = paths.get(error.source or "")
+        if path is not None and error.row is not None and (place := _place(path, error.row, documents)):
+            error.reason = f"{error.reason} ({place})"
+        raise
+
+
+def _place(name: str, row: int, documents: str) -> str | None:
+    """File and line of a row of `load_rows`; None for a dataset of the Hub, and for a row that has a number of its own."""
+    left = row
+    for file in [] if files.is_hub_id(name) else files.list_files(name):
+        segment = files.whole_file("", file, documents)
+        for records in read_segment(segment):
+            if left < len(records.rows):
+                own = records.rows[left].get("row")
+                return segment.place(records.numbers[left]) if own in (None, row) else None
+            left -= len(records.rows)
+    return None
+
+
 def read_segment(segment: Segment, *, skipped: Skipped | None = None) -> Iterator[Records]:
     """Yield the records of a segment, some megabytes at a time.
 
@@ -122,7 +152,8 @@ def _read_chunks(segment: Segment, separator: bytes | None) -> Iterator[tuple[in
                 if left:
                     raise FileFormatError(f"{segment.path} ends {left} bytes too soon, after line {line}")
                 return
-            yield line, chunk
+            first = segment.begin == 0 and line == segment.first
+            yield line, chunk.removeprefix(codecs.BOM_UTF8) if first else chunk
             line += count_lines(chunk)
             left = None if left is None else left - len(chunk)
 

@@ -28,6 +28,7 @@ from hf_objectives.preparation import (
     is_hub_id,
     list_files,
     load_rows,
+    naming_places,
     tokenizer_digest,
 )
 from hf_objectives.recipes.arguments import (
@@ -167,13 +168,13 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     ledger = Ledger()
     # A mixture packs the documents that it draws.
     packing = data.packing and data.mixture_settings() is None
-    encoded = _encode(data, train, tokenizer, packing, ledger)
+    with naming_places({name: path for name, (path, _) in data.places().items() if path != BUILT_IN}):
+        encoded = _encode(data, train, tokenizer, packing, ledger)
+        evaluation = _encode(data, held_out, tokenizer, data.packing, Ledger()) if held_out else None
     ends = [encoded.slice(0, _EXAMPLES), encoded.slice(max(_EXAMPLES, len(encoded) - _EXAMPLES))]
     examples = pa.concat_tables(ends).to_pylist()
-    evaluation = None
-    if held_out:
-        evaluation = _pack(data, _encode(data, held_out, tokenizer, data.packing, Ledger()), data.packing)
-    return Prepared(_pack(data, encoded, packing), evaluation, examples, ledger)
+    held = None if evaluation is None else _pack(data, evaluation, data.packing)
+    return Prepared(_pack(data, encoded, packing), held, examples, ledger)
 
 
 def _encode(data: DataArguments, rows: Rows, tokenizer: Any, packing: bool, ledger: Ledger) -> pa.Table:
@@ -242,11 +243,15 @@ def split_rows(data: RowArguments, *, seed: int, built_in: tuple[int, int]) -> t
     return train, held_out
 
 
-def encode_pairs(rows: Rows, encode: Callable[..., dict], tokenizer: Any, options: Mapping[str, Any]) -> Dataset:
+def encode_pairs(
+    data: RowArguments, rows: Rows, encode: Callable[..., dict], tokenizer: Any, options: Mapping[str, Any]
+) -> Dataset:
     """Pairs as ids, by `encode_pair` or its like. From Python values: an Arrow struct would mix the keys of two rows."""
-    return Dataset.from_list(
-        [encode(tokenizer, row, source=row["source"], row_index=row["row"], **options) for row in rows]
-    )
+    paths = {} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}
+    with naming_places(paths):
+        return Dataset.from_list(
+            [encode(tokenizer, row, source=row["source"], row_index=row["row"], **options) for row in rows]
+        )
 
 
 def read_mixture(mixture: str | None, sources: Mapping[str, Any]) -> dict[str, Any] | None:

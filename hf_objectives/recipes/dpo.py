@@ -52,7 +52,7 @@ class Dpo(Recipe):
         pairs, held_out = split_rows(data, seed=args.seed, built_in=(16_000, 400))
         self.num_rows = self.results["num_pairs"] = len(pairs)
         options = {name: getattr(args, name) for name in ("max_length", "train_on", "control_tokens")}
-        train, evaluation = (encode_pairs(rows, encode_pair, tokenizer, options) for rows in (pairs, held_out))
+        train, evaluation = (encode_pairs(data, rows, encode_pair, tokenizer, options) for rows in (pairs, held_out))
         lora = get_peft_config(self.model_config)
         # A copy, since the parent would load the model by its name again. LoRA's reference is the model without it.
         reference = None if lora or args.precompute_ref_log_probs else copy.deepcopy(model)

@@ -60,7 +60,9 @@ class Reward(Recipe):
         self.diagrams: dict[str, Reliability] = {}
         self.model_config.lora_task_type = "SEQ_CLS"  # the score head is trained, and saved with the adapter
         options = {name: getattr(args, name) for name in ("max_length", "control_tokens")}
-        train, evaluation = (encode_pairs(rows, encode_reward_row, tokenizer, options) for rows in (pairs, held_out))
+        train, evaluation = (
+            encode_pairs(data, rows, encode_reward_row, tokenizer, options) for rows in (pairs, held_out)
+        )
         return RewardModelTrainer(
             model,
             args,

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_objectives.errors import FileFormatError
+from hf_objectives.errors import FileFormatError, FormatError
+from hf_objectives.preparation.dataset import prepare_dataset
 from hf_objectives.preparation.files import list_files, plan_file
-from hf_objectives.preparation.readers import Skipped, load_rows, read_segment
+from hf_objectives.preparation.readers import Skipped, load_rows, naming_places, read_segment
+from tests.support.chat_corpus import byte_tokenizer
 
 ROWS = [{"text": f"line {i} é"} for i in range(40)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -166,3 +168,31 @@ def test_files_that_cannot_be_loaded_are_named(tmp_path, name, content, words):
         load_rows(str(tmp_path / name))
     with pytest.raises(FileFormatError, match="no such file"):
         load_rows(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n'), ("a.json", b'[{"text": "one"}, {"text": "two"}]'),
+     ("b.json", b'{"text": "one"}\n{"text": "two"}\n'), ("a.txt", b"one\n\ntwo\n")],
+)  # fmt: skip
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert [row["text"] for row in load_rows(str(tmp_path / name))] == ["one", "two"]
+
+
+def test_errors_about_rows_name_file_and_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": 4}\n{"text": "five", "row": 17}\n')
+    folder = str(tmp_path)
+
+    def message(source, row):
+        with pytest.raises(FormatError) as caught, naming_places({"s": folder}):
+            raise FormatError("wrong", source=source, row=row)
+        return str(caught.value)
+
+    assert message("s", 1) == f"source 's', row 1: wrong ({tmp_path / 'a.jsonl'}, line 3)"
+    assert message("s", 3) == f"source 's', row 3: wrong ({tmp_path / 'b.jsonl'}, line 2)"
+    assert message("s", 4) == "source 's', row 4: wrong"  # a row that has a number of its own
+    assert message("t", 1) == "source 't', row 1: wrong" and message("s", 9) == "source 's', row 9: wrong"
+    with pytest.raises(FormatError, match=r"text is int; expected a string \(.*b.jsonl, line 2\)"):
+        prepare_dataset(folder, byte_tokenizer(), max_length=8)
