@@ -83,9 +83,8 @@ def prepare_dataset(
         config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]
         with naming_places(_paths(dataset, source)):
             encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
-        if not packing:
-            return Dataset(_without_first_labels(encoded))
-        return Dataset(pack_table(encoded, max_length or 0, strategy=strategy, overflow=overflow))
+        pack = {"strategy": strategy, "overflow": overflow}
+        return Dataset(pack_table(encoded, max_length or 0, **pack) if packing else _without_first_labels(encoded))
     if not packing or options.pop("template_kwargs", None) or ledger is not None:
         raise ConfigError("output_dir gets packed rows and a manifest: no packing=False, template_kwargs or ledger")
     corpus = CorpusConfig(max_length or 0, strategy, overflow, num_proc=num_proc, engine=engine, **options)  # type: ignore[arg-type]
