@@ -83,7 +83,7 @@ def prepare_dataset(
         config = EncodingConfig(max_length=max_length, splits_documents=packing, **options)  # type: ignore[arg-type]
         with naming_places(_paths(dataset, source)):
             encoded = encode_rows(_rows(dataset), tokenizer, config, source=source, num_proc=num_proc, ledger=ledger)
-        pack = {"strategy": strategy, "overflow": overflow}
+        pack: Any = {"strategy": strategy, "overflow": overflow}
         return Dataset(pack_table(encoded, max_length or 0, **pack) if packing else _without_first_labels(encoded))
     if not packing or options.pop("template_kwargs", None) or ledger is not None:
         raise ConfigError("output_dir gets packed rows and a manifest: no packing=False, template_kwargs or ledger")
