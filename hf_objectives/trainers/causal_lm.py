@@ -13,7 +13,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import any_rank, rank, sum_over_ranks, world_size
@@ -36,6 +36,7 @@ from hf_objectives.trainers.hf_compat import (
 )
 from hf_objectives.trainers.isolation import probe_isolation
 from hf_objectives.trainers.metrics import TokenMetrics
+from hf_objectives.trainers.refusals import refuse_callables
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, ends_of_runs
 
@@ -56,7 +57,8 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     `DataCollatorForAssistantOnlyLM`.
 
     Raises:
-        ConfigError: `compute_metrics`, which would need all logits; `args` that are not `PerplexityTrainingArguments`.
+        ConfigError: `compute_metrics`, `preprocess_logits_for_metrics` and `compute_loss_func`, which would never be called;
+            `args` that are not `PerplexityTrainingArguments`.
     """
 
     args: PerplexityTrainingArguments
@@ -64,10 +66,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     _signature_columns: Any
 
     def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, **kwargs: Any) -> None:
-        if kwargs.get("compute_metrics") is not None:
-            raise ConfigError(
-                "compute_metrics needs the logits of all tokens, which are never gathered; see evaluate()"
-            )
+        refuse_callables(kwargs)
         if args is None:
             args = PerplexityTrainingArguments("trainer_output")
         if not isinstance(args, PerplexityTrainingArguments):
@@ -253,6 +252,19 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         total_rows = int(sum_over_ranks([rows])[0])
         # No predictions are kept: the parent's `evaluate` reads only the metrics and the number of rows.
         return EvalLoopOutput(None, None, counts.metrics(metric_key_prefix), total_rows)  # type: ignore[arg-type]
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Refuse: the parent's would have no predictions.
+
+        Raises:
+            ConfigError: always; names `evaluate`.
+        """
+        raise ConfigError(
+            "predict() would return the logits of all tokens, which are never computed; evaluate(test_dataset, "
+            f"metric_key_prefix={metric_key_prefix!r}) gives loss and perplexity, and the model itself gives logits"
+        )
 
     @property
     def _compiled(self) -> bool:

@@ -42,3 +42,8 @@ class PerplexityTrainingArguments(TrainingArguments):
                 "average_tokens_across_devices=False gives each rank's mean the same weight, so that the loss depends on "
                 "how rows fall on ranks; leave it on"
             )
+        if [*(self.label_names or ["labels"])] != ["labels"]:
+            raise ConfigError(
+                f"label_names is {self.label_names}; loss and evaluation read the column 'labels' alone. Leave label_names "
+                "out, and let the collator give labels under that name"
+            )

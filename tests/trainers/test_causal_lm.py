@@ -298,6 +298,8 @@ def test_what_cannot_be_exact_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="never gathered"):
         PerplexityTrainer(llama(), arguments(tmp_path), compute_metrics=lambda _: {})
     run = trainer(tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluate\(test_dataset, metric_key_prefix='held_out'\)"):
+        run.predict(chats(2), metric_key_prefix="held_out")
     with pytest.raises(NothingSupervisedError, match="no row of the evaluation data"):
         run.evaluate([{"input_ids": [1, 2], "labels": [-100, -100]}])
 
@@ -308,6 +310,7 @@ def test_what_cannot_be_exact_is_refused(tmp_path):
         "compute_loss",
         "training_step",
         "evaluation_loop",
+        "predict",
         "save_model",
         "get_train_dataloader",
     ],

@@ -1,0 +1,29 @@
+"""What trainers refuse when they are made: arguments that would be passed over in silence, or would make numbers wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_objectives.errors import ConfigError
+
+_CALLABLES = {
+    "compute_metrics": "compute_metrics needs the logits of all tokens, which are never gathered; evaluate() gives exact "
+    "loss, perplexity and bits per byte, and a callback's on_evaluate may add to them",
+    "preprocess_logits_for_metrics": "preprocess_logits_for_metrics would never be called: logits are computed only where a "
+    "token is predicted and are never gathered; leave it out",
+    "compute_loss_func": "compute_loss_func would never be called: the loss is the summed nats of a step over its trained "
+    "tokens. For another loss override compute_loss in a subclass, or use transformers.Trainer; z_loss, "
+    "label_smoothing_factor and loss_weights in the rows are built in",
+}
+
+
+def refuse_callables(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a Trainer that a loss and an evaluation of exact sums would never call.
+
+    Raises:
+        ConfigError: names the argument and what to do instead.
+    """
+    for name, reason in _CALLABLES.items():
+        if given.get(name) is not None:
+            raise ConfigError(reason)
