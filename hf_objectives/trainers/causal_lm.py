@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, Predict
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import any_rank, rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_logits, split_extra_columns
+from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_outputs, split_extra_columns
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import next_token_loss, next_token_targets
 from hf_objectives.preparation import OrderedStream
@@ -30,6 +30,7 @@ from hf_objectives.trainers.hf_compat import (
     count_shifted_labels,
     prepare_sharded,
     prepared_batch,
+    router_loss,
     stop_ids,
     train_batch_size,
     watch_steps,
@@ -51,7 +52,9 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     divided by their number. `evaluate` gives `eval_loss`, `eval_perplexity`, `eval_bits_per_byte`, `eval_num_tokens` and
     `eval_stop_probability`, in all and per source where rows carry a `source`. They come from sums in float64 that count
     each row once, whatever the batch size, packing and number of processes. Logits are computed only where a token is
-    predicted, and are never gathered. Everything else is the parent's, the signature too.
+    predicted, and are never gathered. The loss of a mixture of experts has its auxiliary term as the model's own loss has it,
+    if `output_router_logits` is on in the model's config; `aux_loss` in logs is that term without its weight, and neither
+    `eval_loss` nor a perplexity has it. Everything else is the parent's, the signature too.
 
     Without a `data_collator`, and with a tokenizer as `processing_class`, rows are collated by
     `DataCollatorForAssistantOnlyLM`.
@@ -130,7 +133,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         model_inputs, extra = split_extra_columns(inputs)
         targets = next_token_targets(extra["labels"])
         positions = targets != IGNORE_INDEX
-        logits = selected_logits(model, model_inputs, positions, full=self._compiled)
+        logits, output = selected_outputs(model, model_inputs, positions, full=self._compiled)
         weights = extra.get("loss_weights")
         if weights is not None:
             weights = torch.nn.functional.pad(weights[:, 1:], (0, 1))[positions]
@@ -141,13 +144,18 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             label_smoothing=self.args.label_smoothing_factor,
             z_loss=self.args.z_loss,
         )
-        self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"))
+        aux, weight = router_loss(self.accelerator.unwrap_model(model), output) or (None, 0.0)
+        share = 1.0 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
+        self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"), aux, share)
         self._remember_stops(extra["labels"])
         if num_items_in_batch is None:
-            return result.loss / result.weight.clamp(min=1)
-        # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
-        loss = result.loss / torch.as_tensor(num_items_in_batch, device=result.loss.device).clamp(min=1)
-        return loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = result.loss / result.weight.clamp(min=1)
+        else:
+            # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
+            loss = result.loss / torch.as_tensor(num_items_in_batch, device=result.loss.device).clamp(min=1)
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        # The balance of experts is a mean over a micro-batch, of which a step takes the mean over micro-batches and ranks.
+        return loss if aux is None else loss + weight * aux.to(loss.device) * share
 
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> float | None:
         """Sum the weights of the trained tokens of a step over all ranks; None where no row has weights."""

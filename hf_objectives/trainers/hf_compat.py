@@ -186,6 +186,35 @@ def prepare_sharded(trainer: Any) -> nn.Module:
     return trainer.model_wrapped
 
 
+def router_loss(model: Any, output: Any) -> tuple[Tensor, float] | None:
+    """The auxiliary loss that a mixture of experts adds to its own loss, and its weight there.
+
+    Args:
+        model: the model without wrappers for data parallelism; a PeftModel may be.
+        output: what it returned for inputs without labels.
+
+    Returns:
+        None for a model that computes none: without experts, or with `output_router_logits` off in its config.
+
+    Raises:
+        ConfigError: the model's weight for it is not found, so that its loss cannot be told.
+    """
+    aux = getattr(output, "aux_loss", None)
+    if aux is None:
+        return None
+    config = model.config.get_text_config()
+    # The forward of most models reads the attribute that the constructor took from the config; a few read the config.
+    for holder in (model, config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(aux, Tensor) and (weight := getattr(holder, name, None)) is not None:
+                return aux, float(weight)
+    raise ConfigError(
+        f"{type(model).__name__} returns an auxiliary loss {'without a known weight' if isinstance(aux, Tensor) else aux!r}; "
+        "expected a tensor, and router_aux_loss_coef in the config. Set output_router_logits=False in the config to train "
+        "without it"
+    )
+
+
 def attention_of(model: Any) -> str | None:
     """The name of a model's attention implementation."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
