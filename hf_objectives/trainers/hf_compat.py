@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.trainers.refusals import refuse_cut_rows
 
 
 class StepWatch:
@@ -121,6 +122,13 @@ class TrainerHooks:
 
     #: Columns of the rows that reach the collator, beside those that the model takes.
     extra_columns: tuple[str, ...] = ()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the parent, for parallelism that leaves rows whole; see `refuse_cut_rows`."""
+        trainer: Any = self
+        refuse_cut_rows(trainer.args.parallelism_config)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        refuse_cut_rows(getattr(trainer.accelerator, "parallelism_config", None))  # accelerate launch may set it
 
     def save_extra_state(self, folder: Path) -> None:
         """Write state of the subclass into a checkpoint that is about to be saved with its optimizer."""

@@ -27,3 +27,25 @@ def refuse_callables(given: Mapping[str, Any]) -> None:
     for name, reason in _CALLABLES.items():
         if given.get(name) is not None:
             raise ConfigError(reason)
+
+
+def refuse_cut_rows(parallelism: Any) -> None:
+    """Refuse context and sequence parallelism, which give each process a part of each row.
+
+    A token at a cut has its label, or the score of its text, on another process.
+
+    Args:
+        parallelism: `ParallelismConfig` of accelerate, or None.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(parallelism, name, None) or 1
+        if size > 1:
+            raise ConfigError(
+                f"parallelism_config has {name}={size}: {kind} parallelism gives each process a part of each row, and the "
+                "label of a part's last token lies on another process, so that losses and scores would be wrong. Set "
+                f"{name} to 1; FSDP, dp_shard_size and tp_size share a model among processes without cutting rows, and "
+                "gradient checkpointing makes room for longer ones"
+            )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer, TrainerState
 from trl import SFTTrainer
@@ -35,6 +36,7 @@ METHODS = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_get_output_dir": ["self", "trial"],
     "_prepare_input": ["self", "data"],
+    "create_accelerator_and_postprocess": ["self"],
 }
 
 
@@ -53,6 +55,8 @@ def test_attributes(tmp_path):
     for name in ("_train_batch_size", "_signature_columns", "_loss_shifts_labels", "model_accepts_loss_kwargs"):
         assert name in vars(run), MOVED.format(f"Trainer has no {name}")
     assert run.accelerator._models == [], "accelerate has no Accelerator._models; see hf_compat.prepare_sharded"
+    for name in ("cp_size", "sp_size"):
+        assert hasattr(ParallelismConfig(), name), f"accelerate's ParallelismConfig has no {name}; see refuse_cut_rows"
     for name in ("_name_or_path", "_attn_implementation"):
         assert hasattr(run.model.config, name), MOVED.format(f"a config has no {name}")
     source = inspect.getsource(Trainer._run_epoch)
