@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
-from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.distributed import any_rank, rank, sum_over_ranks, world_size
+from hf_objectives.collators import DataCollatorWithEosPacking
+from hf_objectives.distributed import any_rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_outputs, split_extra_columns
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import next_token_loss, next_token_targets
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.trainers.causal_lm_config import PerplexityTrainingArguments
+from hf_objectives.trainers.collation import OUR_COLLATORS, collator_for, evaluation_loader
 from hf_objectives.trainers.guards import ensure_stop_tokens, stop_if_not_finite
 from hf_objectives.trainers.hf_compat import (
     StepWatch,
@@ -42,7 +43,6 @@ from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, ends_of_runs
 
 logger = logging.getLogger(__name__)
-_OUR_COLLATORS = (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking)
 
 
 class PerplexityTrainer(TrainerHooks, Trainer):
@@ -57,7 +57,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     `eval_loss` nor a perplexity has it. Everything else is the parent's, the signature too.
 
     Without a `data_collator`, and with a tokenizer as `processing_class`, rows are collated by
-    `DataCollatorForAssistantOnlyLM`.
+    `DataCollatorForAssistantOnlyLM`, and those of a packed dataset by `DataCollatorWithEosPacking` (see `collator_for`).
 
     Raises:
         ConfigError: `compute_metrics`, `preprocess_logits_for_metrics` and `compute_loss_func`, which would never be called;
@@ -75,9 +75,11 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         if not isinstance(args, PerplexityTrainingArguments):
             raise ConfigError(f"args is {type(args).__name__}; expected PerplexityTrainingArguments")
         tokenizer = kwargs.get("processing_class")
+        self._chosen_collator = None
         if data_collator is None and tokenizer is not None:
-            data_collator = DataCollatorForAssistantOnlyLM(tokenizer)
-        if isinstance(data_collator, _OUR_COLLATORS):
+            sets = kwargs.get("eval_dataset") if kwargs.get("train_dataset") is None else kwargs["train_dataset"]
+            self._chosen_collator = data_collator = collator_for(sets, tokenizer)
+        elif isinstance(data_collator, OUR_COLLATORS):
             data_collator = dataclasses.replace(data_collator, return_source=True)
             tokenizer = tokenizer or data_collator.tokenizer
         if isinstance(kwargs.get("train_dataset"), OrderedStream):
@@ -219,20 +221,9 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             rows = self.eval_dataset[rows]  # type: ignore[index]
         if isinstance(rows, OrderedStream):
             raise ConfigError("evaluation needs rows that end; a mixture's are in its eval_dataset")
-        collate: Any = self.data_collator
-        if isinstance(collate, _OUR_COLLATORS):
-            collate = dataclasses.replace(collate, allow_empty=True)
-        if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__"):
-            rows = _EveryNth(rows)
-        elif world_size() > 1:
-            rows = Subset(rows, range(rank(), len(rows), world_size()))
-        return DataLoader(
-            rows,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        )
+        chosen = self._chosen_collator is not None and self.data_collator is self._chosen_collator
+        collate: Any = collator_for(rows, self.tokenizer) if chosen else self.data_collator
+        return evaluation_loader(rows, collate, self.args)
 
     def evaluation_loop(
         self,
@@ -244,6 +235,8 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     ) -> EvalLoopOutput:
         """Count all batches of all ranks; the parent's `evaluate` calls this method."""
         model = self._evaluation_model()
+        self.prove_isolation(model, dataloader.collate_fn)
+        model.eval()
         self.callback_handler.eval_dataloader = dataloader
         counts, rows = EvaluationCounts(), 0
         options: dict[str, Any] = {"byte_lengths": self._byte_lengths, "stop_ids": self._stop_ids()}
@@ -297,7 +290,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             last = last if batch is None else batch
 
     def _evaluation_model(self) -> nn.Module:
-        """The model in evaluation mode. It is not wrapped for data parallelism: the wrapper's forward synchronises
+        """The model to evaluate. It is not wrapped for data parallelism: the wrapper's forward synchronises
         buffers, and ranks with fewer batches would not take part."""
         if self._sharded:
             model: Any = prepare_sharded(self)
@@ -305,17 +298,14 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             model = self.model
             if not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval):
                 model = model.to(torch.bfloat16 if self.args.bf16_full_eval else torch.float16)
-        self.prove_isolation(model)
-        model.eval()
         return model
 
-    def prove_isolation(self, model: nn.Module) -> None:
-        """Run `probe_isolation` once where rows are packed."""
-        if self._isolation_proved:
-            return
-        self._isolation_proved = True
-        packs = isinstance(self.data_collator, DataCollatorWithEosPacking) and self.data_collator.isolate_documents
-        if packs and self.args.check_isolation:
+    def prove_isolation(self, model: nn.Module, collator: Any = None) -> None:
+        """Run `probe_isolation` once where rows are packed, by the collator of training or another one."""
+        collator = self.data_collator if collator is None else collator
+        packs = isinstance(collator, DataCollatorWithEosPacking) and collator.isolate_documents
+        if packs and self.args.check_isolation and not self._isolation_proved:
+            self._isolation_proved = True
             report = probe_isolation(model)
             logger.info("packed documents are isolated under %s: %.2g", report.attention, report.change)
 
@@ -367,16 +357,3 @@ class _RunCallback(TrainerCallback, StepWatch):
         # The count is kept in the log, so a checkpoint needs a log line of its own step.
         if control.should_save and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
-
-
-class _EveryNth(IterableDataset):
-    """This rank's rows of a stream: the n-th of every world_size rows, shared among loader workers."""
-
-    def __init__(self, rows: Any) -> None:
-        self._rows, self._rank, self._world = rows, rank(), world_size()
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = torch.utils.data.get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        own = self._rank * workers + number
-        return (row for i, row in enumerate(self._rows) if i % (self._world * workers) == own)
