@@ -306,7 +306,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         packs = isinstance(collator, DataCollatorWithEosPacking) and collator.isolate_documents
         if packs and self.args.check_isolation and not self._isolation_proved:
             self._isolation_proved = True
-            report = probe_isolation(model)
+            report = probe_isolation(model, flash_attn_kwargs=collator.return_flash_attn_kwargs)
             logger.info("packed documents are isolated under %s: %.2g", report.attention, report.change)
 
     def _stop_ids(self) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ class IsolationReport:
     tolerance: float
 
 
-def probe_isolation(model: nn.Module, *, length: int = 16, tolerance: float | None = None) -> IsolationReport:
+def probe_isolation(
+    model: nn.Module, *, length: int = 16, tolerance: float | None = None, flash_attn_kwargs: bool = True
+) -> IsolationReport:
     """Pack two documents as the collator does, change the first, and require the logits of the second to stay.
 
     The probe runs in training and in evaluation mode, on the model's device, dtype and attention. Dropout draws the same
@@ -38,9 +41,12 @@ def probe_isolation(model: nn.Module, *, length: int = 16, tolerance: float | No
         length: tokens of each document.
         tolerance: largest change of a logit that passes. Default: 1e-4 of the largest logit in float32, 2e-2 in half
             precision.
+        flash_attn_kwargs: whether batches have these, see the collator; without them two rows are packed, because
+            transformers reads the places of a single row otherwise than those of several.
 
     Raises:
-        PackingLeakError: the logits of the second document changed; names the attention implementation.
+        PackingLeakError: the logits of the second document changed, or the model says that it lacks a kernel to keep
+            documents apart; names the attention implementation, or the kernel.
     """
     parameter = next(model.parameters())
     config = unwrapped(model).config
@@ -50,15 +56,19 @@ def probe_isolation(model: nn.Module, *, length: int = 16, tolerance: float | No
     changed = ids.clone()
     moved = torch.randint(1, max(2, vocabulary), (1, length), generator=generator)
     changed[:, :length] = (ids[:, :length] + moved) % vocabulary
-    was_training, worst = model.training, IsolationReport(attention_of(unwrapped(model)) or "unknown", 0.0, 0.0)
+    was_training = model.training
+    worst = IsolationReport(attention_of(unwrapped(model)) or "unknown", 0.0, 0.0)
     try:
         for training in (True, False):
             model.train(training)
-            first, second = (_second_document(model, batch.to(parameter.device), length) for batch in (ids, changed))
+            first, second = (
+                _second_document(model, batch.to(parameter.device), length, flash_attn_kwargs)
+                for batch in (ids, changed)
+            )
             change = float((first - second).abs().max())
             bound = tolerance
             if bound is None:
-                bound = (1e-4 if parameter.dtype == torch.float32 else 2e-2) * max(1.0, float(first.abs().max()))
+                bound = (1e-4 if parameter.dtype == torch.float32 else 2e-2) * float(first.abs().max())
             if not change <= bound:
                 raise PackingLeakError(
                     f"packed documents see each other under attention {worst.attention!r} in "
@@ -73,19 +83,28 @@ def probe_isolation(model: nn.Module, *, length: int = 16, tolerance: float | No
 
 
 @torch.no_grad()
-def _second_document(model: nn.Module, ids: Tensor, length: int) -> Tensor:
-    """Logits [length, vocabulary] of the second of two packed documents, in float32."""
+def _second_document(model: nn.Module, ids: Tensor, length: int, flash_attn_kwargs: bool) -> Tensor:
+    """Logits [length, vocabulary] of the second of two packed documents, in float32.
+
+    Raises:
+        PackingLeakError: the model refuses packed documents. Layers of transformers with convolutions or linear attention do
+            so where the kernel that would keep documents apart is not installed.
+    """
     bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=ids.device)
+    places = torch.arange(length, device=ids.device).repeat(2).unsqueeze(0)
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": places}
+    if flash_attn_kwargs:
+        inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+        inputs["seq_idx"] = torch.arange(2, dtype=torch.int32, device=ids.device).repeat_interleave(length).unsqueeze(0)
+    else:
+        inputs = {name: value.repeat(2, 1) for name, value in inputs.items()}
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        logits = model(
-            input_ids=ids,
-            position_ids=torch.arange(length, device=ids.device).repeat(2).unsqueeze(0),
-            cu_seq_lens_q=bounds,
-            cu_seq_lens_k=bounds,
-            max_length_q=length,
-            max_length_k=length,
-            use_cache=False,
-        ).logits
+        try:
+            logits = model(**inputs, use_cache=False).logits
+        except ValueError as error:
+            raise PackingLeakError(
+                f"{type(unwrapped(model)).__name__} does not take packed documents: {error} Or train without packing"
+            ) from error
     return logits[0, length:].float()
