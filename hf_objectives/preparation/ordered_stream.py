@@ -27,6 +27,7 @@ class OrderedStream(IterableDataset):
 
     batch_rows: int = 1
     _begin: int = 0
+    _placed: bool = False  # whether a state said where to begin
 
     @abstractmethod
     def rows(self, begin: int, end: int) -> Iterator[Mapping[str, Any]]:
@@ -44,6 +45,21 @@ class OrderedStream(IterableDataset):
         """Yield the rows of ascending ranges of the order."""
         for turn in turns:
             yield from self.rows(turn.start, turn.stop)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loaders of accelerate, those of a Trainer among them, before an iteration begins.
+
+        A Trainer that nobody told about the stream would read it from its beginning again when it resumes.
+
+        Raises:
+            ConfigError: no state was loaded, so that nobody keeps the stream's place.
+        """
+        if not self._placed:
+            raise ConfigError(
+                "nobody keeps the place of this stream, so that a resumed run would read its first rows again: add "
+                "OrderedStreamCallback(stream) to the callbacks of the Trainer, or use PerplexityTrainer. In a loop of your "
+                "own with accelerate call stream.load_state_dict(stream.state_dict(0)) first, and save state_dict(rows_taken)"
+            )
 
     def expect(self, rows: int) -> list[str]:
         """What a user should know before a run takes this many rows from row 0 on.
@@ -75,4 +91,4 @@ class OrderedStream(IterableDataset):
         row = state.get("row")
         if not isinstance(row, int) or row < 0:
             raise ConfigError(f"the state of a stream has row {row!r}; expected a number of rows")
-        self._begin = row
+        self._begin, self._placed = row, True

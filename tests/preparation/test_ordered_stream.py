@@ -61,3 +61,15 @@ def test_resumed_under_any_number_of_ranks_it_goes_on_with_the_next_row(begin, r
 def test_another_state_is_named(state):
     with pytest.raises(ConfigError, match="expected a number of rows"):
         Numbers().load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loader_of_accelerate_is_refused_until_somebody_keeps_the_place(ranks, workers):
+    stream = Numbers()
+    loader = of_rank(stream, 0, ranks, workers)
+    with pytest.raises(ConfigError, match="stream.load_state_dict"):
+        next(iter(loader))
+    stream.load_state_dict(stream.state_dict(0))
+    assert next(iter(loader)) == [0, 1, 2]
+    assert list(itertools.islice(Numbers(), 3)) == [0, 1, 2]  # a loop without accelerate begins at row 0
