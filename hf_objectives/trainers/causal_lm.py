@@ -23,7 +23,7 @@ from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import next_token_loss, next_token_targets
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.trainers.causal_lm_config import PerplexityTrainingArguments
-from hf_objectives.trainers.collation import OUR_COLLATORS, collator_for, evaluation_loader
+from hf_objectives.trainers.collation import OUR_COLLATORS, collator_for, evaluation_loader, settle_batches
 from hf_objectives.trainers.guards import ensure_stop_tokens, stop_if_not_finite
 from hf_objectives.trainers.hf_compat import (
     StepWatch,
@@ -38,7 +38,7 @@ from hf_objectives.trainers.hf_compat import (
 )
 from hf_objectives.trainers.isolation import probe_isolation
 from hf_objectives.trainers.metrics import TokenMetrics
-from hf_objectives.trainers.refusals import refuse_callables
+from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, ends_of_runs
 
@@ -82,13 +82,9 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         elif isinstance(data_collator, OUR_COLLATORS):
             data_collator = dataclasses.replace(data_collator, return_source=True)
             tokenizer = tokenizer or data_collator.tokenizer
-        if isinstance(kwargs.get("train_dataset"), OrderedStream):
-            settings: Any = args.accelerator_config
-            if settings.split_batches:
-                raise ConfigError("split_batches divides each batch of a stream among the ranks; leave it off")
-            settings.dispatch_batches = False  # every rank reads, and keeps its own batches
-            args.ignore_data_skip = True  # the stream resumes by itself, see OrderedStreamCallback
+        settle_batches(args, kwargs.get("train_dataset"))
         super().__init__(model, args, data_collator, **kwargs)
+        refuse_data_parallel(self.args)
         self.tokenizer = tokenizer
         count_shifted_labels(self)  # the loss below always divides by their number
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)
@@ -292,13 +288,16 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     def _evaluation_model(self) -> nn.Module:
         """The model to evaluate. It is not wrapped for data parallelism: the wrapper's forward synchronises
         buffers, and ranks with fewer batches would not take part."""
+        half = not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval)
+        if self._sharded and half:
+            raise ConfigError(
+                "bf16_full_eval and fp16_full_eval cast a whole model, not a sharded one; use bf16 or fp16"
+            )
         if self._sharded:
-            model: Any = prepare_sharded(self)
-        else:
-            model = self.model
-            if not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval):
-                model = model.to(torch.bfloat16 if self.args.bf16_full_eval else torch.float16)
-        return model
+            return prepare_sharded(self)
+        if half:
+            return self.model.to(self.args.device, torch.bfloat16 if self.args.bf16_full_eval else torch.float16)
+        return self.model
 
     def prove_isolation(self, model: nn.Module, collator: Any = None) -> None:
         """Run `probe_isolation` once where rows are packed, by the collator of training or another one."""

@@ -1,4 +1,4 @@
-"""Which collator a `PerplexityTrainer` takes by itself, and how it loads the rows of an evaluation."""
+"""How a `PerplexityTrainer` gets its batches: the collator it takes by itself, settings, and the rows of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import rank, world_size
+from hf_objectives.errors import ConfigError
+from hf_objectives.preparation import OrderedStream
 
 OUR_COLLATORS = (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking)
 _PACKED = ("seq_lengths", "position_ids")  # columns that say where the documents of a row lie
@@ -50,6 +52,28 @@ def _longest_packed(rows: Any) -> int | None:
     return int(pc.max(pc.list_value_length(column)).as_py() or 0)
 
 
+def settle_batches(args: Any, train_dataset: Any) -> None:
+    """Let each rank collate its own batches; those that one process hands out are cut or joined row by row.
+
+    Raises:
+        ConfigError: settings of `accelerator_config` that would change the batches of a collator.
+    """
+    settings = args.accelerator_config
+    if settings.dispatch_batches:
+        raise ConfigError(
+            "dispatch_batches joins and cuts batches after they are collated, which packed rows and rows of several widths "
+            "do not survive; leave it out of accelerator_config"
+        )
+    if isinstance(train_dataset, IterableDataset):
+        settings.dispatch_batches = (
+            False  # accelerate's default for streams is to dispatch; now every rank reads all rows
+        )
+    if isinstance(train_dataset, OrderedStream):
+        if settings.split_batches:
+            raise ConfigError("split_batches divides each batch of a stream among the ranks; leave it off")
+        args.ignore_data_skip = True  # the stream resumes by itself, see OrderedStreamCallback
+
+
 def evaluation_loader(rows: Any, collate: Any, args: Any) -> DataLoader:
     """Load this rank's share of the rows, no row twice."""
     if isinstance(collate, OUR_COLLATORS):
@@ -58,11 +82,18 @@ def evaluation_loader(rows: Any, collate: Any, args: Any) -> DataLoader:
         rows = _EveryNth(rows)
     elif world_size() > 1:
         rows = Subset(rows, range(rank(), len(rows), world_size()))
+    workers: dict[str, Any] = {}
+    if args.dataloader_num_workers:
+        # Not persistent: this loader is read once.
+        names = ("prefetch_factor", "multiprocessing_context", "in_order")
+        given = {name: getattr(args, f"dataloader_{name}", None) for name in names}
+        workers = {name: value for name, value in given.items() if value is not None}
     return DataLoader(
         rows,
         batch_size=args.eval_batch_size,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        **workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
     )
 

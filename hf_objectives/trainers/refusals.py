@@ -49,3 +49,16 @@ def refuse_cut_rows(parallelism: Any) -> None:
                 f"{name} to 1; FSDP, dp_shard_size and tp_size share a model among processes without cutting rows, and "
                 "gradient checkpointing makes room for longer ones"
             )
+
+
+def refuse_data_parallel(args: Any) -> None:
+    """Refuse one process with several GPUs: `DataParallel` cuts all tensors of a batch alike, bounds of documents too.
+
+    Raises:
+        ConfigError: says how to start.
+    """
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"one process with {args.n_gpu} GPUs would cut batches with torch's DataParallel, the bounds of documents among "
+            "them; start one process a GPU with accelerate launch or torchrun, or let CUDA_VISIBLE_DEVICES show one"
+        )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.errors import FormatError, PackingLeakError
+from hf_objectives.errors import ConfigError, FormatError, PackingLeakError
 from hf_objectives.labels import encode_row
 from hf_objectives.preparation import prepare_dataset
 from hf_objectives.trainers import PerplexityTrainer
@@ -132,3 +132,50 @@ def test_rows_of_one_document_among_packed_ones_are_not_cut():
 )
 def test_other_rows_are_padded(rows):
     assert isinstance(collator_for(rows, TOKENIZER), DataCollatorForAssistantOnlyLM)
+
+
+class Seen(PerplexityTrainer):
+    """Keeps the batches of training."""
+
+    batches: list
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.batches.append(dict(inputs))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.slow
+def test_batches_of_a_stream_reach_the_model_as_they_were_collated(tmp_path):
+    """Accelerate cuts the tensors of a stream's batch to its number of rows, the bounds of documents too."""
+    args = arguments(tmp_path, per_device_train_batch_size=6, max_steps=2)
+    collator = DataCollatorWithEosPacking(TOKENIZER, max_length=200)
+    run = Seen(llama(), args, collator, train_dataset=IterableDataset.from_generator(chats))
+    run.batches = []
+    run.train()
+    assert len(run.batches) == 2
+    for batch in run.batches:
+        rows, width = batch["input_ids"].shape
+        assert len(batch["cu_seq_lens_q"]) > rows and batch["cu_seq_lens_q"][-1] == rows * width
+        assert batch["seq_idx"].shape == (rows, width)
+
+
+def test_batches_that_one_process_hands_out_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="dispatch_batches"):
+        without_collator(tmp_path, train=chats(), accelerator_config={"dispatch_batches": True})
+
+
+def test_settings_of_workers_reach_the_loader_of_an_evaluation(tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_in_order": False}
+    run = without_collator(tmp_path, tests=chats(), dataloader_multiprocessing_context="spawn", **options)
+    loader = run.get_eval_dataloader()
+    assert (loader.prefetch_factor, loader.in_order) == (3, False)
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+@pytest.mark.slow
+def test_an_evaluation_counts_the_rows_that_training_drops(tmp_path):
+    options = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8}
+    assert (
+        without_collator(tmp_path, tests=chats(), **options).evaluate()["eval_num_tokens"]
+        == loss_of_documents(chats())[1]
+    )

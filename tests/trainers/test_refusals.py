@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.trainers import PerplexityTrainer, RewardModelConfig, RewardModelTrainer
-from hf_objectives.trainers.refusals import refuse_cut_rows
+from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, RewardModelConfig, RewardModelTrainer
+from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel
 from tests.support import dpo_worlds
 from tests.support.language_models import arguments, llama, trainer
 from tests.support.ppo_worlds import ppo
@@ -62,3 +62,10 @@ def test_parallelism_that_accelerate_was_launched_with_is_refused(tmp_path, monk
 def test_parallelism_that_leaves_rows_whole_passes():
     refuse_cut_rows(None)
     refuse_cut_rows(ParallelismConfig(tp_size=2, dp_shard_size=2))
+
+
+def test_one_process_with_several_gpus_is_refused(tmp_path, monkeypatch):
+    refuse_data_parallel(SimpleNamespace(n_gpu=1))
+    monkeypatch.setattr(PerplexityTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ConfigError, match="one process with 2 GPUs .* accelerate launch"):
+        trainer(tmp_path)
