@@ -38,7 +38,7 @@ from hf_objectives.trainers.hf_compat import (
 )
 from hf_objectives.trainers.isolation import probe_isolation
 from hf_objectives.trainers.metrics import TokenMetrics
-from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel
+from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel, refuse_other_models
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, ends_of_runs
 
@@ -61,7 +61,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
 
     Raises:
         ConfigError: `compute_metrics`, `preprocess_logits_for_metrics` and `compute_loss_func`, which would never be called;
-            `args` that are not `PerplexityTrainingArguments`.
+            `args` that are not `PerplexityTrainingArguments`; a model that is no causal language model.
     """
 
     args: PerplexityTrainingArguments
@@ -85,6 +85,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         settle_batches(args, kwargs.get("train_dataset"))
         super().__init__(model, args, data_collator, **kwargs)
         refuse_data_parallel(self.args)
+        refuse_other_models(self.model)
         self.tokenizer = tokenizer
         count_shifted_labels(self)  # the loss below always divides by their number
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)

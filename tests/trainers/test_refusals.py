@@ -5,13 +5,35 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset
-from transformers import Trainer
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+)
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, RewardModelConfig, RewardModelTrainer
-from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel
+from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel, refuse_other_models
 from tests.support import dpo_worlds
 from tests.support.language_models import arguments, llama, trainer
 from tests.support.ppo_worlds import ppo
@@ -69,3 +91,79 @@ def test_one_process_with_several_gpus_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PerplexityTrainingArguments, "n_gpu", 2)
     with pytest.raises(ConfigError, match="one process with 2 GPUs .* accelerate launch"):
         trainer(tmp_path)
+
+
+SIZES = {
+    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=264, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))
+
+
+def adapted(kind, task):
+    return get_peft_model(kind(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"], task_type=task))
+
+
+MISTAKES = {
+    "encoder-decoder": (t5, "T5ForConditionalGeneration is an encoder-decoder"),
+    "classifier": (lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)), "a head for SequenceClassification"),
+    "adapted classifier": (lambda: adapted(LlamaForSequenceClassification, "SEQ_CLS"), "a head for SequenceClassification"),
+    "tagger": (lambda: BertForTokenClassification(BertConfig(**SIZES)), "a head for TokenClassification"),
+    "masked": (lambda: BertForMaskedLM(BertConfig(**SIZES)), "is a masked language model"),
+    "no decoder": (lambda: BertLMHeadModel(BertConfig(**SIZES)), "see those after it.*is_decoder=True"),
+    "embedding": (
+        lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True)),
+        "use_bidirectional_attention=False",
+    ),
+    "no head": (
+        lambda: BertModel(BertConfig(**SIZES)),
+        "hidden states|no language-model head",
+    ),
+    "images": (
+        lambda: ViTForMaskedImageModeling(ViTConfig(**{k: v for k, v in SIZES.items() if k != "vocab_size"})),
+        "no language-model head",
+    ),
+    "own z-loss": (
+        lambda: BambaForCausalLM(
+            BambaConfig(
+                **SIZES, num_key_value_heads=2, attn_layer_indices=[0], mamba_n_heads=8, mamba_d_head=8,
+                z_loss_coefficient=0.01,
+            )
+        ),
+        "z_loss_coefficient=0.01.*z_loss in PerplexityTrainingArguments",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path, name):
+    make, words = MISTAKES[name]
+    with pytest.raises(ValueError, match=words) as caught:  # of a model without any head the Trainer itself says so
+        trainer(tmp_path, model=make())
+    assert name == "no head" or isinstance(caught.value, ConfigError)
+
+
+def test_a_model_that_is_made_later_is_refused_too(tmp_path):
+    with pytest.raises(ConfigError, match="is an encoder-decoder"):
+        PerplexityTrainer(None, arguments(tmp_path), model_init=t5)
+
+
+class Own(torch.nn.Module):
+    """A model of nobody's library."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        llama,
+        Own,
+        lambda: adapted(LlamaForCausalLM, "CAUSAL_LM"),
+        lambda: BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4)),
+        lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8)),
+    ],
+)
+def test_causal_language_models_and_models_of_ones_own_pass(make):
+    refuse_other_models(make())
