@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -47,18 +48,17 @@ class OrderedStream(IterableDataset):
             yield from self.rows(turn.start, turn.stop)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the loaders of accelerate, those of a Trainer among them, before an iteration begins.
+        """Called by the loaders of accelerate before an iteration begins, those of a Trainer among them.
 
         A Trainer that nobody told about the stream would read it from its beginning again when it resumes.
 
         Raises:
-            ConfigError: no state was loaded, so that nobody keeps the stream's place.
+            ConfigError: a Trainer reads the stream, and nobody keeps its place.
         """
-        if not self._placed:
+        if not self._placed and _called_by_a_trainer():
             raise ConfigError(
-                "nobody keeps the place of this stream, so that a resumed run would read its first rows again: add "
-                "OrderedStreamCallback(stream) to the callbacks of the Trainer, or use PerplexityTrainer. In a loop of your "
-                "own with accelerate call stream.load_state_dict(stream.state_dict(0)) first, and save state_dict(rows_taken)"
+                "this Trainer does not keep the place of its stream, so that a resumed run would read the first rows again: "
+                "add OrderedStreamCallback(stream) to its callbacks, or use PerplexityTrainer"
             )
 
     def expect(self, rows: int) -> list[str]:
@@ -92,3 +92,13 @@ class OrderedStream(IterableDataset):
         if not isinstance(row, int) or row < 0:
             raise ConfigError(f"the state of a stream has row {row!r}; expected a number of rows")
         self._begin, self._placed = row, True
+
+
+def _called_by_a_trainer() -> bool:
+    """Whether the loop that is about to read is that of a Trainer of transformers; in its own process, not in a worker."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.trainer":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -210,16 +210,18 @@ def router_loss(model: Any, output: Any) -> tuple[Tensor, float] | None:
     aux = getattr(output, "aux_loss", None)
     if aux is None:
         return None
-    config = model.config.get_text_config()
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     # The forward of most models reads the attribute that the constructor took from the config; a few read the config.
     for holder in (model, config):
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             if isinstance(aux, Tensor) and (weight := getattr(holder, name, None)) is not None:
                 return aux, float(weight)
+    found = "without a known weight" if isinstance(aux, Tensor) else repr(aux)
     raise ConfigError(
-        f"{type(model).__name__} returns an auxiliary loss {'without a known weight' if isinstance(aux, Tensor) else aux!r}; "
-        "expected a tensor, and router_aux_loss_coef in the config. Set output_router_logits=False in the config to train "
-        "without it"
+        f"{type(model).__name__} returns an auxiliary loss {found}; expected a tensor, and "
+        "router_aux_loss_coef in the config. Set output_router_logits=False in the config to train without it"
     )
 
 

@@ -47,7 +47,7 @@ def trainer_of(kind, folder, *, accumulation=1, **settings):
     if kind == "ours":
         named = [{**row, "source": "web", "row": i} for i, row in enumerate(data)]
         args = PerplexityTrainingArguments(str(folder), **settings)
-        collator = DataCollatorForAssistantOnlyLM(tokenizer)
+        collator = DataCollatorForAssistantOnlyLM(tokenizer, train_on="all")
         return PerplexityTrainer(
             model, args, collator, train_dataset=Dataset.from_list(named), processing_class=tokenizer
         )

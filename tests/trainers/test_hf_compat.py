@@ -89,6 +89,8 @@ def test_a_router_whose_weight_is_not_known_is_refused():
     for aux, words in ((torch.ones(()), "without a known weight"), (0, "auxiliary loss 0")):
         with pytest.raises(ConfigError, match=f"{words}.*output_router_logits=False"):
             router_loss(model, SimpleNamespace(aux_loss=aux))
+    with pytest.raises(ConfigError, match="Module returns an auxiliary loss without a known weight"):
+        router_loss(torch.nn.Module(), SimpleNamespace(aux_loss=torch.ones(())))
 
 
 @pytest.mark.slow

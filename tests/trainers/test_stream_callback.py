@@ -140,7 +140,7 @@ def test_a_trainer_without_the_callback_is_refused(tmp_path, workers):
     plain(tmp_path, mixture(), Collate()).train()
     for checkpoint in (None, str(tmp_path / "checkpoint-4")):
         run = plain(tmp_path, mixture(), seen := Collate(), callback=False, dataloader_num_workers=workers)
-        with pytest.raises(ConfigError, match="add OrderedStreamCallback.stream. to the callbacks"):
+        with pytest.raises(ConfigError, match="add OrderedStreamCallback.stream. to its callbacks"):
             run.train(resume_from_checkpoint=checkpoint)
         assert not seen.seen
 
