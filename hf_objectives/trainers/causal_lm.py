@@ -144,7 +144,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             z_loss=self.args.z_loss,
         )
         aux, weight = router_loss(self.accelerator.unwrap_model(model), output) or (None, 0.0)
-        share = 1.0 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
+        share = 1.0 if num_items_in_batch is None else 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"), aux, share)
         self._remember_stops(extra["labels"])
         if num_items_in_batch is None:
@@ -232,7 +232,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     ) -> EvalLoopOutput:
         """Count all batches of all ranks; the parent's `evaluate` calls this method."""
         model = self._evaluation_model()
-        self.prove_isolation(model, dataloader.collate_fn)
+        self.prove_isolation(model, getattr(dataloader, "collate_fn", None))
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         counts, rows = EvaluationCounts(), 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, Any
 
 from hf_objectives.errors import ConfigError
+
+if TYPE_CHECKING:  # `hf_compat` needs this file, and a program that shows labels needs `hf_compat`, but no model
+    from transformers import PreTrainedModel
 
 _CALLABLES = {
     "compute_metrics": "compute_metrics needs the logits of all tokens, which are never gathered; evaluate() gives exact "
@@ -32,6 +32,8 @@ def is_bidirectional(model: PreTrainedModel) -> bool:
         return False  # modules that read pictures or sounds are bidirectional, the text's are not; XLM says `causal`
     if getattr(model.config, "use_bidirectional_attention", None) in (True, "all"):
         return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return False
     return any(getattr(module, "is_decoder", None) is False for module in model.modules())
@@ -91,6 +93,8 @@ def refuse_other_models(model: Any) -> None:
     Raises:
         ConfigError: says what the model is.
     """
+    from transformers import PreTrainedModel
+
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, name = getattr(inner, "config", None), type(inner).__name__
     if not isinstance(inner, PreTrainedModel) or config is None:
@@ -122,5 +126,7 @@ def refuse_other_models(model: Any) -> None:
 
 def _has_head(model: PreTrainedModel) -> bool:
     """Whether the model, or one inside it that writes its text, has output embeddings."""
+    from transformers import PreTrainedModel
+
     inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     return any(module.get_output_embeddings() is not None for module in inside)
