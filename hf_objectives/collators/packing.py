@@ -34,7 +34,8 @@ class DataCollatorWithEosPacking(LanguageModelCollator):
         overflow: what happens to documents longer than a row, but under "concat": "truncate" (a conversation's cut turn is
             not trained), "split" into pieces, or "drop".
         return_flash_attn_kwargs: give `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [documents + 1]), `max_length_q` and
-            `max_length_k` (int) when isolating; padding counts as a document of its own.
+            `max_length_k` (int) when isolating, and `seq_idx` (int32 [rows, width], the number of a token's document in its
+            row), which layers with convolutions read; padding counts as a document of its own.
         train_on, control_tokens, chat_template, template_kwargs, pad_to_multiple_of, allow_empty, return_source: see
             `DataCollatorForAssistantOnlyLM`.
 
@@ -117,11 +118,13 @@ class DataCollatorWithEosPacking(LanguageModelCollator):
         positions = np.arange(len(rows) * width) - np.repeat(ends - sizes, sizes)
         batch: Batch = {"position_ids": torch.from_numpy(positions.reshape(len(rows), width))}
         if self.return_flash_attn_kwargs:
+            first = positions.reshape(len(rows), width) == 0
             bounds, longest = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)), int(sizes.max())
             batch |= {
                 "cu_seq_lens_q": bounds,
                 "cu_seq_lens_k": bounds,
                 "max_length_q": longest,
                 "max_length_k": longest,
+                "seq_idx": torch.from_numpy(np.cumsum(first, axis=1, dtype=np.int32) - 1),
             }
         return batch

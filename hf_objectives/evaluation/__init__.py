@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from hf_objectives.evaluation.logits import (
         selected_logits,  # logits of chosen positions only
+        selected_outputs,  # the same, and what else the model returned
         split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
         target_nll,  # negative log-likelihood of each target
         unwrapped,  # the model inside wrappers for data parallelism

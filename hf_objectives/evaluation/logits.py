@@ -47,12 +47,20 @@ def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
         Logits [positions, vocabulary] in the model's dtype, row by row. Where the head cannot be found, all logits are
         computed and a warning says so once.
     """
+    return selected_outputs(model, inputs, positions, full=full)[0]
+
+
+def selected_outputs(
+    model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, *, full: bool = False
+) -> tuple[Tensor, Any]:
+    """As `selected_logits`, and what else the model returned: the auxiliary loss of a mixture of experts, say."""
     inputs = {**inputs, "use_cache": False}  # with a cache, transformers treats packed rows as one document
     head = None if full else _head(model)
     if full:
         _warn_once("torch.compile is on; computing full logits")
     if head is None:
-        return model(**inputs).logits[positions]
+        output = model(**inputs)
+        return output.logits[positions], output
     selected = False
 
     def select(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -66,13 +74,13 @@ def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
 
     handle = head.register_forward_pre_hook(select, with_kwargs=True)
     try:
-        logits = model(**inputs).logits
+        output = model(**inputs)
     finally:
         handle.remove()
     if selected:
-        return logits[0]
+        return output.logits[0], output
     _warn_once("the model does not pass all hidden states through its output embeddings; computing full logits")
-    return logits[positions]
+    return output.logits[positions], output
 
 
 def target_nll(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, *, full: bool = False) -> Tensor:

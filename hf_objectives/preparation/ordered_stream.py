@@ -39,6 +39,7 @@ class OrderedStream(IterableDataset):
     _taken: int = 0  # rows that this worker has taken of its turns
     _reader: tuple[int, int] = (1, 0)  # number of workers and of this one
     _resumed_by: tuple[int, int] | None = None
+    _placed: bool = False  # whether a state said where to begin
 
     @abstractmethod
     def rows(self, begin: int, end: int) -> Iterator[Mapping[str, Any]]:
@@ -82,6 +83,20 @@ class OrderedStream(IterableDataset):
         """Yield the rows of ascending ranges of the order."""
         for turn in turns:
             yield from self.rows(turn.start, turn.stop)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loaders of accelerate before an iteration begins, those of a Trainer among them.
+
+        A Trainer that nobody told about the stream would read it from its beginning again when it resumes.
+
+        Raises:
+            ConfigError: a Trainer reads the stream, and nobody keeps its place.
+        """
+        if not self._placed and _called_by("transformers.trainer"):
+            raise ConfigError(
+                "this Trainer does not keep the place of its stream, so that a resumed run would read the first rows again: "
+                "add OrderedStreamCallback(stream) to its callbacks, or use PerplexityTrainer"
+            )
 
     def to_iterable_dataset(self) -> datasets.IterableDataset:
         """This stream as a `datasets.IterableDataset`, for hosts that take nothing else, such as TRL's `SFTTrainer`.
@@ -139,22 +154,27 @@ class OrderedStream(IterableDataset):
             self.batch_rows = reader["batch_rows"]
             self._begin, self._skipped = reader["begin"], reader["read"]
             self._resumed_by = reader["workers"], reader["worker"]
-        self._taken = self._skipped
+        self._taken, self._placed = self._skipped, True
 
 
 def _check_taken() -> None:
     """Refuse a state of what was read where that is more than what was taken."""
-    frame = sys._getframe(2)
-    for _ in range(3):
-        if frame.f_code.co_name == "save_custom_state":
-            raise ConfigError(
-                "register_for_checkpointing saves what a loader has read, which is ahead of what was trained on; use "
-                "DataLoaderConfiguration(use_stateful_dataloader=True), or save stream.state_dict(rows_taken)"
-            )
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
+    if _called_by("accelerate.checkpointing", "save_custom_state"):
+        raise ConfigError(
+            "register_for_checkpointing saves what a loader has read, which is ahead of what was trained on; use "
+            "DataLoaderConfiguration(use_stateful_dataloader=True), or save stream.state_dict(rows_taken)"
+        )
     if world_size() > 1:
         raise ConfigError(
             "each of several processes reads rows that others take; say how many all have taken: state_dict(rows_taken)"
         )
+
+
+def _called_by(module: str, function: str | None = None) -> bool:
+    """Whether a module, or one of its functions, is among the callers; in its own process, not in a loader's worker."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module and function in (None, frame.f_code.co_name):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

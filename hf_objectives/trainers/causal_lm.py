@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
-from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.distributed import any_rank, rank, sum_over_ranks, world_size
+from hf_objectives.collators import DataCollatorWithEosPacking
+from hf_objectives.distributed import any_rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_logits, split_extra_columns
+from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_outputs, split_extra_columns
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import next_token_loss, next_token_targets
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.trainers.causal_lm_config import PerplexityTrainingArguments
+from hf_objectives.trainers.collation import OUR_COLLATORS, collator_for, evaluation_loader, settle_batches
 from hf_objectives.trainers.guards import ensure_stop_tokens, stop_if_not_finite
 from hf_objectives.trainers.hf_compat import (
     StepWatch,
@@ -30,17 +31,18 @@ from hf_objectives.trainers.hf_compat import (
     count_shifted_labels,
     prepare_sharded,
     prepared_batch,
+    router_loss,
     stop_ids,
     train_batch_size,
     watch_steps,
 )
 from hf_objectives.trainers.isolation import probe_isolation
 from hf_objectives.trainers.metrics import TokenMetrics
+from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel, refuse_other_models
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, ends_of_runs
 
 logger = logging.getLogger(__name__)
-_OUR_COLLATORS = (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking)
 
 
 class PerplexityTrainer(TrainerHooks, Trainer):
@@ -50,13 +52,16 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     divided by their number. `evaluate` gives `eval_loss`, `eval_perplexity`, `eval_bits_per_byte`, `eval_num_tokens` and
     `eval_stop_probability`, in all and per source where rows carry a `source`. They come from sums in float64 that count
     each row once, whatever the batch size, packing and number of processes. Logits are computed only where a token is
-    predicted, and are never gathered. Everything else is the parent's, the signature too.
+    predicted, and are never gathered. The loss of a mixture of experts has its auxiliary term as the model's own loss has it,
+    if `output_router_logits` is on in the model's config; `aux_loss` in logs is that term without its weight, and neither
+    `eval_loss` nor a perplexity has it. Everything else is the parent's, the signature too.
 
     Without a `data_collator`, and with a tokenizer as `processing_class`, rows are collated by
-    `DataCollatorForAssistantOnlyLM`.
+    `DataCollatorForAssistantOnlyLM`, and those of a packed dataset by `DataCollatorWithEosPacking` (see `collator_for`).
 
     Raises:
-        ConfigError: `compute_metrics`, which would need all logits; `args` that are not `PerplexityTrainingArguments`.
+        ConfigError: `compute_metrics`, `preprocess_logits_for_metrics` and `compute_loss_func`, which would never be called;
+            `args` that are not `PerplexityTrainingArguments`; a model that is no causal language model.
     """
 
     args: PerplexityTrainingArguments
@@ -64,27 +69,23 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     _signature_columns: Any
 
     def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, **kwargs: Any) -> None:
-        if kwargs.get("compute_metrics") is not None:
-            raise ConfigError(
-                "compute_metrics needs the logits of all tokens, which are never gathered; see evaluate()"
-            )
+        refuse_callables(kwargs)
         if args is None:
             args = PerplexityTrainingArguments("trainer_output")
         if not isinstance(args, PerplexityTrainingArguments):
             raise ConfigError(f"args is {type(args).__name__}; expected PerplexityTrainingArguments")
         tokenizer = kwargs.get("processing_class")
+        self._chosen_collator = None
         if data_collator is None and tokenizer is not None:
-            data_collator = DataCollatorForAssistantOnlyLM(tokenizer)
-        if isinstance(data_collator, _OUR_COLLATORS):
+            sets = kwargs.get("eval_dataset") if kwargs.get("train_dataset") is None else kwargs["train_dataset"]
+            self._chosen_collator = data_collator = collator_for(sets, tokenizer)
+        elif isinstance(data_collator, OUR_COLLATORS):
             data_collator = dataclasses.replace(data_collator, return_source=True)
             tokenizer = tokenizer or data_collator.tokenizer
-        if isinstance(kwargs.get("train_dataset"), OrderedStream):
-            settings: Any = args.accelerator_config
-            if settings.split_batches:
-                raise ConfigError("split_batches divides each batch of a stream among the ranks; leave it off")
-            settings.dispatch_batches = False  # every rank reads, and keeps its own batches
-            args.ignore_data_skip = True  # the stream resumes by itself, see OrderedStreamCallback
+        settle_batches(args, kwargs.get("train_dataset"))
         super().__init__(model, args, data_collator, **kwargs)
+        refuse_data_parallel(self.args)
+        refuse_other_models(self.model)
         self.tokenizer = tokenizer
         count_shifted_labels(self)  # the loss below always divides by their number
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)
@@ -131,7 +132,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         model_inputs, extra = split_extra_columns(inputs)
         targets = next_token_targets(extra["labels"])
         positions = targets != IGNORE_INDEX
-        logits = selected_logits(model, model_inputs, positions, full=self._compiled)
+        logits, output = selected_outputs(model, model_inputs, positions, full=self._compiled)
         weights = extra.get("loss_weights")
         if weights is not None:
             weights = torch.nn.functional.pad(weights[:, 1:], (0, 1))[positions]
@@ -142,13 +143,18 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             label_smoothing=self.args.label_smoothing_factor,
             z_loss=self.args.z_loss,
         )
-        self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"))
+        aux, weight = router_loss(self.accelerator.unwrap_model(model), output) or (None, 0.0)
+        share = 1.0 if num_items_in_batch is None else 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"), aux, share)
         self._remember_stops(extra["labels"])
         if num_items_in_batch is None:
-            return result.loss / result.weight.clamp(min=1)
-        # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
-        loss = result.loss / torch.as_tensor(num_items_in_batch, device=result.loss.device).clamp(min=1)
-        return loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = result.loss / result.weight.clamp(min=1)
+        else:
+            # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
+            loss = result.loss / torch.as_tensor(num_items_in_batch, device=result.loss.device).clamp(min=1)
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        # The balance of experts is a mean over a micro-batch, of which a step takes the mean over micro-batches and ranks.
+        return loss if aux is None else loss + weight * aux.to(loss.device) * share
 
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> float | None:
         """Sum the weights of the trained tokens of a step over all ranks; None where no row has weights."""
@@ -212,20 +218,9 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             rows = self.eval_dataset[rows]  # type: ignore[index]
         if isinstance(rows, OrderedStream):
             raise ConfigError("evaluation needs rows that end; a mixture's are in its eval_dataset")
-        collate: Any = self.data_collator
-        if isinstance(collate, _OUR_COLLATORS):
-            collate = dataclasses.replace(collate, allow_empty=True)
-        if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__"):
-            rows = _EveryNth(rows)
-        elif world_size() > 1:
-            rows = Subset(rows, range(rank(), len(rows), world_size()))
-        return DataLoader(
-            rows,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        )
+        chosen = self._chosen_collator is not None and self.data_collator is self._chosen_collator
+        collate: Any = collator_for(rows, self.tokenizer) if chosen else self.data_collator
+        return evaluation_loader(rows, collate, self.args)
 
     def evaluation_loop(
         self,
@@ -237,6 +232,8 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     ) -> EvalLoopOutput:
         """Count all batches of all ranks; the parent's `evaluate` calls this method."""
         model = self._evaluation_model()
+        self.prove_isolation(model, getattr(dataloader, "collate_fn", None))
+        model.eval()
         self.callback_handler.eval_dataloader = dataloader
         counts, rows = EvaluationCounts(), 0
         options: dict[str, Any] = {"byte_lengths": self._byte_lengths, "stop_ids": self._stop_ids()}
@@ -253,6 +250,19 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         total_rows = int(sum_over_ranks([rows])[0])
         # No predictions are kept: the parent's `evaluate` reads only the metrics and the number of rows.
         return EvalLoopOutput(None, None, counts.metrics(metric_key_prefix), total_rows)  # type: ignore[arg-type]
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Refuse: the parent's would have no predictions.
+
+        Raises:
+            ConfigError: always; names `evaluate`.
+        """
+        raise ConfigError(
+            "predict() would return the logits of all tokens, which are never computed; evaluate(test_dataset, "
+            f"metric_key_prefix={metric_key_prefix!r}) gives loss and perplexity, and the model itself gives logits"
+        )
 
     @property
     def _compiled(self) -> bool:
@@ -277,26 +287,26 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             last = last if batch is None else batch
 
     def _evaluation_model(self) -> nn.Module:
-        """The model in evaluation mode. It is not wrapped for data parallelism: the wrapper's forward synchronises
+        """The model to evaluate. It is not wrapped for data parallelism: the wrapper's forward synchronises
         buffers, and ranks with fewer batches would not take part."""
+        half = not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval)
+        if self._sharded and half:
+            raise ConfigError(
+                "bf16_full_eval and fp16_full_eval cast a whole model, not a sharded one; use bf16 or fp16"
+            )
         if self._sharded:
-            model: Any = prepare_sharded(self)
-        else:
-            model = self.model
-            if not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval):
-                model = model.to(torch.bfloat16 if self.args.bf16_full_eval else torch.float16)
-        self.prove_isolation(model)
-        model.eval()
-        return model
+            return prepare_sharded(self)
+        if half:
+            return self.model.to(self.args.device, torch.bfloat16 if self.args.bf16_full_eval else torch.float16)
+        return self.model
 
-    def prove_isolation(self, model: nn.Module) -> None:
-        """Run `probe_isolation` once where rows are packed."""
-        if self._isolation_proved:
-            return
-        self._isolation_proved = True
-        packs = isinstance(self.data_collator, DataCollatorWithEosPacking) and self.data_collator.isolate_documents
-        if packs and self.args.check_isolation:
-            report = probe_isolation(model)
+    def prove_isolation(self, model: nn.Module, collator: Any = None) -> None:
+        """Run `probe_isolation` once where rows are packed, by the collator of training or another one."""
+        collator = self.data_collator if collator is None else collator
+        packs = isinstance(collator, DataCollatorWithEosPacking) and collator.isolate_documents
+        if packs and self.args.check_isolation and not self._isolation_proved:
+            self._isolation_proved = True
+            report = probe_isolation(model, flash_attn_kwargs=collator.return_flash_attn_kwargs)
             logger.info("packed documents are isolated under %s: %.2g", report.attention, report.change)
 
     def _stop_ids(self) -> set[int]:
@@ -347,16 +357,3 @@ class _RunCallback(TrainerCallback, StepWatch):
         # The count is kept in the log, so a checkpoint needs a log line of its own step.
         if control.should_save and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
-
-
-class _EveryNth(IterableDataset):
-    """This rank's rows of a stream: the n-th of every world_size rows, shared among loader workers."""
-
-    def __init__(self, rows: Any) -> None:
-        self._rows, self._rank, self._world = rows, rank(), world_size()
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = torch.utils.data.get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        own = self._rank * workers + number
-        return (row for i, row in enumerate(self._rows) if i % (self._world * workers) == own)

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.types import option
+
+#: Settings that would make numbers wrong or would be passed over: which values, and why and what to do.
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "z_loss": (lambda value: value < 0, "expected 0 or more"),
+    "label_smoothing_factor": (lambda value: not 0 <= value < 1, "expected 0 or more, under 1"),
+    "average_tokens_across_devices": (
+        lambda value: not value,
+        "off, it gives each rank's mean the same weight, so that the loss depends on how rows fall on ranks; leave it on",
+    ),
+    "label_names": (
+        lambda value: [*(value or ["labels"])] != ["labels"],
+        "loss and evaluation read the column 'labels' alone. Leave label_names out, and let the collator give labels under "
+        "that name",
+    ),
+    "remove_unused_columns": (
+        bool,
+        "on, it takes columns away that collators read: messages, seq_lengths without which documents of a row see each "
+        "other, loss_weights; leave it off",
+    ),
+    "include_for_metrics": (
+        bool,
+        "it is for compute_metrics, which needs logits that are never gathered; leave it out",
+    ),
+    "batch_eval_metrics": (bool, "it is for compute_metrics, which needs logits that are never gathered; leave it off"),
+    "include_num_input_tokens_seen": (
+        lambda value: value == "non_padding",
+        "it takes every EOS of a packed row for padding where they are one token; num_tokens_seen is logged without it",
+    ),
+}
 
 
 @dataclass
@@ -22,7 +53,8 @@ class PerplexityTrainingArguments(TrainingArguments):
         check_isolation: see `probe_isolation`; before the first step and the first evaluation.
 
     Raises:
-        ConfigError: a negative `z_loss`, or a setting of the parent that would make numbers wrong.
+        ConfigError: a negative `z_loss`, or a setting of the parent that would make numbers wrong, or would be passed over
+            (`docs/compatibility.md` lists them).
     """
 
     z_loss: float = option(0.0, "Weight of the squared log-partition (PaLM: 1e-4); 0 for none.")
@@ -33,12 +65,12 @@ class PerplexityTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.z_loss < 0:
-            raise ConfigError(f"z_loss is {self.z_loss}; expected 0 or more")
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise ConfigError(f"label_smoothing_factor is {self.label_smoothing_factor}; expected 0 or more, under 1")
-        if not self.average_tokens_across_devices:
+        for name, (is_bad, reason) in _REFUSED.items():
+            if is_bad(value := getattr(self, name)):
+                raise ConfigError(f"{name} is {value!r}; {reason}")
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.stop_on_non_finite and ("lomo" in optimizer or "layerwise" in optimizer):
             raise ConfigError(
-                "average_tokens_across_devices=False gives each rank's mean the same weight, so that the loss depends on "
-                "how rows fall on ranks; leave it on"
+                f"optim is {optimizer!r}, which changes weights during the backward pass, so that no check can stop before "
+                "that; take another optimizer, or set stop_on_non_finite=False"
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.trainers.refusals import refuse_cut_rows
 
 
 class StepWatch:
@@ -122,6 +123,13 @@ class TrainerHooks:
     #: Columns of the rows that reach the collator, beside those that the model takes.
     extra_columns: tuple[str, ...] = ()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the parent, for parallelism that leaves rows whole; see `refuse_cut_rows`."""
+        trainer: Any = self
+        refuse_cut_rows(trainer.args.parallelism_config)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        refuse_cut_rows(getattr(trainer.accelerator, "parallelism_config", None))  # accelerate launch may set it
+
     def save_extra_state(self, folder: Path) -> None:
         """Write state of the subclass into a checkpoint that is about to be saved with its optimizer."""
 
@@ -184,6 +192,37 @@ def prepare_sharded(trainer: Any) -> nn.Module:
         if trainer.is_fsdp_enabled:
             trainer.model = trainer.model_wrapped
     return trainer.model_wrapped
+
+
+def router_loss(model: Any, output: Any) -> tuple[Tensor, float] | None:
+    """The auxiliary loss that a mixture of experts adds to its own loss, and its weight there.
+
+    Args:
+        model: the model without wrappers for data parallelism; a PeftModel may be.
+        output: what it returned for inputs without labels.
+
+    Returns:
+        None for a model that computes none: without experts, or with `output_router_logits` off in its config.
+
+    Raises:
+        ConfigError: the model's weight for it is not found, so that its loss cannot be told.
+    """
+    aux = getattr(output, "aux_loss", None)
+    if aux is None:
+        return None
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    # The forward of most models reads the attribute that the constructor took from the config; a few read the config.
+    for holder in (model, config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(aux, Tensor) and (weight := getattr(holder, name, None)) is not None:
+                return aux, float(weight)
+    found = "without a known weight" if isinstance(aux, Tensor) else repr(aux)
+    raise ConfigError(
+        f"{type(model).__name__} returns an auxiliary loss {found}; expected a tensor, and "
+        "router_aux_loss_coef in the config. Set output_router_logits=False in the config to train without it"
+    )
 
 
 def attention_of(model: Any) -> str | None:

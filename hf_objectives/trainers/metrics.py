@@ -43,11 +43,19 @@ class TokenMetrics:
 
     def start(self, total_trained: int, total_seen: int) -> None:
         """Begin anew, with these totals of trained tokens and of all tokens."""
-        self._sums = MetricSums("nats", "trained", "seen", "places")
+        self._sums = MetricSums("nats", "trained", "seen", "places", "aux", "steps")
         self.total_trained, self.total_seen = total_trained, total_seen
         self._since = time.perf_counter()
 
-    def add(self, nll: Tensor, positions: Tensor, inputs: Mapping[str, Any], sources: Tensor | None) -> None:
+    def add(
+        self,
+        nll: Tensor,
+        positions: Tensor,
+        inputs: Mapping[str, Any],
+        sources: Tensor | None,
+        aux: Tensor | None = None,
+        share: float = 1.0,
+    ) -> None:
         """Add a micro-batch.
 
         Packed rows have no mask. Where rows name sources, their padding has the source -1.
@@ -57,6 +65,8 @@ class TokenMetrics:
             positions: bool [batch, length], places that predict a trained token.
             inputs: the inputs of the model.
             sources: int64 [batch, length], or None.
+            aux: the auxiliary loss of a mixture of experts; None where there is none.
+            share: the micro-batch's share of its step.
         """
         places = positions.numel()
         seen = nll.new_tensor(places)
@@ -64,17 +74,21 @@ class TokenMetrics:
             seen = mask.sum()
         elif sources is not None:
             seen = (sources >= 0).sum()
-        values = (nll, positions.sum(), seen, nll.new_tensor(places))
+        steps = nll.new_tensor(0.0 if aux is None else share)
+        router = nll.new_tensor(0.0) if aux is None else aux.detach().to(nll.device) * share
+        values = (nll, positions.sum(), seen, nll.new_tensor(places), router, steps)
         self._sums.add(torch.stack([value.double() for value in values]))
 
     def take(self) -> dict[str, float]:
-        """The metrics since the last log; empty where no token was trained."""
+        """The metrics since the last log: those of tokens where a token was trained, `aux_loss` where experts are routed."""
         sums = self._sums.take()
         seconds = time.perf_counter() - self._since
         self.start(self.total_trained + int(sums["trained"]), self.total_seen + int(sums["seen"]))
+        router = {"aux_loss": sums["aux"] / sums["steps"]} if sums["steps"] else {}
         if not sums["trained"]:
-            return {}
+            return router
         return {
+            **router,
             "perplexity": TokenCount(sums["nats"], int(sums["trained"])).perplexity,
             "num_supervised_tokens": self.total_trained,
             "num_tokens_seen": self.total_seen,

@@ -34,6 +34,7 @@ def test_packed_by_hand():
     assert batch["position_ids"] == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
     assert batch["cu_seq_lens_q"] == batch["cu_seq_lens_k"] == [0, 4, 7, 9, 14]
     assert batch["max_length_q"] == batch["max_length_k"] == 5
+    assert batch["seq_idx"] == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
     assert "attention_mask" not in batch
 
 

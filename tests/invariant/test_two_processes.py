@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from tests.support import dpo_worlds
-from tests.support.language_models import by_autograd, chats, trainer
+from tests.support.language_models import TOKENIZER, by_autograd, chats, mixtral, trainer
 from tests.support.ppo_acts import ppo_steps
 
 pytestmark = pytest.mark.distributed
@@ -31,6 +32,31 @@ def test_gradient(two_processes):
         found = torch.load(two_processes.folder / "gradient" / f"gradient_{rank}.pt")
         for name, value in expected.items():
             assert torch.allclose(found[name].double(), value, atol=1e-5 * scale), name
+
+
+def test_mixture_of_experts_and_a_stream(two_processes):
+    """The balance of experts is a mean over ranks, the loss of tokens one sum over both; a stream is read row by row."""
+    collators = {
+        "padded": DataCollatorForAssistantOnlyLM(TOKENIZER),
+        "stream": DataCollatorWithEosPacking(TOKENIZER, max_length=400),
+    }
+    first, second = two_processes.of("experts")
+    for name, collator in collators.items():
+        model, nats, tokens, balance = mixtral(), 0.0, 0, []
+        # Where batches are dealt to ranks in turn, or rows of a stream in parts of four, rank 0 has the first four rows.
+        for part in (chats(8)[:4], chats(8)[4:]):
+            batch = collator(part)
+            with torch.no_grad():
+                output = model(**batch, use_cache=False)
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            nats += float(output.loss - 0.3 * output.aux_loss) * count
+            tokens += count
+            balance.append(float(output.aux_loss))
+        mean = sum(balance) / 2
+        for log in (first[name], second[name]):
+            assert log["num_supervised_tokens"] == tokens
+            assert log["aux_loss"] == pytest.approx(mean, rel=1e-6)
+            assert log["loss"] == pytest.approx(nats / tokens + 0.3 * mean, rel=1e-6)
 
 
 def test_fsdp2_trains_saves_and_resumes_like_ddp(two_processes, tmp_path):

@@ -61,3 +61,18 @@ def test_resumed_under_any_number_of_ranks_it_goes_on_with_the_next_row(begin, r
 def test_another_state_is_named(state):
     with pytest.raises(ConfigError, match="expected a number of rows"):
         Numbers().load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_trainer_is_refused_until_somebody_keeps_the_place(ranks, workers):
+    """And no other loop that reads through a loader of accelerate."""
+    stream = Numbers()
+    loader = of_rank(stream, 0, ranks, workers)
+    assert next(iter(loader)) == [0, 1, 2]
+    loop = {"__name__": "transformers.trainer"}
+    exec("def read(loader): return next(iter(loader))", loop)
+    with pytest.raises(ConfigError, match="add OrderedStreamCallback"):
+        loop["read"](loader)
+    stream.load_state_dict(stream.state_dict(0))
+    assert loop["read"](loader) == [0, 1, 2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_objectives.labels import encode_row
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
@@ -26,6 +26,18 @@ def llama(attention: str = "sdpa", **options) -> LlamaForCausalLM:
         **options,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def mixtral(**options) -> MixtralForCausalLM:
+    """A mixture of experts that is trained with its auxiliary loss."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 4,
+    }  # fmt: skip
+    return MixtralForCausalLM(
+        MixtralConfig(**sizes, **{"router_aux_loss_coef": 0.3, "output_router_logits": True, **options})
+    ).eval()
 
 
 def nats_of(model, ids, scored=1):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import DistributedType, PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +21,7 @@ from hf_objectives.distributed import gather_objects, leave_group, rank
 from hf_objectives.errors import NonFiniteError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 from tests.support import dpo_worlds
-from tests.support.language_models import TOKENIZER, arguments, chats, llama, poisoned, rows_with_a_bad_one
+from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
 from tests.support.ppo_acts import ppo_steps
 
@@ -58,6 +58,21 @@ def gradient(folder: Path) -> dict:
     except Stop:
         torch.save(seen, folder / f"gradient_{rank()}.pt")
     return {}
+
+
+def experts(folder: Path) -> dict:
+    """What a mixture of experts logs of a step of eight rows, and of packed rows from a stream."""
+    logs = {}
+    for name, rows, collator in (
+        ("padded", chats(8), None),
+        ("stream", IterableDataset.from_generator(chats), DataCollatorWithEosPacking(TOKENIZER, max_length=400)),
+    ):
+        options = {"max_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+        args = arguments(folder, per_device_train_batch_size=4, **options)
+        run = PerplexityTrainer(mixtral(), args, collator, train_dataset=rows, processing_class=TOKENIZER)
+        run.train()
+        logs[name] = run.state.log_history[0]
+    return logs
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -155,7 +170,7 @@ def skip(folder: Path) -> dict:
 
 
 # Those on shards come last: they change what accelerate takes the group for.
-ACTS = (evaluate, gradient, not_finite, dpo, ppo_steps, skip, sharded, not_finite_sharded)
+ACTS = (evaluate, gradient, experts, not_finite, dpo, ppo_steps, skip, sharded, not_finite_sharded)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,36 @@ def test_loss_weights_weigh(tmp_path):
 
 
 @pytest.mark.slow
+def test_label_smoothing_is_weighed_too(tmp_path):
+    row = encode_row(TOKENIZER, chats()[3])
+    model = llama()
+    trained = [i for i in range(1, len(row["labels"])) if row["labels"][i] != -100]
+    weights = [0.0] * len(row["labels"])
+    for n, i in enumerate(trained):
+        weights[i] = float(n % 3)
+    with torch.no_grad():
+        logits = model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        each = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    expected = sum(float(each[i - 1]) * weights[i] for i in trained) / sum(weights)
+    options = {"max_steps": 1, "learning_rate": 0.0, "label_smoothing_factor": 0.1}
+    run = trainer(tmp_path, model=model, rows=[{**row, "loss_weights": weights}] * 2, **options)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_half_precision_of_an_evaluation(tmp_path):
+    run = trainer(tmp_path, bf16_full_eval=True)
+    run.evaluate()
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.bfloat16}
+    run = trainer(tmp_path, bf16_full_eval=True)
+    run.is_fsdp_enabled = True
+    with pytest.raises(ConfigError, match="not a sharded one; use bf16 or fp16"):
+        run.evaluate()
+
+
+@pytest.mark.slow
 def test_smoothing_and_z_loss(tmp_path):
     """Against torch's label smoothing and the definition of z-loss."""
     row = encode_row(TOKENIZER, chats()[3])
@@ -299,6 +329,8 @@ def test_what_cannot_be_exact_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="never gathered"):
         PerplexityTrainer(llama(), arguments(tmp_path), compute_metrics=lambda _: {})
     run = trainer(tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluate\(test_dataset, metric_key_prefix='held_out'\)"):
+        run.predict(chats(2), metric_key_prefix="held_out")
     with pytest.raises(NothingSupervisedError, match="no row of the evaluation data"):
         run.evaluate([{"input_ids": [1, 2], "labels": [-100, -100]}])
 
@@ -309,6 +341,7 @@ def test_what_cannot_be_exact_is_refused(tmp_path):
         "compute_loss",
         "training_step",
         "evaluation_loop",
+        "predict",
         "save_model",
         "get_train_dataloader",
     ],

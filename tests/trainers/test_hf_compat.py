@@ -5,19 +5,28 @@ from __future__ import annotations
 import inspect
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from transformers import Trainer, TrainerState
+import torch
+from accelerate import ParallelismConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer, TrainerState
 from trl import SFTTrainer
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers import PerplexityTrainer, StepWatch, watch_steps
-from tests.support.language_models import trainer
+from hf_objectives.trainers.hf_compat import router_loss
+from tests.support.language_models import llama, trainer
 
 MOVED = (
     f"transformers {version('transformers')} has changed: {{}}; hf_objectives/trainers/hf_compat.py is written for "
     "transformers>=5.21,<6: install such a release, or adapt the file"
 )
+TINY = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2,
+}  # fmt: skip
 METHODS = {
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
@@ -27,6 +36,7 @@ METHODS = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_get_output_dir": ["self", "trial"],
     "_prepare_input": ["self", "data"],
+    "create_accelerator_and_postprocess": ["self"],
 }
 
 
@@ -45,11 +55,42 @@ def test_attributes(tmp_path):
     for name in ("_train_batch_size", "_signature_columns", "_loss_shifts_labels", "model_accepts_loss_kwargs"):
         assert name in vars(run), MOVED.format(f"Trainer has no {name}")
     assert run.accelerator._models == [], "accelerate has no Accelerator._models; see hf_compat.prepare_sharded"
+    for name in ("cp_size", "sp_size"):
+        assert hasattr(ParallelismConfig(), name), f"accelerate's ParallelismConfig has no {name}; see refuse_cut_rows"
     for name in ("_name_or_path", "_attn_implementation"):
         assert hasattr(run.model.config, name), MOVED.format(f"a config has no {name}")
     source = inspect.getsource(Trainer._run_epoch)
     order = [source.index(call) for call in ("._get_grad_norm(", ".on_pre_optimizer_step(", ".optimizer.step(")]
     assert order == sorted(order), MOVED.format("the gradient norm is not computed right before the optimizer's step")
+
+
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [
+        (MixtralConfig(**TINY, num_local_experts=2, router_aux_loss_coef=0.25, output_router_logits=True), 0.25),
+        (JetMoeConfig(**TINY, num_local_experts=2, kv_channels=8, aux_loss_coef=0.5, output_router_logits=True), 0.5),
+    ],
+)
+def test_the_loss_of_a_router_and_its_weight(config, weight):
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(12).reshape(2, 6)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    for one in (model, wrapped):
+        output = model(ids, labels=ids)
+        plain = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        aux, found = router_loss(one, output)
+        assert found == weight, MOVED.format("a mixture of experts names its auxiliary weight otherwise")
+        assert torch.allclose(plain + weight * aux, output.loss, atol=1e-5), MOVED.format("its loss has other terms")
+
+
+def test_a_router_whose_weight_is_not_known_is_refused():
+    model = llama()
+    assert router_loss(model, model(torch.tensor([[1, 2]]))) is None
+    for aux, words in ((torch.ones(()), "without a known weight"), (0, "auxiliary loss 0")):
+        with pytest.raises(ConfigError, match=f"{words}.*output_router_logits=False"):
+            router_loss(model, SimpleNamespace(aux_loss=aux))
+    with pytest.raises(ConfigError, match="Module returns an auxiliary loss without a known weight"):
+        router_loss(torch.nn.Module(), SimpleNamespace(aux_loss=torch.ones(())))
 
 
 @pytest.mark.slow

@@ -38,13 +38,13 @@ def ours(folder, made, collate, **options):
     return trainer(folder, model=llama(), rows=made, collator=collate, check_isolation=False, **options)
 
 
-def plain(folder, made, collate, **options):
+def plain(folder, made, collate, *, callback=True, **options):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **options}
     args = TrainingArguments(
         str(folder), per_device_train_batch_size=2, use_cpu=True, report_to="none", logging_steps=1, disable_tqdm=True,
         remove_unused_columns=False, **{"ignore_data_skip": True, **options},
     )  # fmt: skip
-    return Trainer(llama(), args, collate, made, callbacks=[OrderedStreamCallback(made)])
+    return Trainer(llama(), args, collate, made, callbacks=[OrderedStreamCallback(made)] * callback)
 
 
 @pytest.fixture(params=[ours, plain], ids=["ours", "transformers"])
@@ -131,6 +131,18 @@ def test_a_checkpoint_of_another_mixture_is_refused(make, tmp_path):
 def test_a_trainer_that_would_skip_rows_as_well_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="ignore_data_skip is off"):
         plain(tmp_path, mixture(), Collate(), ignore_data_skip=False).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_without_the_callback_is_refused(tmp_path, workers):
+    """It would train, save checkpoints without the place, and read the first rows again when it resumes."""
+    plain(tmp_path, mixture(), Collate()).train()
+    for checkpoint in (None, str(tmp_path / "checkpoint-4")):
+        run = plain(tmp_path, mixture(), seen := Collate(), callback=False, dataloader_num_workers=workers)
+        with pytest.raises(ConfigError, match="add OrderedStreamCallback.stream. to its callbacks"):
+            run.train(resume_from_checkpoint=checkpoint)
+        assert not seen.seen
 
 
 def test_a_stream_without_an_end_is_no_evaluation_set(tmp_path):
