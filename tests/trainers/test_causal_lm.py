@@ -19,7 +19,7 @@ from hf_objectives.labels.rows import encode_row
 from hf_objectives.preparation.ordered_stream import OrderedStream
 from hf_objectives.trainers import PerplexityTrainer
 from tests.support.chat_corpus import PLAIN, byte_tokenizer
-from tests.support.language_models import TOKENIZER, arguments, by_autograd, chats, llama, nats_of, trainer
+from tests.support.language_models import TOKENIZER, arguments, by_autograd, chats, llama, mixtral, nats_of, trainer
 
 
 def test_evaluation_is_the_sum_over_documents_for_every_batch_size(tmp_path):
@@ -112,6 +112,18 @@ def test_loss_weights_weigh(tmp_path):
     run = trainer(tmp_path, model=model, rows=rows, max_steps=1, learning_rate=0.0)
     run.train()
     assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_by_hand_outside_of_a_run(tmp_path):
+    run = trainer(tmp_path, model=mixtral())
+    batch = run.data_collator(chats(4))
+    with torch.no_grad():
+        expected = run.model(**batch, use_cache=False).loss
+    count = (batch["labels"][:, 1:] != -100).sum()
+    for number in (None, count):
+        assert float(run.compute_loss(run.model, dict(batch), num_items_in_batch=number)) == pytest.approx(
+            float(expected), rel=1e-6
+        )
 
 
 @pytest.mark.slow

@@ -84,8 +84,6 @@ def test_every_field_was_judged_once():
         "where PerplexityTrainer overrides the Trainer's methods? Make each right or refused, and add it to a group here"
     )
     assert len(judged) == len(set(judged)), "a field is in two groups"
-    gone = set(judged) - names
-    assert not gone, f"transformers {__version__} has no {', '.join(sorted(gone))}"
 
 
 def test_what_is_refused_is_in_the_document():
