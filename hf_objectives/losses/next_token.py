@@ -17,11 +17,13 @@ class LossSum(NamedTuple):
         loss: float32 scalar, the sum over targets of what is minimised; with gradient.
         nll: float32 scalar, the sum of negative log-likelihoods in nats; detached.
         weight: float32 scalar, the sum of the targets' weights; without weights, the number of targets.
+        token_nll: float32 [tokens], the negative log-likelihood of each target; detached.
     """
 
     loss: Tensor
     nll: Tensor
     weight: Tensor
+    token_nll: Tensor
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
@@ -87,5 +89,5 @@ def next_token_loss(
         loss = loss + z_loss * log_z.square()
     if weights is not None:
         weights = weights.to(loss.dtype)
-        return LossSum((loss * weights).sum(), nll.detach().sum(), weights.sum())
-    return LossSum(loss.sum(), nll.detach().sum(), nll.new_tensor(float(nll.numel())))
+        return LossSum((loss * weights).sum(), nll.detach().sum(), weights.sum(), nll.detach())
+    return LossSum(loss.sum(), nll.detach().sum(), nll.new_tensor(float(nll.numel())), nll.detach())

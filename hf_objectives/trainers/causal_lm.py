@@ -37,7 +37,7 @@ from hf_objectives.trainers.hf_compat import (
     watch_steps,
 )
 from hf_objectives.trainers.isolation import probe_isolation
-from hf_objectives.trainers.metrics import TokenMetrics
+from hf_objectives.trainers.metrics import SourceLosses, TokenMetrics
 from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel, refuse_other_models
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, ends_of_runs
@@ -91,7 +91,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)
         self._stops_seen: Tensor | None = None
         self._isolation_proved = False
-        self.token_metrics = TokenMetrics()
+        self.token_metrics, self.source_losses = TokenMetrics(), SourceLosses()
         self.add_callback(_RunCallback(self))
         self._stream: OrderedStreamCallback | None = None
         if isinstance(self.train_dataset, OrderedStream):
@@ -145,7 +145,10 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         )
         aux, weight = router_loss(self.accelerator.unwrap_model(model), output) or (None, 0.0)
         share = 1.0 if num_items_in_batch is None else 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-        self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"), aux, share)
+        sources = extra.get("source_ids")
+        self.token_metrics.add(result.nll, positions, model_inputs, sources, aux, share)
+        if sources is not None:
+            self.source_losses.add(result.token_nll, positions, sources, extra["source_names"])
         self._remember_stops(extra["labels"])
         if num_items_in_batch is None:
             loss = result.loss / result.weight.clamp(min=1)
@@ -170,7 +173,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does; training logs add the metrics of tokens and of the sources of a mixture."""
         if "loss" in logs:
-            logs.update(self.token_metrics.take())
+            logs.update(self.token_metrics.take() | self.source_losses.take())
             if self._stream is not None:
                 logs.update(self._stream.stream.metrics(self._stream.rows_taken))
         super().log(logs, start_time)
@@ -326,6 +329,7 @@ class _RunCallback(TrainerCallback, StepWatch):
         logs = [log for log in state.log_history if "num_tokens_seen" in log]
         counted = (logs[-1]["num_supervised_tokens"], logs[-1]["num_tokens_seen"]) if logs else (0, 0)
         self._trainer.token_metrics.start(*counted)
+        self._trainer.source_losses = SourceLosses()
         self._trainer.prove_isolation(self._trainer.model_wrapped)
         self._end_watch()  # a run before this one may have ended in an error
         if args.stop_on_non_finite:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_objectives.distributed import sum_over_ranks
+from hf_objectives.distributed import gather_objects, sum_over_ranks
 from hf_objectives.evaluation import TokenCount
 from hf_objectives.losses import Moments, PolicyLoss, ValueLoss, explained_variance
 
@@ -95,6 +95,45 @@ class TokenMetrics:
             "tokens_per_second": sums["seen"] / max(seconds, 1e-9),
             "padding_share": 1 - sums["seen"] / sums["places"],
         }
+
+
+class SourceLosses:
+    """The loss of each source in the logs of `PerplexityTrainer`: nats over trained tokens since the last log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+
+    def add(self, token_nll: Tensor, positions: Tensor, sources: Tensor, names: Sequence[str]) -> None:
+        """Add a micro-batch; nothing is read from its device.
+
+        Args:
+            token_nll: float [trained tokens], in the order of `positions`.
+            positions: bool [batch, length], places that predict a trained token.
+            sources: int64 [batch, length], the source of each token by its number in `names`, -1 for none.
+            names: names of the batch's sources.
+        """
+        of_targets = torch.nn.functional.pad(sources[:, 1:], (0, 1), value=-1)[positions]
+        rows = torch.where(of_targets < 0, len(names), of_targets)
+        values = torch.stack([token_nll.double(), torch.ones_like(token_nll, dtype=torch.float64)], dim=1)
+        sums = values.new_zeros(len(names) + 1, 2).index_add_(0, rows, values)
+        known = self._sums.get(tuple(names))
+        self._sums[tuple(names)] = sums if known is None else known + sums
+
+    def take(self) -> dict[str, float]:
+        """`loss/<source>` over all ranks, where there are several sources; begin again at 0."""
+        own: dict[str, list[float]] = {}
+        for names, sums in self._sums.items():
+            for name, (nats, tokens) in zip(names, sums.tolist(), strict=False):  # the last row is of no source
+                total = own.setdefault(name, [0.0, 0.0])
+                total[0], total[1] = total[0] + nats, total[1] + tokens
+        self._sums = {}
+        every = gather_objects(own)
+        losses = {}
+        for name in sorted(set().union(*every)):
+            nats, tokens = (sum(sums[name][i] for sums in every if name in sums) for i in (0, 1))
+            if tokens:
+                losses[f"loss/{name}"] = nats / tokens
+        return losses if len(losses) > 1 else {}
 
 
 class PairMetrics:

@@ -362,3 +362,27 @@ def test_contact_with_transformers(name):
     """If this fails, transformers' Trainer moved: mend hf_objectives/trainers/causal_lm.py."""
     ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (PerplexityTrainer, Trainer))
     assert list(ours.parameters) == list(theirs.parameters), f"Trainer.{name} changed its arguments"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_of_each_source_is_logged(tmp_path, packed):
+    """Nats over trained tokens of each source, over the micro-batches of all steps since the last log."""
+    collator = DataCollatorWithEosPacking(TOKENIZER, max_length=400) if packed else None
+    rows = chats(16)
+    run = trainer(tmp_path, collator=collator, rows=rows, learning_rate=0.0, gradient_accumulation_steps=2, max_steps=4,
+                  logging_steps=2, per_device_train_batch_size=2, train_sampling_strategy="sequential")  # fmt: skip
+    run.train()
+    logs = [log for log in run.state.log_history if "loss" in log]
+    for log, part in zip(logs, (rows[:8], rows[8:]), strict=True):
+        sums = {}
+        for row in part:
+            encoded = encode_row(TOKENIZER, row)
+            nats = nats_of(llama(), encoded["input_ids"])
+            total = sums.setdefault(row["source"], [0.0, 0])
+            for value, label in zip(nats, encoded["labels"][1:], strict=True):
+                total[0], total[1] = total[0] + value * (label != -100), total[1] + (label != -100)
+        for name, (nats, tokens) in sums.items():
+            assert log[f"loss/{name}"] == pytest.approx(nats / tokens, rel=1e-5)
+    whole = trainer(tmp_path, rows=[{**row, "source": "one"} for row in rows], learning_rate=0.0)
+    whole.train()
+    assert not any(key.startswith("loss/") for log in whole.state.log_history for key in log)
