@@ -133,10 +133,14 @@ def encode_rows(
     source: str,
     num_proc: int | None = None,
     ledger: Ledger | None = None,
+    on_error: str = "raise",
 ) -> pa.Table:
-    """Encode all rows without packing them: `input_ids`, `labels`, `source` and `row`; see `prepare_dataset`."""
+    """Encode all rows without packing them: `input_ids`, `labels`, `source` and `row`; see `prepare_dataset`.
+
+    `on_error="skip"` counts a row that cannot be used in the ledger, and leaves it out.
+    """
     ledger = Ledger() if ledger is None else ledger
-    work = _Encoding(BatchEncoder(tokenizer, config), source, dataset)
+    work = _Encoding(BatchEncoder(tokenizer, config, on_error=on_error), source, dataset)
     size = len(dataset) if isinstance(dataset, (Dataset, Sequence)) else 0
     results = run_local(work, work.batches(), num_proc or max(1, min(count_cores(), size // (4 * _BATCH))))
     batches = -(-size // _BATCH) if size else None

@@ -18,10 +18,11 @@ from datasets import Dataset, load_from_disk
 
 from hf_objectives import __version__, demo
 from hf_objectives.errors import ConfigError
-from hf_objectives.labels import Ledger
+from hf_objectives.labels import ON_ERROR, Ledger
 from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation import (
+    check_share,
     encode_rows,
     exclusive,
     hold_out,
@@ -40,7 +41,7 @@ from hf_objectives.recipes.arguments import (
     read_template,
     source_place,
 )
-from hf_objectives.types import option
+from hf_objectives.types import check_one_of, option
 
 Rows = list[dict[str, Any]]
 _READY, _SPLITS = "ready.pickle", ("train", "evaluation")
@@ -62,10 +63,13 @@ class DataArguments(EncodingArguments):
     packing: bool = option(True, "Pack several documents into a row.")
     strategy: str = option("best_fit", "best_fit or concat.")
     num_proc: int | None = option(None, "Processes that prepare data.")
+    on_error: str = option("raise", "A row that cannot be used: raise its error, or skip and count it.")
     allow_no_stop: bool = option(False, "Train also where most of the assistant's turns end without a control token.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_one_of("on_error", self.on_error, ON_ERROR)
+        check_share("eval_share", self.eval_share)
         self.places()
         self.mixture_settings()
 
@@ -180,7 +184,9 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
 def _encode(data: DataArguments, rows: Rows, tokenizer: Any, packing: bool, ledger: Ledger) -> pa.Table:
     # The tokenizer has the template by now.
     options = replace(data.encoding(), chat_template=None, splits_documents=packing)
-    return encode_rows(rows, tokenizer, options, source="data", num_proc=data.num_proc, ledger=ledger)
+    return encode_rows(
+        rows, tokenizer, options, source="data", num_proc=data.num_proc, ledger=ledger, on_error=data.on_error
+    )
 
 
 def _pack(data: DataArguments, encoded: pa.Table, packing: bool) -> Dataset:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hf_objectives import demo
-from hf_objectives.errors import ConfigError
+from hf_objectives.errors import ConfigError, ConversationError
 from hf_objectives.preparation import hold_out, load_rows
 from hf_objectives.recipes import data as recipe_data
 from hf_objectives.recipes.data import DataArguments, RowArguments, WatchedArguments, prepare, split_rows
@@ -94,3 +94,22 @@ def test_a_source_names_its_own_split():
     sources = {"a": "x.json", "b": {"path": "org/rows", "split": "validation"}}
     given = DataArguments(sources=json.dumps(sources), dataset_split="test")
     assert given.places() == {"a": ("x.json", "test"), "b": ("org/rows", "validation")}
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted_on_request(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+        for i in range(20)
+    ]
+    rows[7]["messages"][1]["role"] = "asistant"
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"dataset_name": str(path), "max_length": 64, "eval_share": 0}
+    with pytest.raises(ConversationError, match=r"row 7, turn 1: unknown role 'asistant'.*chats.jsonl, line 8\)"):
+        prepare(DataArguments(**options), TOKENIZER, seed=0, output_dir=str(tmp_path))
+    prepared = prepare(DataArguments(**options, on_error="skip"), TOKENIZER, seed=0, output_dir=str(tmp_path))
+    assert sum(len(row["seq_lengths"]) for row in prepared.train) == 19
+    assert prepared.ledger["chats"].dropped_rows == {"ConversationError, skipped": 1}
+    for wrong, words in (({"on_error": "stop"}, "on_error"), ({"eval_share": 1.0}, "eval_share is 1.0")):
+        with pytest.raises(ConfigError, match=words):
+            DataArguments(**{**options, **wrong})
