@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
 from rich.console import Console
 from rich.table import Table
+from transformers.integrations import get_available_reporting_integrations
 
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
@@ -79,6 +80,12 @@ def check_launch(args: Any) -> None:
         raise ConfigError("fp16 on a CPU; use bf16, or leave both off")
     if args.load_best_model_at_end and str(args.eval_strategy.value) == "no":
         raise ConfigError("load_best_model_at_end needs eval_strategy steps or epoch")
+    for tracker in args.report_to or ():
+        if tracker not in (known := get_available_reporting_integrations()):
+            raise ConfigError(
+                f"report_to names {tracker!r}, which is not installed here; install it, or name one of "
+                f"{', '.join(known) or '(none is installed)'} or none"
+            )
     sharding, where = _sharding(args)
     launched = args.distributed_state.distributed_type
     if sharding and launched in (DistributedType.NO, DistributedType.MULTI_CPU):

@@ -93,6 +93,7 @@ class Recipe:
         """
         (model_config, data, args), origin = parse_config(cls.arguments, argv)
         check_launch(args)
+        begin = resume_point(args)
         set_seed(args.seed)
         wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
         recipe = cls(model_config, data, args, origin)
@@ -103,7 +104,7 @@ class Recipe:
             save_environment(folder / "environment.json", (args, data, model_config))
         trainer.add_callback(DiagnosticsCallback(trainer))
         before = recipe.evaluate(trainer)
-        trainer.train(resume_from_checkpoint=resume_point(args))
+        trainer.train(resume_from_checkpoint=begin)
         after = recipe.evaluate(trainer)
         recipe.save(trainer)
         results = {"before": before, "after": after, "figures": list(cls.figures), **recipe.results}
@@ -139,6 +140,10 @@ def resume_point(args: Any) -> str | None:
     if asked.lower() == "false":
         return None
     if asked.lower() != "true":
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint: {asked} holds no trainer_state.json; expected a checkpoint's folder"
+            )
         return asked
     # The state is written last, so a checkpoint that was being written when the run was killed has none.
     written = {path.parent.name: path.parent for path in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")}

@@ -51,6 +51,13 @@ def test_what_accelerate_adds_is_in_the_plan(tmp_path, monkeypatch):
         check_launch(args)
 
 
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_objectives.recipes.plan.get_available_reporting_integrations", lambda: ["tensorboard"])
+    check_launch(arguments(tmp_path, report_to="tensorboard"))
+    with pytest.raises(ConfigError, match="report_to names 'wandb', which is not installed here.*tensorboard or none"):
+        check_launch(arguments(tmp_path, report_to="wandb"))
+
+
 def test_rows_without_a_limit_and_documents_that_see_each_other(tmp_path):
     args = arguments(tmp_path)
     unpacked = SimpleNamespace(packing=False, overlength="cut", max_length=None, train_on="all")

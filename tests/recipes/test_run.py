@@ -24,7 +24,8 @@ def test_the_checkpoint_to_go_on_from(tmp_path):
         return resume_point(SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(tmp_path)))
 
     assert [point(asked) for asked in (None, "", "false", "False", False)] == [None] * 5
-    assert point("runs/a/checkpoint-3") == "runs/a/checkpoint-3"
+    with pytest.raises(ConfigError, match="runs/a/checkpoint-3 holds no trainer_state.json"):
+        point("runs/a/checkpoint-3")
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
         point("true")
     for step in (2, 10, 12):
@@ -33,6 +34,7 @@ def test_the_checkpoint_to_go_on_from(tmp_path):
         point("true")
     for step in (2, 10):  # the run was killed while it wrote the third
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert point(str(tmp_path / "checkpoint-2")) == str(tmp_path / "checkpoint-2")
     assert [point(asked) for asked in ("true", "True", True)] == [str(tmp_path / "checkpoint-10")] * 3
 
 
