@@ -1,12 +1,14 @@
 """Raw Alpaca rows to packed rows with labels: hf_objectives against TRL's own preparation, interleaved.
 
     python benchmarks/chat_preparation.py --tokenizer FOLDER_OR_ID [--rows alpaca.json] [--count 20000] [--rounds 5]
+        [--template qwen3]
 
-TRL gets a ChatML template with `{% generation %}` markers, which its assistant-only loss needs; ours gets the same
-conversations under the same template. Both start from the same Arrow table and end with packed rows of 2,048 tokens: TRL's
-in a file that is mapped into memory, ours in memory. TRL's time has in it the `map` that a user writes to bring Alpaca rows
-into its form. TRL runs with every `dataset_num_proc` that may be its best: None, its default, beats 1, for which datasets
-starts a process all the same. Run it on a machine that does nothing else: a busy core takes most from two processes.
+TRL gets a ChatML template with `{% generation %}` markers, which its assistant-only loss needs, or with `--template` the twin
+of a model's template that TRL trains with; ours gets the same conversations under the same template. Both start from the same
+Arrow table and end with packed rows of 2,048 tokens: TRL's in a file that is mapped into memory, ours in memory. TRL's time has
+in it the `map` that a user writes to bring Alpaca rows into its form. TRL runs with every `dataset_num_proc` that may be its
+best: None, its default, beats 1, for which datasets starts a process all the same. Run it on a machine that does nothing else:
+a busy core takes most from two processes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import trl
 from _machine import describe, table
 from datasets import Dataset, disable_caching, disable_progress_bars
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -76,11 +79,13 @@ def main() -> None:
     parser.add_argument("--rows")
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--template", help="name of a template of TRL that has a training twin, for example qwen3")
     options = parser.parse_args()
     disable_caching()
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    tokenizer.chat_template = MARKED
+    twin = Path(trl.__file__).parent / "chat_templates" / f"{options.template}_training.jinja"
+    tokenizer.chat_template = twin.read_text() if options.template else MARKED
     rows = raw_rows(options.rows, options.count)
     with tempfile.TemporaryDirectory() as folder:
         ways = {
