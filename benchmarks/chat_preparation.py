@@ -3,12 +3,12 @@
     python benchmarks/chat_preparation.py --tokenizer FOLDER_OR_ID [--rows alpaca.json] [--count 20000] [--rounds 5]
         [--template qwen3]
 
-TRL gets a ChatML template with `{% generation %}` markers, which its assistant-only loss needs, or with `--template` the twin
-of a model's template that TRL trains with; ours gets the same conversations under the same template. Both start from the same
-Arrow table and end with packed rows of 2,048 tokens: TRL's in a file that is mapped into memory, ours in memory. TRL's time has
-in it the `map` that a user writes to bring Alpaca rows into its form. TRL runs with every `dataset_num_proc` that may be its
-best: None, its default, beats 1, for which datasets starts a process all the same. Run it on a machine that does nothing else:
-a busy core takes most from two processes.
+TRL gets a ChatML template with `{% generation %}` markers, which its assistant-only loss needs, or with `--template` the
+twin of a model's template that TRL trains with; ours gets the same conversations under the same template. Both start from
+the same Arrow table and end with packed rows of 2,048 tokens: TRL's in a file that is mapped into memory, ours in memory.
+TRL's time has in it the `map` that a user writes to bring Alpaca rows into its form. TRL runs with every
+`dataset_num_proc` that may be its best: None, its default, beats 1, for which datasets starts a process all the same. Run
+it on a machine that does nothing else: a busy core takes most from two processes.
 """
 
 from __future__ import annotations
