@@ -233,7 +233,9 @@ def _run(work: Work, segments: list[Segment], manifest: Manifest) -> Manifest:
     todo = [segment for segment, key in zip(segments, keys, strict=True) if key not in finished]
     if finished:
         logger.info("%d of %d segments are there already", len(finished), len(keys))
-    manifest.write(folder)
+    # Another process of the same run may read a finished folder already.
+    if todo or not (folder / MANIFEST).exists():
+        manifest.write(folder)
     (folder / PROGRESS / "segments").write_text(str(len(segments)))
     try:
         if todo and work.config.engine == "local":

@@ -13,6 +13,7 @@ from hf_objectives.errors import ConfigError, NothingSupervisedError, PreparedDa
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.dataset import prepare_dataset
+from hf_objectives.preparation.manifest import Manifest
 from hf_objectives.preparation.work import Work
 from tests.support.chat_corpus import byte_tokenizer
 from tests.support.corpora import SMALL, TOKENIZER, shard_times, write_demo, write_texts
@@ -187,3 +188,13 @@ def test_overwrite_deletes_only_what_it_made(tmp_path):
     path = write_demo(tmp_path / "a.jsonl", 5)
     prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusConfig(**SMALL), overwrite=True)
     assert (tmp_path / "out" / "train" / "notes.txt").exists()
+
+
+def test_a_finished_folder_stays_finished_for_those_who_read_it(tmp_path, monkeypatch):
+    """The second process of a run finds everything there, while the first one reads the folder."""
+    path = write_demo(tmp_path / "a.jsonl", 100)
+    prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusConfig(**SMALL))
+    written = []
+    monkeypatch.setattr(Manifest, "write", lambda self, folder: written.append(self.complete))
+    prepare_corpus({"a": path}, TOKENIZER, tmp_path / "out", CorpusConfig(**SMALL))
+    assert written == [True]
