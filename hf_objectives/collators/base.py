@@ -88,7 +88,7 @@ class LanguageModelCollator(Collator):
 
     def read(self, row: Row, i: int, encoder: PieceEncoder, max_ids: int | None = None) -> EncodedRow:
         """Row i of a batch as arrays: a raw row is encoded, an encoded one cut to `max_ids`, a packed one taken as it is."""
-        ids, labels = row.get("input_ids"), row.get("labels")
+        ids, labels = (None if row.get(name) is None else np.asarray(row[name]) for name in ("input_ids", "labels"))
         packed = row.get("seq_lengths") is not None or row.get("position_ids") is not None
         if ids is not None and self.train_on != "all" and row.get("loss_weights") is None:
             _check_masked(ids, labels, self.train_on, i)
@@ -175,7 +175,7 @@ def _check_masked(ids: Any, labels: Any, train_on: str, i: int) -> None:
     Raises:
         FormatError: the labels are missing or are the ids.
     """
-    if labels is None or np.array_equal(np.asarray(ids), np.asarray(labels)):
+    if labels is None or np.array_equal(ids, labels):
         found = "no labels" if labels is None else "labels that are its ids"
         raise FormatError(
             f"a row of {len(ids)} ids has {found}, so that every token would be trained, and train_on is {train_on!r}; pass "

@@ -29,7 +29,7 @@ _PROBE = (
     "          \n \n  \t\t   ...!!!???---___###@ aAaA CamelCaseWORDS lower_snake 0x1F 1e-9 ½ ² Ⅳ",
     "",
 )
-# What fastokens encodes is checked in part, at some two per cent of its time.
+# What fastokens encodes is checked in part, which took 3.6 % more time when it was measured.
 _CHECKED, _STRIDE = 8192, 7919
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _Positions = list[tuple[int, int]]

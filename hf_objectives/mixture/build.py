@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture.across import Packer
 from hf_objectives.mixture.config import MixtureConfig
 from hf_objectives.mixture.dataset import DatasetMixture
+from hf_objectives.mixture.order import labels_of
 from hf_objectives.mixture.sources import Opened, open_source
 from hf_objectives.mixture.stream_feed import Feed
 from hf_objectives.mixture.weights import WeightPlan, plan_weights
-from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 # Columns that some sources may have and others not: a mixture adds them, or a collator does without.
@@ -93,19 +92,13 @@ def _compare_columns(opened: Sequence[Opened]) -> None:
                 )
 
 
-def _with_labels(row: dict[str, Any]) -> dict[str, Any]:
-    """Labels for a row without: its ids, but for the first token of each document, which nothing predicts."""
-    places = np.asarray(row.get("position_ids") or range(len(row["input_ids"])))
-    return {"labels": np.where(places == 0, IGNORE_INDEX, row["input_ids"])}
-
-
 def _join_held_out(parts: Mapping[str, Dataset]) -> Dataset | None:
     """The evaluation rows of all sources, with a `source` column."""
     named: dict[str, Dataset] = {}
     labelled = any("labels" in part.column_names for part in parts.values())
     for name, part in parts.items():
         if labelled and "labels" not in part.column_names:
-            part = part.map(_with_labels)
+            part = part.map(lambda row: {"labels": labels_of(row)})
         if "source" in part.column_names:
             part = part.remove_columns("source")
         named[name] = part.add_column("source", [name] * len(part))

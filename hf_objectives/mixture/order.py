@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_objectives.mixture.across import Packer, packed_row
 from hf_objectives.mixture.blocks import Block, State, totals_of
@@ -112,9 +113,8 @@ class Order:
             found = self._units(block, rows)
             for row, source in zip(found, block.sources[rows].tolist(), strict=True):
                 _name_source(row, names[source])
-                if "labels" in row or labels:  # of no document's first token: nothing predicts it
-                    places = np.asarray(row.get("position_ids", range(len(row["input_ids"]))))
-                    row["labels"] = np.where(places == 0, IGNORE_INDEX, row.get("labels", row["input_ids"]))
+                if "labels" in row or labels:
+                    row["labels"] = labels_of(row)
             return found
         packed, bounds = block.packed, block.packed.piece_offsets
         pieces = [np.arange(a, b) for a, b in zip(bounds[rows].tolist(), bounds[rows + 1].tolist(), strict=True)]
@@ -133,6 +133,12 @@ class Order:
         """The content of draws of a block."""
         drawn = block.drawn.part(draws)
         return gathered(block.sources[draws], lambda i, chosen: self._cursors[i].read(drawn.part(chosen)))
+
+
+def labels_of(row: Mapping[str, Any]) -> NDArray:
+    """The labels of a row, or its ids where it has none; of no document's first token, which nothing predicts."""
+    places = np.asarray(row.get("position_ids", range(len(row["input_ids"]))))
+    return np.where(places == 0, IGNORE_INDEX, row.get("labels", row["input_ids"]))
 
 
 def _name_source(row: dict[str, Any], name: str) -> None:

@@ -19,7 +19,7 @@ from hf_objectives.errors import ConfigError
 if TYPE_CHECKING:
     from hf_objectives.preparation.ordered_stream import OrderedStream
 
-_STATE_EVERY = 256  # rows; those since the last state are skipped on resume, at most so many
+_STATE_EVERY = 256  # rows from one state of the stream to the next
 
 
 def to_iterable_dataset(stream: OrderedStream) -> IterableDataset:
@@ -56,9 +56,10 @@ class _Examples(_BaseExamplesIterable):
         if state["stream"] is None:
             state["stream"] = self.stream.state_dict(self.stream._begin)
         self.stream.load_state_dict(state["stream"])
-        begin = state["stream"]["row"]
-        rows = itertools.islice(iter(self.stream), state["since"], None)
-        for number, row in enumerate(rows, begin + state["since"] + 1):
+        begin = state["stream"]["row"] + state["since"]
+        # Not `iter(self.stream)`, which gives a loader's worker its turns: datasets lets one worker read, which reads all.
+        turns = (range(row, row + _STATE_EVERY) for row in itertools.count(begin, _STATE_EVERY))
+        for number, row in enumerate(self.stream.read_turns(turns), begin + 1):
             state["since"] += 1
             if state["since"] == _STATE_EVERY:
                 state["stream"], state["since"] = self.stream.state_dict(number), 0
@@ -72,6 +73,8 @@ class _Examples(_BaseExamplesIterable):
         raise ConfigError("the rows of a stream have an order already; give build_mixture another seed")
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> _Examples:
+        if index:
+            raise ConfigError(f"a stream is one shard; asked for shard {index} of {num_shards}")
         return self
 
     def reshard_data_sources(self) -> _Examples:

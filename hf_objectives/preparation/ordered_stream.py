@@ -101,11 +101,11 @@ class OrderedStream(IterableDataset):
     def to_iterable_dataset(self) -> datasets.IterableDataset:
         """This stream as a `datasets.IterableDataset`, for hosts that take nothing else, such as TRL's `SFTTrainer`.
 
-        Its state resumes at the row itself, without reading what came before. One process and at most one loader worker
-        read it. The stream and the dataset have one place: read either.
+        Its state resumes at the row itself, without reading what came before. Of several loader workers one reads it. The
+        stream and the dataset have one place: read either.
 
         Raises:
-            ConfigError: the stream holds no row; on a call of `shuffle`, since the rows are in order.
+            ConfigError: the stream holds no row; on `shuffle`, since the rows are in order; on `shard`, since it is one.
         """
         from hf_objectives.preparation.iterable_dataset import to_iterable_dataset
 

@@ -81,7 +81,8 @@ def check_launch(args: Any) -> None:
     if args.load_best_model_at_end and str(args.eval_strategy.value) == "no":
         raise ConfigError("load_best_model_at_end needs eval_strategy steps or epoch")
     for tracker in args.report_to or ():
-        if tracker not in (known := get_available_reporting_integrations()):
+        # transformers has no check for flyte.
+        if tracker not in (*(known := get_available_reporting_integrations()), "flyte"):
             raise ConfigError(
                 f"report_to names {tracker!r}, which is not installed here; install it, or name one of "
                 f"{', '.join(known) or '(none is installed)'} or none"

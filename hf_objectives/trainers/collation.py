@@ -65,9 +65,7 @@ def settle_batches(args: Any, train_dataset: Any) -> None:
             "do not survive; leave it out of accelerator_config"
         )
     if isinstance(train_dataset, IterableDataset):
-        settings.dispatch_batches = (
-            False  # accelerate's default for streams is to dispatch; now every rank reads all rows
-        )
+        settings.dispatch_batches = False  # every rank reads all rows; accelerate's default is that one process does
     if isinstance(train_dataset, OrderedStream):
         if settings.split_batches:
             raise ConfigError("split_batches divides each batch of a stream among the ranks; leave it off")

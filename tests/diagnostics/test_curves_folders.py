@@ -6,15 +6,7 @@ import json
 import os
 
 from hf_objectives.diagnostics.curves import candidates, contents, read_curves
-
-
-def state(folder, losses, *, when=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "trainer_state.json"
-    path.write_text(json.dumps({"log_history": [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]}))
-    if when:
-        os.utime(path, (when, when))
-    return path
+from tests.diagnostics.test_curves import state
 
 
 def test_a_folder_gives_its_own_log_or_that_of_a_later_checkpoint(tmp_path):

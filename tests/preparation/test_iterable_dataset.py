@@ -9,6 +9,7 @@ import json
 import datasets
 import pytest
 from datasets.iterable_dataset import _BaseExamplesIterable
+from torch.utils.data import DataLoader
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.preparation.iterable_dataset import _Examples
@@ -51,6 +52,21 @@ def test_it_goes_through_the_tools_of_datasets_but_is_not_shuffled():
     assert [row["double"] for row in mapped] == [2, 6, 10]
     with pytest.raises(ConfigError, match="have an order already; give build_mixture another seed"):
         next(iter(made.shuffle(seed=1)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_several_loader_workers_one_reads_all_rows(workers):
+    """datasets stops the others; what the stream would give a worker are its turns alone."""
+    stream = Numbers()
+    stream.batch_rows = 4
+    loader = DataLoader(stream.to_iterable_dataset(), batch_size=4, num_workers=workers)
+    assert [n for batch in itertools.islice(loader, 5) for n in batch["n"].tolist()] == list(range(20))
+
+
+def test_a_second_shard_is_refused():
+    made = Numbers().to_iterable_dataset()
+    with pytest.raises(ConfigError, match="a stream is one shard; asked for shard 1 of 2"):
+        next(iter(made.shard(2, 1)))
 
 
 def test_a_stream_without_rows_is_an_error():
