@@ -1,18 +1,22 @@
-"""`hf-objectives prepare` and `mixture`: rows on disk, and what a mixture of sources gives."""
+"""`hf-objectives prepare`, `mixture` and `rows`: rows on disk, the shares of a mixture, the rows of a step."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import AutoTokenizer
 
-from hf_objectives.cli.options import MixtureOptions, PrepareOptions
+from hf_objectives.cli.options import MixtureOptions, PrepareOptions, RowsOptions
 from hf_objectives.diagnostics import plot_mixture, read_curves, report_of_log
+from hf_objectives.inspection import visible
 from hf_objectives.mixture import build_mixture
 from hf_objectives.preparation import prepare_corpus
-from hf_objectives.recipes import mixture_table, read_template
+from hf_objectives.recipes import mixture_table, read_template, rows_of_step
 
 _POINTS = 60  # of a curve
 
@@ -47,3 +51,23 @@ def mixture(options: MixtureOptions) -> None:
         console.print(line, highlight=False, markup=False)
     if options.plot:
         print(plot_mixture(reports, options.plot))
+
+
+def rows(options: RowsOptions) -> None:
+    """Print source, number and length of each document of a step, and its text where asked."""
+    assert options.step is not None
+    found = rows_of_step(options.run, options.step, text=options.text)
+    if options.json:
+        for document in found:
+            print(json.dumps(asdict(document), ensure_ascii=False))
+        return
+    table = Table(
+        "source", "row", "tokens", *(["text, trained parts in ⟦⟧"] if options.text else []), header_style="bold"
+    )
+    for document in found:
+        place = (document.source, document.row, document.tokens)
+        table.add_row(*map(str, place), *([Text(visible(document.text))] if options.text else []))
+    console = Console(highlight=False)
+    console.print(table)
+    tokens = sum(document.tokens for document in found)
+    console.print(f"step {options.step}: {len(found):,} documents, {tokens:,} tokens")

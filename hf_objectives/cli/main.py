@@ -8,6 +8,7 @@ hf-objectives diagnose runs/base [more runs ...] [--json] [--fail_on warning]
 hf-objectives plot runs/base [more runs ...] [--output training_curves.png]
 hf-objectives report runs/base [--output report.html] [--compare runs/other]
 hf-objectives replay runs/base/diagnostics/step_120_rank_0 [--model folder]
+hf-objectives rows runs/base --step 120 [--text] [--json]
 """
 
 from __future__ import annotations

@@ -117,6 +117,20 @@ class ReportOptions:
     compare: str | None = option(None, "Another run: its curves are overlaid, its settings compared.")
 
 
+@dataclass
+class RowsOptions:
+    """Say which rows a step of a recipe's run was trained on."""
+
+    run: str = field(metadata={"help": "output folder of a recipe, or one of its checkpoints"})
+    step: int | None = option(None, "The step, from 1, as logs have it.")
+    text: bool = option(False, "Print the rows' texts, trained parts in ⟦⟧.", flag=True)
+    json: bool = option(False, "JSON, a line for each document.", flag=True)
+
+    def __post_init__(self) -> None:
+        if self.step is None:
+            raise ConfigError("step is missing; say which one")
+
+
 #: The module of each command, which has a function of its name, and its options.
 COMMANDS: dict[str, tuple[str, type]] = {
     "prepare": ("data", PrepareOptions),
@@ -126,6 +140,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "plot": ("runs", PlotOptions),
     "replay": ("runs", ReplayOptions),
     "report": ("runs", ReportOptions),
+    "rows": ("data", RowsOptions),
 }
 
 

@@ -1,4 +1,4 @@
-"""`hf-objectives diagnose`, `plot`, `report` and `replay`: what a run did."""
+"""`hf-objectives diagnose`, `plot`, `report`, `replay` and `rows`: what a run did."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from hf_objectives import import_on_use
 if TYPE_CHECKING:
     from hf_objectives.diagnostics.batch_record import (
         excerpt,  # the part of a marked text where training begins
+        marked_text,  # the text of a row, trained parts marked
         replay,  # compute a batch that the monitor kept again
     )
     from hf_objectives.diagnostics.callback import (

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         PieceEncoder,  # Encodes rows one by one: render, tokenise, frame
     )
     from hf_objectives.labels.prompts import (
+        to_prompt,  # The prompt of a row of any format
         with_prompts,  # A dataset with the prompt of each row, in whatever format, in a column `prompt`
     )
     from hf_objectives.labels.rows import (

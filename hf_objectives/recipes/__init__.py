@@ -25,5 +25,8 @@ if TYPE_CHECKING:
     from hf_objectives.recipes.run import (
         run_program,  # Run a recipe as a program: our errors as one line
     )
+    from hf_objectives.recipes.step_rows import (
+        rows_of_step,  # Find the rows that a step of a run was trained on
+    )
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

@@ -17,8 +17,8 @@ import yaml
 from datasets import Dataset, load_from_disk
 
 from hf_objectives import __version__, demo
-from hf_objectives.errors import ConfigError
-from hf_objectives.labels import ON_ERROR, Ledger
+from hf_objectives.errors import ConfigError, DataError
+from hf_objectives.labels import ON_ERROR, SKIPPED, Account, Ledger
 from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation import (
@@ -41,12 +41,13 @@ from hf_objectives.recipes.arguments import (
     read_template,
     source_place,
 )
-from hf_objectives.types import check_one_of, option
+from hf_objectives.types import Row, check_one_of, option
 
 Rows = list[dict[str, Any]]
 _READY, _SPLITS = "ready.pickle", ("train", "evaluation")
 _OVERFLOW = "split"  # texts longer than a packed row
 MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
+_ON_ERROR = "A row that cannot be used: raise its error, or skip and count it."
 _EXAMPLES = 64  # encoded rows that are kept for the preview, from the beginning and from the end
 
 
@@ -63,7 +64,7 @@ class DataArguments(EncodingArguments):
     packing: bool = option(True, "Pack several documents into a row.")
     strategy: str = option("best_fit", "best_fit or concat.")
     num_proc: int | None = option(None, "Processes that prepare data.")
-    on_error: str = option("raise", "A row that cannot be used: raise its error, or skip and count it.")
+    on_error: str = option("raise", _ON_ERROR)
     allow_no_stop: bool = option(False, "Train also where most of the assistant's turns end without a control token.")
 
     def __post_init__(self) -> None:
@@ -211,7 +212,12 @@ class RowArguments:
     dataset_name: str = option(BUILT_IN, "Rows: a Hub id, a file, or 'builtin'.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
     eval_share: float = option(0.1, "Share of the rows that is held out.")
+    on_error: str = option("raise", _ON_ERROR)
     packing, overlength = False, "the prompt's beginning goes first"  # what the plan says
+
+    def __post_init__(self) -> None:
+        check_one_of("on_error", self.on_error, ON_ERROR)
+        check_share("eval_share", self.eval_share)
 
 
 @dataclass
@@ -249,15 +255,41 @@ def split_rows(data: RowArguments, *, seed: int, built_in: tuple[int, int]) -> t
     return train, held_out
 
 
-def encode_pairs(
-    data: RowArguments, rows: Rows, encode: Callable[..., dict], tokenizer: Any, options: Mapping[str, Any]
-) -> Dataset:
-    """Pairs as ids, by `encode_pair` or its like. From Python values: an Arrow struct would mix the keys of two rows."""
-    paths = {} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}
-    with naming_places(paths):
-        return Dataset.from_list(
-            [encode(tokenizer, row, source=row["source"], row_index=row["row"], **options) for row in rows]
-        )
+def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], account: Account | None = None) -> Rows:
+    """What `use` makes of each row, with the row's `source` and number in `row`; the account counts rows and those left out.
+
+    Raises:
+        DataError: a row that cannot be used, unless `on_error` is "skip"; then, that there is no other.
+    """
+    account = Account() if account is None else account
+    made: Rows = []
+    with naming_places({} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}):
+        for row in rows:
+            account.rows_in += 1
+            try:
+                made.append({**use(row), "source": row["source"], "row": row["row"]})
+            except DataError as error:
+                if data.on_error == "raise":
+                    raise
+                account.drop(type(error).__name__ + SKIPPED, tokens=0, row=row["row"])
+                last = error
+        if rows and not made:
+            raise last
+    account.rows_out = len(made)
+    return made
+
+
+def digest(rows: Dataset) -> str:
+    """A checksum of all numbers in encoded rows, the same for rows in memory and on disk."""
+    summed = hashlib.sha256()
+    for name in sorted(rows.column_names):
+        for chunk in rows.data[name].chunks:
+            while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+                summed.update(np.ascontiguousarray(chunk.value_lengths()))
+                chunk = chunk.flatten()
+            if pa.types.is_integer(chunk.type):
+                summed.update(np.ascontiguousarray(chunk))
+    return summed.hexdigest()
 
 
 def read_mixture(mixture: str | None, sources: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -14,9 +14,9 @@ from typing import ClassVar
 from trl import ModelConfig, get_peft_config
 
 from hf_objectives.labels import encode_pair
-from hf_objectives.recipes.data import WatchedArguments, encode_pairs, set_template, split_rows
+from hf_objectives.recipes.data import WatchedArguments
 from hf_objectives.recipes.models import load_policy
-from hf_objectives.recipes.run import Recipe
+from hf_objectives.recipes.pairs import PairRecipe
 from hf_objectives.trainers import PerplexityDPOConfig, PerplexityDPOTrainer
 from hf_objectives.types import option
 
@@ -28,11 +28,14 @@ class DpoData(WatchedArguments):
     chat_template: str | None = option(None, "A template, or the path of a .jinja file.")
 
 
-class Dpo(Recipe):
+class Dpo(PairRecipe):
     """Direct preference optimisation."""
 
     arguments = (ModelConfig, DpoData, PerplexityDPOConfig)
     objective = "dpo"
+    encode_row = encode_pair
+    encoding_options = ("max_length", "train_on", "control_tokens")
+    built_in = (16_000, 400)
     figures: ClassVar[dict[str, str]] = {
         "eval_chosen_perplexity": "perplexity of chosen answers",
         "eval_rejected_perplexity": "perplexity of rejected answers",
@@ -48,11 +51,7 @@ class Dpo(Recipe):
         """Load the policy and the pairs; the reference is the policy as it came."""
         data, args = self.data, self.args
         model, tokenizer = load_policy(self.model_config, use_cpu=self.use_cpu)
-        set_template(tokenizer, data.chat_template)
-        pairs, held_out = split_rows(data, seed=args.seed, built_in=(16_000, 400))
-        self.num_rows = self.results["num_pairs"] = len(pairs)
-        options = {name: getattr(args, name) for name in ("max_length", "train_on", "control_tokens")}
-        train, evaluation = (encode_pairs(data, rows, encode_pair, tokenizer, options) for rows in (pairs, held_out))
+        self.load_rows(tokenizer)
         lora = get_peft_config(self.model_config)
         # A copy, since the parent would load the model by its name again. LoRA's reference is the model without it.
         reference = None if lora or args.precompute_ref_log_probs else copy.deepcopy(model)
@@ -60,8 +59,8 @@ class Dpo(Recipe):
             model,
             reference,
             args,
-            train_dataset=train,
-            eval_dataset=evaluation if held_out else None,
+            train_dataset=self.train_rows,
+            eval_dataset=self.encode(self.held_out, tokenizer) if self.held_out else None,
             processing_class=tokenizer,
             peft_config=lora,
             eval_lm_datasets=data.watched(),

@@ -20,13 +20,13 @@ from hf_objectives import demo
 from hf_objectives.diagnostics import plot_rewards
 from hf_objectives.errors import ConfigError, nearest
 from hf_objectives.evaluation import LanguageModelEvaluation
-from hf_objectives.labels import with_prompts
+from hf_objectives.labels import Account, to_prompt, with_prompts
 from hf_objectives.recipes.arguments import BUILT_IN
-from hf_objectives.recipes.data import Rows, WatchedArguments, split_rows
+from hf_objectives.recipes.data import Rows, WatchedArguments, split_rows, usable_rows
 from hf_objectives.recipes.models import load_policy
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PPOConfig, PPOTrainer
-from hf_objectives.types import check_one_of, option
+from hf_objectives.types import Row, check_one_of, option
 
 TRL_TRAINERS: dict[str, tuple[type, type]] = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 
@@ -42,6 +42,7 @@ class PpoData(WatchedArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_one_of("algorithm", self.algorithm, ("ppo", *TRL_TRAINERS))
 
 
@@ -67,8 +68,13 @@ class Ppo(Recipe):
         """Load the policy, the prompts and the rewards."""
         data, args = self.data, self.args
         model, tokenizer = load_policy(self.model_config, use_cpu=self.use_cpu)
-        train, held_out = split_rows(data, seed=args.seed, built_in=(8_000, 200))
+        account = Account()
+        rows, held_out = split_rows(data, seed=args.seed, built_in=(8_000, 200))
+        train, held_out = (
+            usable_rows(data, part, _with_prompt, counted) for part, counted in ((rows, account), (held_out, None))
+        )
         self.num_rows, self.results["algorithm"] = len(train), data.algorithm
+        self.results["prompts_left_out"] = account.dropped_examples
         rewards = [read_reward(name) for name in data.reward_funcs]
         lora = get_peft_config(self.model_config)
         if data.algorithm in TRL_TRAINERS:
@@ -139,6 +145,12 @@ class Ppo(Recipe):
     def draw(self, trainer: Any, before: Mapping[str, Any], path: Path) -> Path:
         """Draw rewards and the distance from the reference."""
         return plot_rewards(trainer.state.log_history, path)
+
+
+def _with_prompt(row: Row) -> Row:
+    """The row, which has to have a prompt."""
+    to_prompt(row, source=row["source"], row_index=row["row"])
+    return row
 
 
 def as_config(config_class: type, args: PPOConfig) -> Any:

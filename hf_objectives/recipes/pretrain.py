@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -86,45 +87,53 @@ class Pretrain(Recipe):
     objective = "pretraining"
     figures: ClassVar[dict[str, str]] = {}
     manifest: Manifest | None = None  # of the prepared folder, where there is one
+    held_out: Any = None
+    num_tokens = 0  # of `num_rows` rows to train on
 
     def build_trainer(self) -> PerplexityTrainer:
         """Load the model and the data, and turn tokens into steps."""
         data, args = self.data, self.args
         model, tokenizer = load_or_draw(self.model_config, use_cpu=self.use_cpu)
-        train, held_out, num_tokens = self.load(tokenizer)
-        set_length(args, self.num_rows, num_tokens, endless=isinstance(train, OrderedStream))
+        self.load_rows(tokenizer)
+        set_length(args, self.num_rows, self.num_tokens, endless=isinstance(self.train_rows, OrderedStream))
         if args.max_tokens is not None:
             self.origin = {**self.origin, "max_steps": f"max_tokens, {self.origin['max_tokens']}"}
         self.collator = DataCollatorWithEosPacking(
             tokenizer, max_length=data.max_length, isolate_documents=data.isolate_documents, train_on="all"
         )
         return PerplexityTrainer(
-            model, args, self.collator, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+            *(model, args, self.collator),
+            train_dataset=self.train_rows,
+            eval_dataset=self.held_out,
+            processing_class=tokenizer,
         )
 
-    def load(self, tokenizer: Any) -> tuple[Any, Any, int]:
-        """Rows to train on (mapped, a stream, or a mixture), rows held out, and the tokens of `num_rows` rows to train on."""
+    def load_rows(self, tokenizer: Any) -> None:
+        """Load rows to train on (mapped, a stream, or a mixture) and rows held out."""
         data, seed = self.data, self.args.seed
         if data.is_mixture_alone:
             settings = {"packing": "within", "max_length": data.max_length, **(read_mixture(data.mixture, {}) or {})}
             self.mixture = build_mixture(settings, tokenizer=tokenizer, seed=seed)
-            held_out = self.mixture.eval_dataset
+            self.held_out = self.mixture.eval_dataset
         else:
-            folder = prepare(data, tokenizer, seed, Path(self.args.output_dir), self.origin)
+            folder = Path(data.prepared or data.prepared_dir or Path(self.args.output_dir) / "prepared")
+            if not self.reads_again:
+                prepare(data, tokenizer, seed, folder, self.origin)
             self.manifest = manifest = Manifest.read(folder)
             self.results["ledger"] = ledger(manifest)
             sources = dict.fromkeys(manifest.named) if data.prepared else data.named_sources()
             has_held_out = any(shard.split == "validation" for shard in manifest.shards)
-            held_out = load_prepared(folder, "validation") if has_held_out else None
+            self.held_out = load_prepared(folder, "validation") if has_held_out else None
+            shards = [shard for shard in manifest.shards if shard.split == "train"]
+            self.rows_digest = hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()
             weights = read_mixture(data.mixture, sources)
             if weights is None:
-                shards = [shard for shard in manifest.shards if shard.split == "train"]
-                self.num_rows = sum(shard.rows for shard in shards)
-                rows = load_prepared(folder, streaming=data.streaming, seed=seed)
-                return rows, held_out, sum(shard.tokens for shard in shards)
+                self.num_rows, self.num_tokens = sum(s.rows for s in shards), sum(s.tokens for s in shards)
+                self.train_rows = load_prepared(folder, streaming=data.streaming, seed=seed)
+                return
             self.mixture = mix_folder(weights, folder, tokenizer, seed)
-        self.num_rows, num_tokens = self.mixture.first_rows()  # it has no end; of its first thousands
-        return self.mixture, held_out, num_tokens
+        self.train_rows = self.mixture
+        self.num_rows, self.num_tokens = self.mixture.first_rows()  # it has no end; of its first thousands
 
     def introduce(self, trainer: Any) -> None:
         """Print the plan, the beginning of a packed row, and what happened to every token."""
@@ -157,20 +166,18 @@ def ledger(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def prepare(data: PretrainData, tokenizer: Any, seed: int, output_dir: Path, origin: Mapping[str, str]) -> Path:
-    """The prepared folder. Raw sources are prepared by one process, while the others wait on its lock."""
+def prepare(data: PretrainData, tokenizer: Any, seed: int, folder: Path, origin: Mapping[str, str]) -> None:
+    """Check a folder that is prepared already, or prepare raw sources: by one process, while the others wait on its lock."""
     if data.prepared:
         asked = {f.name for f in fields(CorpusSettings) if origin.get(f.name, DEFAULT) != DEFAULT}
         asked = {"max_length", *asked} - {"num_proc", "engine", "on_error", "labels"}
-        load_prepared(data.prepared, tokenizer=tokenizer, expect={name: getattr(data, name) for name in asked})
-        return Path(data.prepared)
-    folder = Path(data.prepared_dir or output_dir / "prepared")
+        load_prepared(folder, tokenizer=tokenizer, expect={name: getattr(data, name) for name in asked})
+        return
     sources: dict[str, Any] = {
         name: Dataset.from_list(demo.texts(20_000, seed=seed)) if source == BUILT_IN else source
         for name, source in data.named_sources().items()
     }
     prepare_corpus(sources, tokenizer, folder, data)
-    return folder
 
 
 def set_length(args: Any, num_rows: int, num_tokens: int, *, endless: bool) -> None:

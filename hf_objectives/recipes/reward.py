@@ -17,9 +17,9 @@ from trl import ModelConfig, get_peft_config
 from hf_objectives.diagnostics import plot_reward_model
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import Reliability
-from hf_objectives.recipes.data import RowArguments, encode_pairs, set_template, split_rows
+from hf_objectives.recipes.data import RowArguments
 from hf_objectives.recipes.models import load_scorer
-from hf_objectives.recipes.run import Recipe
+from hf_objectives.recipes.pairs import PairRecipe
 from hf_objectives.trainers import RewardModelConfig, RewardModelTrainer, encode_reward_row
 from hf_objectives.types import option
 
@@ -33,11 +33,14 @@ class RewardData(RowArguments):
     train_on = "the score at the last token of each answer"  # what the plan says
 
 
-class Reward(Recipe):
+class Reward(PairRecipe):
     """A reward model."""
 
     arguments = (ModelConfig, RewardData, RewardModelConfig)
     objective = "reward"
+    encode_row = encode_reward_row
+    encoding_options = ("max_length", "control_tokens")
+    built_in = (24_000, 400)
     figures: ClassVar[dict[str, str]] = {
         "eval_accuracy": "accuracy",
         "eval_margin": "margin (chosen less rejected)",
@@ -50,24 +53,17 @@ class Reward(Recipe):
 
     def build_trainer(self) -> RewardModelTrainer:
         """Load the model with its score head, and the pairs."""
-        data, args = self.data, self.args
         model, tokenizer = load_scorer(self.model_config, use_cpu=self.use_cpu)
-        set_template(tokenizer, data.chat_template)
-        pairs, held_out = split_rows(data, seed=args.seed, built_in=(24_000, 400))
-        if not held_out:
+        self.load_rows(tokenizer)
+        if not self.held_out:
             raise ConfigError("eval_share is 0; a reward model that is not held against pairs says nothing")
-        self.num_rows = self.results["num_pairs"] = len(pairs)
         self.diagrams: dict[str, Reliability] = {}
         self.model_config.lora_task_type = "SEQ_CLS"  # the score head is trained, and saved with the adapter
-        options = {name: getattr(args, name) for name in ("max_length", "control_tokens")}
-        train, evaluation = (
-            encode_pairs(data, rows, encode_reward_row, tokenizer, options) for rows in (pairs, held_out)
-        )
         return RewardModelTrainer(
             model,
-            args,
-            train_dataset=train,
-            eval_dataset=evaluation,
+            self.args,
+            train_dataset=self.train_rows,
+            eval_dataset=self.encode(self.held_out, tokenizer),
             processing_class=tokenizer,
             peft_config=get_peft_config(self.model_config),
         )

@@ -16,7 +16,7 @@ from hf_objectives import demo
 from hf_objectives.diagnostics import DiagnosticsCallback, plot_mixture, plot_training_metrics
 from hf_objectives.distributed import leave_group, rank
 from hf_objectives.errors import ConfigError, HFObjectivesError
-from hf_objectives.inspection import save_environment
+from hf_objectives.inspection import ENVIRONMENT, save_environment
 from hf_objectives.mixture import DatasetMixture
 from hf_objectives.publishing import push, write_card
 from hf_objectives.recipes.arguments import parse_config
@@ -34,8 +34,11 @@ class Recipe:
         model_config, data, args: the arguments of this run.
         origin: where each value came from, see `parse_config`.
         use_cpu: whether the run trains on a CPU.
-        num_rows: rows to train on; set by `build_trainer`.
-        mixture: the mixture to train on; set by `build_trainer` where there is one.
+        train_rows: rows to train on: mapped, a stream, or a mixture; set by `load_rows`.
+        num_rows: their number, of a stream the number that its length is counted in; set by `load_rows`.
+        rows_digest: changes when the rows do; None where a mixture's own state tells. Set by `load_rows`.
+        mixture: the mixture to train on; set by `load_rows` where there is one.
+        reads_again: whether the rows of an earlier run are read again, so that nothing is prepared.
         results: what `results.json` holds beside the metrics.
     """
 
@@ -47,12 +50,19 @@ class Recipe:
         self.model_config, self.data, self.args, self.origin = model_config, data, args, origin
         self.use_cpu = args.device.type == "cpu"
         self.console = Console(soft_wrap=False)
+        self.train_rows: Any = None
         self.num_rows = 0
+        self.rows_digest: str | None = None
+        self.reads_again = False
         self.mixture: DatasetMixture | None = None
         self.results: dict[str, Any] = {}
 
     def build_trainer(self) -> Any:
         """Load the model and the data."""
+        raise NotImplementedError
+
+    def load_rows(self, tokenizer: Any) -> None:
+        """Load the rows to train on, as the trainer takes them; no model is needed."""
         raise NotImplementedError
 
     def introduce(self, trainer: Any) -> None:
@@ -101,7 +111,8 @@ class Recipe:
         folder = Path(args.output_dir)
         if on_main():
             recipe.introduce(trainer)
-            save_environment(folder / "environment.json", (args, data, model_config))
+            rows = {"recipe": cls.__name__.lower(), "rows_digest": recipe.rows_digest}
+            save_environment(folder / ENVIRONMENT, (rows, args, data, model_config))
         trainer.add_callback(DiagnosticsCallback(trainer))
         before = recipe.evaluate(trainer)
         trainer.train(resume_from_checkpoint=begin)

@@ -18,7 +18,7 @@ from hf_objectives.demo import Question
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import save_label_preview
 from hf_objectives.recipes.arguments import BUILT_IN
-from hf_objectives.recipes.data import DataArguments, Prepared, mix_rows, prepare
+from hf_objectives.recipes.data import DataArguments, Prepared, digest, mix_rows, prepare
 from hf_objectives.recipes.models import load_model, with_lora
 from hf_objectives.recipes.preview import check_stops, print_preview
 from hf_objectives.recipes.run import Recipe
@@ -37,19 +37,26 @@ class Sft(Recipe):
     prepared: Prepared
     answers: Sequence[tuple[Question, str]] = ()
 
+    def load_rows(self, tokenizer: Any) -> None:
+        """Prepare the rows and mix them where weights ask for it."""
+        data, seed = self.data, self.args.seed
+        self.prepared = prepare(data, tokenizer, seed=seed, output_dir=self.args.output_dir)
+        self.train_rows, self.num_rows = self.prepared.train, len(self.prepared.train)
+        self.rows_digest = digest(self.train_rows)
+        if (settings := data.mixture_settings()) is not None:
+            self.train_rows = self.mixture = mix_rows(
+                settings, self.prepared.train, max_length=data.max_length, packing=data.packing, seed=seed
+            )
+
     def build_trainer(self) -> PerplexityTrainer:
-        """Load the model, prepare the rows and mix them where weights ask for it."""
+        """Load the model and the rows."""
         data, args = self.data, self.args
         model, self.tokenizer = load_model(self.model_config, use_cpu=self.use_cpu)
-        self.prepared = prepare(data, self.tokenizer, seed=args.seed, output_dir=args.output_dir)
+        self.load_rows(self.tokenizer)
         check_stops(self.tokenizer, self.prepared.examples, allow_no_stop=data.allow_no_stop)
-        self.num_rows, self.results["ledger"] = len(self.prepared.train), self.prepared.ledger.to_dict()
-        if (settings := data.mixture_settings()) is not None:
-            self.mixture = mix_rows(
-                settings, self.prepared.train, max_length=data.max_length, packing=data.packing, seed=args.seed
-            )
-            if args.max_steps <= 0:
-                raise ConfigError("a mixture has no length; say how long with max_steps")
+        self.results["ledger"] = self.prepared.ledger.to_dict()
+        if self.mixture is not None and args.max_steps <= 0:
+            raise ConfigError("a mixture has no length; say how long with max_steps")
         model = with_lora(model, self.model_config, gradient_checkpointing=args.gradient_checkpointing)
         # The rows are encoded: their labels say what is trained, of texts all of it.
         collator: Any = DataCollatorForAssistantOnlyLM(self.tokenizer, train_on="all")
@@ -59,7 +66,7 @@ class Sft(Recipe):
             model,
             args,
             collator,
-            train_dataset=self.prepared.train if self.mixture is None else self.mixture,
+            train_dataset=self.train_rows,
             eval_dataset=self.prepared.evaluation,
             processing_class=self.tokenizer,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
@@ -11,7 +11,6 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.preparation import OrderedStream
 
 logger = logging.getLogger(__name__)
-_STATE = "train_stream"  # the stream's state in that of the Trainer, which is saved with each checkpoint
 
 
 class OrderedStreamCallback(TrainerCallback):
@@ -31,6 +30,8 @@ class OrderedStreamCallback(TrainerCallback):
         Trainer(model, args, train_dataset=mixture, callbacks=[OrderedStreamCallback(mixture)]).train()
     """
 
+    state_name: ClassVar[str] = "train_stream"  # of the stream's state in that of the Trainer, which checkpoints hold
+
     def __init__(self, stream: OrderedStream) -> None:
         self.stream = stream
         self.rows_taken = 0  # by all ranks, from the stream's row 0
@@ -49,7 +50,7 @@ class OrderedStreamCallback(TrainerCallback):
             )
         # Not `args.train_batch_size`, which `auto_find_batch_size` leaves as it was.
         self.stream.batch_rows = train_dataloader.batch_size * args.world_size
-        kept = state.stateful_callbacks.get(_STATE)
+        kept = state.stateful_callbacks.get(self.state_name)
         if state.global_step and kept is None:
             raise ConfigError(
                 f"the checkpoint of step {state.global_step} does not say where its stream stood; "
@@ -79,7 +80,7 @@ class OrderedStreamCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the place into the state that is saved last."""
         if args.should_save:  # where accelerate hands batches out, other processes read nothing
-            state.stateful_callbacks[_STATE] = self.stream.state_dict(self.rows_taken)
+            state.stateful_callbacks[self.state_name] = self.stream.state_dict(self.rows_taken)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the figures of the stream."""

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from trl import RLOOConfig
 
 from hf_objectives import PPOConfig, demo
-from hf_objectives.errors import ConfigError
+from hf_objectives.errors import ConfigError, DataError
 from hf_objectives.recipes.ppo import as_config, main, read_reward
 from hf_objectives.trainers.reward_functions import RewardError
 from tests.support.recipes import QUIET, command_line, save_small_model
@@ -125,6 +125,18 @@ def test_bad_settings(corpus, tmp_path):
         main(arguments(corpus, tmp_path, "--critc", "none"))
     with pytest.raises(RewardError, match=r"'fails' raised ZeroDivisionError.*answer 0 of"):
         main(arguments(corpus, tmp_path, "--reward_funcs", f"{corpus}/rewards.py:fails"))
+
+
+def test_a_row_without_a_prompt_is_left_out_on_request(corpus, tmp_path):
+    rows = [{"instruction": q.question, "output": q.answer} for q in demo.questions(12)]
+    del rows[5]["instruction"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--dataset_name", str(tmp_path / "asked.jsonl"), "--eval_share", "0", "--max_steps", "1"]
+    words += ["--reward_funcs", f"{corpus}/rewards.py:short"]
+    with pytest.raises(DataError, match=r"asked\.jsonl, line 6"):
+        main(arguments(corpus, tmp_path / "run", *words))
+    results = main(arguments(corpus, tmp_path / "run", *words, "--on_error", "skip"))
+    assert list(results["prompts_left_out"].values()) == [[5]]
 
 
 @pytest.mark.slow

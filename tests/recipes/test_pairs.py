@@ -1,0 +1,43 @@
+"""Pairs of a recipe: what cannot be used, and what is counted."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from hf_objectives import demo
+from hf_objectives.errors import FormatError
+from hf_objectives.recipes.dpo import Dpo, DpoData
+from hf_objectives.recipes.reward import Reward, RewardData
+from tests.support.recipes import sharegpt, write_rows
+
+TOKENIZER = demo.build_tokenizer()
+ARGS = SimpleNamespace(
+    seed=0, max_length=128, train_on="assistant", control_tokens="plain", device=SimpleNamespace(type="cpu")
+)
+
+
+@pytest.mark.parametrize(("recipe", "data_class"), [(Dpo, DpoData), (Reward, RewardData)])
+def test_a_pair_that_cannot_be_used_is_left_out_and_counted_on_request(tmp_path, recipe, data_class):
+    pairs = [sharegpt(row) for row in demo.preferences(20)]
+    path = str(tmp_path / "pairs.jsonl")
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    good = recipe(None, data_class(path, eval_share=0.0), ARGS, {})
+    good.load_rows(TOKENIZER)
+    spoilt = good.train_rows["row"][3]
+    pairs[spoilt]["rejected"] = pairs[spoilt]["chosen"]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    with pytest.raises(FormatError, match=rf"chosen and rejected are equal.*pairs\.jsonl, line {spoilt + 1}"):
+        recipe(None, data_class(path), ARGS, {}).load_rows(TOKENIZER)
+    left = recipe(None, data_class(path, eval_share=0.0, on_error="skip"), ARGS, {})
+    left.load_rows(TOKENIZER)
+    account = left.results["ledger"]["pairs.jsonl"]
+    assert account["rows_in"] - 1 == account["rows_out"] == left.num_rows == len(left.train_rows)
+    assert account["dropped_examples"] == {"FormatError, skipped": [spoilt]} and spoilt not in left.train_rows["row"]
+    answers = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    sides = [answers[row][side]["value"] for row in left.train_rows["row"] for side in ("chosen", "rejected")]
+    # Of each answer its text and one stop token are trained.
+    assert account["trained"] == sum(len(TOKENIZER(side)["input_ids"]) + 1 for side in sides)
+    assert account["tokens_in"] == account["trained"] + account["masked"]
