@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ from hf_objectives.recipes.arguments import (
 )
 from hf_objectives.types import Row, check_one_of, option
 
+logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 _READY, _SPLITS = "ready.pickle", ("train", "evaluation")
 _OVERFLOW = "split"  # texts longer than a packed row
@@ -175,7 +177,10 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     packing = data.packing and data.mixture_settings() is None
     with naming_places({name: path for name, (path, _) in data.places().items() if path != BUILT_IN}):
         encoded = _encode(data, train, tokenizer, packing, ledger)
-        evaluation = _encode(data, held_out, tokenizer, data.packing, Ledger()) if held_out else None
+        not_trained = Ledger()
+        evaluation = _encode(data, held_out, tokenizer, data.packing, not_trained) if held_out else None
+        for name, account in not_trained.accounts.items():
+            _tell_left_out(f"{name}, held out", account)
     ends = [encoded.slice(0, _EXAMPLES), encoded.slice(max(_EXAMPLES, len(encoded) - _EXAMPLES))]
     examples = pa.concat_tables(ends).to_pylist()
     held = None if evaluation is None else _pack(data, evaluation, data.packing)
@@ -188,6 +193,12 @@ def _encode(data: DataArguments, rows: Rows, tokenizer: Any, packing: bool, ledg
     return encode_rows(
         rows, tokenizer, options, source="data", num_proc=data.num_proc, ledger=ledger, on_error=data.on_error
     )
+
+
+def _tell_left_out(source: str, account: Account) -> None:
+    for reason, rows in account.dropped_examples.items():
+        first = ", ".join(map(str, rows))
+        logger.warning("%s: %d rows left out (%s; rows %s)", source, account.dropped_rows[reason], reason, first)
 
 
 def _pack(data: DataArguments, encoded: pa.Table, packing: bool) -> Dataset:
@@ -256,26 +267,30 @@ def split_rows(data: RowArguments, *, seed: int, built_in: tuple[int, int]) -> t
 
 
 def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], account: Account | None = None) -> Rows:
-    """What `use` makes of each row, with the row's `source` and number in `row`; the account counts rows and those left out.
+    """What `use` makes of each row, with the row's `source` and number in `row`.
+
+    `account` counts rows and those left out; without one, what is left out is logged.
 
     Raises:
         DataError: a row that cannot be used, unless `on_error` is "skip"; then, that there is no other.
     """
-    account = Account() if account is None else account
+    counted = Account() if account is None else account
     made: Rows = []
     with naming_places({} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}):
         for row in rows:
-            account.rows_in += 1
+            counted.rows_in += 1
             try:
                 made.append({**use(row), "source": row["source"], "row": row["row"]})
             except DataError as error:
                 if data.on_error == "raise":
                     raise
-                account.drop(type(error).__name__ + SKIPPED, tokens=0, row=row["row"])
+                counted.drop(type(error).__name__ + SKIPPED, tokens=0, row=row["row"])
                 last = error
         if rows and not made:
             raise last
-    account.rows_out = len(made)
+    counted.rows_out = len(made)
+    if account is None:
+        _tell_left_out(f"{data.dataset_name}, held out", counted)
     return made
 
 
@@ -285,10 +300,10 @@ def digest(rows: Dataset) -> str:
     for name in sorted(rows.column_names):
         for chunk in rows.data[name].chunks:
             while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-                summed.update(np.ascontiguousarray(chunk.value_lengths()))
+                summed.update(memoryview(np.ascontiguousarray(chunk.value_lengths())))
                 chunk = chunk.flatten()
             if pa.types.is_integer(chunk.type):
-                summed.update(np.ascontiguousarray(chunk))
+                summed.update(memoryview(np.ascontiguousarray(chunk)))
     return summed.hexdigest()
 
 

@@ -35,7 +35,14 @@ class PairRecipe(Recipe):
         set_template(tokenizer, self.data.chat_template)
         pairs, self.held_out = split_rows(self.data, seed=self.args.seed, built_in=self.built_in)
         self.ledger = Ledger()
-        self.train_rows = self.encode(pairs, tokenizer, self.ledger[pairs[0]["source"]])
+        account = self.ledger[pairs[0]["source"]]
+        self.train_rows = self.encode(pairs, tokenizer, account)
+        for row in self.train_rows:
+            tokens = len(row.get("prompt_ids", ())) + sum(len(row[f"{side}_ids"]) for side in SIDES)
+            trained = sum(_trained(row, side) for side in SIDES)
+            account.tokens_in += tokens
+            account.trained += trained
+            account.masked += tokens - trained
         self.num_rows, self.rows_digest = len(self.train_rows), digest(self.train_rows)
         self.results |= {"num_pairs": self.num_rows, "ledger": self.ledger.to_dict()}
 
@@ -46,18 +53,11 @@ class PairRecipe(Recipe):
         """
         options = {name: getattr(self.args, name) for name in self.encoding_options}
         encode = type(self).encode_row
-        account = Account() if account is None else account
         rows = usable_rows(
             *(self.data, pairs),
             lambda pair: encode(tokenizer, pair, source=pair["source"], row_index=pair["row"], **options),
             account,
         )
-        for row in rows:
-            tokens = len(row.get("prompt_ids", ())) + sum(len(row[f"{side}_ids"]) for side in SIDES)
-            trained = sum(_trained(row, side) for side in SIDES)
-            account.tokens_in += tokens
-            account.trained += trained
-            account.masked += tokens - trained
         return Dataset.from_list(rows)
 
     def introduce(self, trainer: Any) -> None:

@@ -30,7 +30,7 @@ def test_a_pair_that_cannot_be_used_is_left_out_and_counted_on_request(tmp_path,
     pairs[spoilt]["rejected"] = pairs[spoilt]["chosen"]
     write_rows(tmp_path / "pairs.jsonl", pairs)
     with pytest.raises(FormatError, match=rf"chosen and rejected are equal.*pairs\.jsonl, line {spoilt + 1}"):
-        recipe(None, data_class(path), ARGS, {}).load_rows(TOKENIZER)
+        recipe(None, data_class(path, eval_share=0.0), ARGS, {}).load_rows(TOKENIZER)
     left = recipe(None, data_class(path, eval_share=0.0, on_error="skip"), ARGS, {})
     left.load_rows(TOKENIZER)
     account = left.results["ledger"]["pairs.jsonl"]
@@ -41,3 +41,11 @@ def test_a_pair_that_cannot_be_used_is_left_out_and_counted_on_request(tmp_path,
     # Of each answer its text and one stop token are trained.
     assert account["trained"] == sum(len(TOKENIZER(side)["input_ids"]) + 1 for side in sides)
     assert account["tokens_in"] == account["trained"] + account["masked"]
+
+
+def test_a_pair_held_out_that_cannot_be_used_is_told(tmp_path, caplog):
+    pairs = [{**sharegpt(row), "rejected": row["chosen"][0]["content"]} for row in demo.preferences(3)]
+    rows = [{**pair, "source": "pairs", "row": i} for i, pair in enumerate([sharegpt(demo.preferences(1)[0]), *pairs])]
+    recipe = Dpo(None, DpoData("pairs.jsonl", on_error="skip"), ARGS, {})
+    assert recipe.encode(rows, TOKENIZER)["row"][:] == [0]
+    assert "pairs.jsonl, held out: 3 rows left out (FormatError, skipped; rows 1, 2, 3)" in caplog.text
