@@ -300,10 +300,10 @@ def digest(rows: Dataset) -> str:
     for name in sorted(rows.column_names):
         for chunk in rows.data[name].chunks:
             while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-                summed.update(memoryview(np.ascontiguousarray(chunk.value_lengths())))
+                summed.update(np.ascontiguousarray(chunk.value_lengths()).data)
                 chunk = chunk.flatten()
             if pa.types.is_integer(chunk.type):
-                summed.update(memoryview(np.ascontiguousarray(chunk)))
+                summed.update(np.ascontiguousarray(chunk).data)
     return summed.hexdigest()
 
 
