@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, replace
 
@@ -56,10 +57,12 @@ def mixture(options: MixtureOptions) -> None:
 def rows(options: RowsOptions) -> None:
     """Print source, number and length of each document of a step, and its text where asked."""
     assert options.step is not None
+    logging.getLogger("hf_objectives").setLevel(logging.WARNING)  # what preparation says was said when the run began
     found = rows_of_step(options.run, options.step, text=options.text)
     if options.json:
         for document in found:
-            print(json.dumps(asdict(document), ensure_ascii=False))
+            values = {name: value for name, value in asdict(document).items() if options.text or name != "text"}
+            print(json.dumps(values, ensure_ascii=False))
         return
     table = Table(
         "source", "row", "tokens", *(["text, trained parts in ⟦⟧"] if options.text else []), header_style="bold"

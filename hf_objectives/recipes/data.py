@@ -177,10 +177,7 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     packing = data.packing and data.mixture_settings() is None
     with naming_places({name: path for name, (path, _) in data.places().items() if path != BUILT_IN}):
         encoded = _encode(data, train, tokenizer, packing, ledger)
-        not_trained = Ledger()
-        evaluation = _encode(data, held_out, tokenizer, data.packing, not_trained) if held_out else None
-        for name, account in not_trained.accounts.items():
-            _tell_left_out(f"{name}, held out", account)
+        evaluation = _encode(data, held_out, tokenizer, data.packing, Ledger()) if held_out else None
     ends = [encoded.slice(0, _EXAMPLES), encoded.slice(max(_EXAMPLES, len(encoded) - _EXAMPLES))]
     examples = pa.concat_tables(ends).to_pylist()
     held = None if evaluation is None else _pack(data, evaluation, data.packing)
@@ -193,12 +190,6 @@ def _encode(data: DataArguments, rows: Rows, tokenizer: Any, packing: bool, ledg
     return encode_rows(
         rows, tokenizer, options, source="data", num_proc=data.num_proc, ledger=ledger, on_error=data.on_error
     )
-
-
-def _tell_left_out(source: str, account: Account) -> None:
-    for reason, rows in account.dropped_examples.items():
-        first = ", ".join(map(str, rows))
-        logger.warning("%s: %d rows left out (%s; rows %s)", source, account.dropped_rows[reason], reason, first)
 
 
 def _pack(data: DataArguments, encoded: pa.Table, packing: bool) -> Dataset:
@@ -289,8 +280,12 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
         if rows and not made:
             raise last
     counted.rows_out = len(made)
-    if account is None:
-        _tell_left_out(f"{data.dataset_name}, held out", counted)
+    for reason, numbers in counted.dropped_examples.items() if account is None else ():
+        first = ", ".join(map(str, numbers))
+        logger.warning(
+            "%s, held out: %d rows left out (%s; rows %s)",
+            *(data.dataset_name, counted.dropped_rows[reason], reason, first),
+        )
     return made
 
 
