@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
 from hf_objectives.errors import ConfigError
@@ -123,12 +124,24 @@ class TrainerHooks:
     #: Columns of the rows that reach the collator, beside those that the model takes.
     extra_columns: tuple[str, ...] = ()
 
+    #: Whether the trainer takes parts of rows from context parallelism; it has `rows_to_cut` then.
+    takes_parts: ClassVar[bool] = False
+
     def create_accelerator_and_postprocess(self) -> None:
-        """As the parent, for parallelism that leaves rows whole; see `refuse_cut_rows`."""
+        """As the parent, for parallelism that the trainer takes; see `refuse_cut_rows`."""
         trainer: Any = self
-        refuse_cut_rows(trainer.args.parallelism_config)
+        refuse_cut_rows(trainer.args.parallelism_config, takes_parts=self.takes_parts)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        refuse_cut_rows(getattr(trainer.accelerator, "parallelism_config", None))  # accelerate launch may set it
+        # accelerate launch may set it
+        refuse_cut_rows(getattr(trainer.accelerator, "parallelism_config", None), takes_parts=self.takes_parts)
+
+    def rows_to_cut(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Prepare the rows of a batch for context parallelism.
+
+        Returns:
+            A copy, whose tensors are cut in place. All of shape [batch, length] are cut along the length.
+        """
+        raise NotImplementedError
 
     def save_extra_state(self, folder: Path) -> None:
         """Write state of the subclass into a checkpoint that is about to be saved with its optimizer."""
@@ -139,6 +152,24 @@ class TrainerHooks:
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> float | None:
         """Count what the loss of a step is divided by, over its micro-batches and all ranks; None: the Trainer counts."""
         return None
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> tuple[Callable, Any]:
+        trainer: Any = self
+        if trainer.get_cp_size() == 1:
+            return super()._prepare_context_parallel_inputs(model, inputs)  # type: ignore[misc]
+        rows = self.rows_to_cut(inputs)
+        context, rows = super()._prepare_context_parallel_inputs(model, rows)  # type: ignore[misc]
+        options: Any = context.keywords
+        # The Trainer cuts the columns that it knows. The others must be cut alike: a part is a piece from each end of a row.
+        known = {id(tensor) for tensor in options["buffers"]}
+        shape = rows["input_ids"].shape
+        ours = [
+            tensor for tensor in rows.values() if getattr(tensor, "shape", None) == shape and id(tensor) not in known
+        ]
+        options["buffers"] += ours
+        options["buffer_seq_dims"] += [1] * len(ours)
+        options["no_restore_buffers"] |= {*ours}
+        return context, rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -173,6 +204,17 @@ def count_shifted_labels(trainer: Any) -> None:
     """Let a Trainer count `num_items_in_batch` over shifted labels, whatever the signature of the model."""
     trainer.model_accepts_loss_kwargs = True
     trainer._loss_shifts_labels = True
+
+
+def copies_of_rows() -> int:
+    """Number of processes that a loader of accelerate gives the same rows: those of tensor and of context parallelism."""
+    parallelism = AcceleratorState().parallelism_config if is_initialized() else None
+    return 1 if parallelism is None else parallelism.tp_size * parallelism.cp_size
+
+
+def is_stateful(model: nn.Module) -> bool:
+    """Whether a model, or one inside it, carries a state along a row, as Mamba does."""
+    return any(getattr(module, "_is_stateful", False) for module in model.modules())
 
 
 def train_batch_size(trainer: Any) -> int:
