@@ -38,6 +38,7 @@ from hf_objectives.trainers.hf_compat import (
     count_shifted_labels,
     prepare_sharded,
     prepared_batch,
+    reshard,
     router_loss,
     stop_ids,
     train_batch_size,
@@ -278,6 +279,7 @@ class PerplexityTrainer(TrainerHooks, Trainer):
                 counts.add(found)
                 rows += len(batch["input_ids"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        reshard(model)
         counts = counts.over_ranks()
         if not counts.total.num_tokens:
             raise NothingSupervisedError("no row of the evaluation data has a trained token")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
 from hf_objectives.errors import ConfigError
@@ -208,6 +207,8 @@ def count_shifted_labels(trainer: Any) -> None:
 
 def copies_of_rows() -> int:
     """Number of processes that a loader of accelerate gives the same rows: those of tensor and of context parallelism."""
+    from accelerate.state import AcceleratorState, is_initialized  # a second, which programs without a model are spared
+
     parallelism = AcceleratorState().parallelism_config if is_initialized() else None
     return 1 if parallelism is None else parallelism.tp_size * parallelism.cp_size
 
@@ -230,10 +231,24 @@ def prepared_batch(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 def prepare_sharded(trainer: Any) -> nn.Module:
     """The wrapped model of a sharded run (FSDP, DeepSpeed); before training it is wrapped here."""
     if len(trainer.accelerator._models) == 0:
-        trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+        if trainer.accelerator.is_fsdp2:  # accelerate wraps a model for FSDP2 with its optimizer alone
+            trainer.create_optimizer()
+            wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        else:
+            wrapped = trainer.accelerator.prepare(trainer.model)
+        trainer.model_wrapped = wrapped
         if trainer.is_fsdp_enabled:
             trainer.model = trainer.model_wrapped
     return trainer.model_wrapped
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up the weights of other ranks that a forward pass under FSDP2 left: accelerate takes shards to train."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def router_loss(model: Any, output: Any) -> tuple[Tensor, float] | None:

@@ -69,10 +69,11 @@ def step(folder: Path) -> dict:
 
 
 def evaluate(folder: Path) -> dict:
-    """23 rows, after a step of learning rate 0: accelerate prepares a model for FSDP2 with its optimizer alone."""
+    """23 rows, before a step of learning rate 0 and after it."""
     run = run_of(folder, chats(8), per_device_eval_batch_size=3)
+    before = run.evaluate()
     run.train()
-    return run.evaluate()
+    return {"before": before, "after": run.evaluate()}
 
 
 class Seen:

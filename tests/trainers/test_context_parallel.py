@@ -70,7 +70,7 @@ def test_sums_and_gradients_of_parts_are_those_of_whole_rows(tmp_path, monkeypat
     assert total == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, gradient[name], rtol=1e-6, atol=1e-6 * float(gradient[name].abs().max()))
-    logs = run.token_metrics.take() | run.source_losses.take()
+    nats, logs = nats.detach(), run.token_metrics.take() | run.source_losses.take()
     trained = batch["labels"][:, 1:] != -100
     assert logs["num_supervised_tokens"] == int(trained.sum())
     assert logs["num_tokens_seen"] == sum(len(row["input_ids"]) for row in rows)
@@ -261,7 +261,7 @@ def test_evaluation_counts_each_row_once(four_processes):
     counted = by_hand(chats())
     nats = [value for own, _ in counted for value in own]
     odd = [value for own, _ in counted[1::2] for value in own]
-    for metrics in four_processes.of["evaluate"]:
+    for metrics in (outcome[when] for outcome in four_processes.of["evaluate"] for when in ("before", "after")):
         assert metrics["eval_num_tokens"] == len(nats)
         assert metrics["eval_loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-6)
         assert metrics["eval_odd_loss"] == pytest.approx(sum(odd) / len(odd), rel=1e-6)
