@@ -57,8 +57,12 @@ def mixture(options: MixtureOptions) -> None:
 def rows(options: RowsOptions) -> None:
     """Print source, number and length of each document of a step, and its text where asked."""
     assert options.step is not None
-    logging.getLogger("hf_objectives").setLevel(logging.WARNING)  # what preparation says was said when the run began
-    found = rows_of_step(options.run, options.step, text=options.text)
+    logger, level = logging.getLogger("hf_objectives"), logging.getLogger("hf_objectives").level
+    logger.setLevel(logging.WARNING)  # what preparation says was said when the run began
+    try:
+        found = rows_of_step(options.run, options.step, text=options.text)
+    finally:
+        logger.setLevel(level)
     if options.json:
         for document in found:
             values = {name: value for name, value in asdict(document).items() if options.text or name != "text"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_objectives.evaluation.logits import split_extra_columns, target_nll, unwrapped
-from hf_objectives.losses import next_token_targets
+from hf_objectives.losses import shifted_columns
 from hf_objectives.types import IGNORE_INDEX
 
 _TOKENS = 1024  # of the rows of one forward pass
@@ -54,8 +54,9 @@ def document_losses(model: nn.Module, batch: Mapping[str, Any], *, together: boo
     """
     inputs, extra = split_extra_columns(batch)
     ids, labels = inputs["input_ids"], extra["labels"]
-    trained = next_token_targets(labels) != IGNORE_INDEX
-    nll = _nll(model, inputs, labels, together)
+    targets = shifted_columns(extra)["shift_labels"]
+    trained = targets != IGNORE_INDEX
+    nll = _nll(model, inputs, targets, together)
     mask = inputs.get("attention_mask")
     kept = mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
     return [
@@ -75,9 +76,9 @@ def document_losses(model: nn.Module, batch: Mapping[str, Any], *, together: boo
     ]
 
 
-def _nll(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, together: bool) -> Tensor:
+def _nll(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, together: bool) -> Tensor:
     """Nats of each target, float64 [batch, length], 0 where nothing is trained."""
-    ids, targets = inputs["input_ids"], next_token_targets(labels)
+    ids = inputs["input_ids"]
     nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
     for rows, part in _parts(_accepted(model, inputs), ids, together):
         positions = targets[rows] != IGNORE_INDEX

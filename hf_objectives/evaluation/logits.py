@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_objectives.losses import token_nll
+from hf_objectives.losses import SHIFTED, token_nll
 from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1024  # tokens whose logits are in float32 at a time
-EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids")
+EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids", *SHIFTED)
 
 
 def split_extra_columns(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

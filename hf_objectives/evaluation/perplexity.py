@@ -16,7 +16,7 @@ from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedErro
 from hf_objectives.evaluation.counts import EvaluationCounts, PerplexityResult, TokenCount
 from hf_objectives.evaluation.logits import split_extra_columns, target_nll
 from hf_objectives.labels import token_byte_lengths
-from hf_objectives.losses import next_token_targets
+from hf_objectives.losses import shifted_columns
 from hf_objectives.types import IGNORE_INDEX, check_max_length, ends_of_runs
 
 
@@ -33,14 +33,15 @@ def count_batch(
 
     Args:
         model: a causal language model in evaluation mode.
-        batch: `input_ids`, `labels` (int64 [batch, length], unshifted) and the model's other inputs; `source_names` and
-            `source_ids` name the source of each token.
+        batch: `input_ids`, `labels` (int64 [batch, length], unshifted) or `shift_labels`, and the model's other inputs;
+            `source_names` and `source_ids` name the source of each token.
         byte_lengths: int64 [vocabulary], bytes per token id; None counts no bytes.
         stop_ids: tokens that end a turn. Where a run of trained tokens ends with one, its probability is counted.
         full_logits: see `selected_logits`.
     """
     inputs, extra = split_extra_columns(batch)
-    targets = next_token_targets(extra["labels"])
+    columns = shifted_columns(extra)
+    targets = columns["shift_labels"]
     positions = targets != IGNORE_INDEX
     nats = target_nll(model, inputs, targets, full=full_logits).cpu().numpy()
     ids = targets[positions].cpu().numpy()
@@ -49,8 +50,8 @@ def count_batch(
     # A run ends where the next target is not trained. A stop token there is the end of a turn.
     stops = ends_of_runs(targets)[positions].cpu().numpy() & np.isin(ids, list(stop_ids))
     counts.stop_probability, counts.num_stops = float(np.exp(-nats[stops]).sum()), int(stops.sum())
-    if "source_ids" in extra:
-        source_ids = next_token_targets(extra["source_ids"])[positions].cpu().numpy()
+    if "shift_sources" in columns:
+        source_ids = columns["shift_sources"][positions].cpu().numpy()
         for i, name in enumerate(extra["source_names"]):
             own = source_ids == i
             if own.any():

@@ -8,8 +8,10 @@ from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
     from hf_objectives.losses.next_token import (
+        SHIFTED,  # columns of what each position predicts
         next_token_loss,  # summed cross-entropy, with label smoothing and z-loss
         next_token_targets,  # the label that each position predicts
+        shifted_columns,  # label, weight and source of what each position predicts, of rows or of parts of rows
         token_nll,  # -log softmax(logits)[target] of each token
     )
     from hf_objectives.losses.ppo import (

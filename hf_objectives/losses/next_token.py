@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +27,45 @@ class LossSum(NamedTuple):
     token_nll: Tensor
 
 
-def next_token_targets(labels: Tensor) -> Tensor:
+def next_token_targets(labels: Tensor, last: float = IGNORE_INDEX) -> Tensor:
     """Shift labels by one, so that each position holds the label that it predicts.
 
     Args:
-        labels: int64 [batch, length], unshifted, -100 where a token is not trained.
+        labels: int64 [batch, length], unshifted, -100 where a token is not trained. Or another value of each token.
+        last: the value of the last position, which predicts nothing.
 
     Returns:
-        int64 [batch, length], -100 at the last position. No position predicts the first label.
+        [batch, length]. No position predicts the first label.
     """
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=last)
+
+
+#: Columns of what each position predicts: the column that each is made of, and its value at the end of a row.
+SHIFTED = {
+    "shift_labels": ("labels", IGNORE_INDEX),
+    "shift_weights": ("loss_weights", 1),
+    "shift_sources": ("source_ids", -1),
+}
+
+
+def shifted_columns(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The columns of what each position predicts: label, weight and source of the next token.
+
+    A batch may have them already. It must where its rows are cut, because the next token of a part's last one is in another
+    part.
+
+    Args:
+        batch: `labels`, `loss_weights` and `source_ids` ([batch, length], unshifted), or `shift_labels`, `shift_weights` and
+            `shift_sources` in their place; a column that it lacks in both forms is left out.
+
+    Returns:
+        The columns of `SHIFTED`, [batch, length].
+    """
+    return {
+        name: batch[name] if name in batch else next_token_targets(batch[column], last)
+        for name, (column, last) in SHIFTED.items()
+        if name in batch or column in batch
+    }
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
+from hf_objectives.trainers import copies_of_rows
 
 ACCELERATE = "accelerate's config"
 
@@ -30,7 +31,7 @@ class Line(NamedTuple):
 
 def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mapping[str, str]) -> list[Line]:
     """The plan of a run on `num_rows` prepared rows; `origin` says where each value came from, see `parse_config`."""
-    processes = world_size()
+    processes = world_size() // copies_of_rows()
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     per_epoch = max(1, -(-num_rows // rows))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
@@ -49,7 +50,7 @@ def resolve_plan(args: Any, data: Any, model: Any, num_rows: int, origin: Mappin
     if max_length is not None:
         most = [Line("global batch", f"up to {rows * max_length:,} tokens", source("max_length"))]
     return [
-        Line("processes", f"{processes} ({_backend(args)})", "this launch"),
+        Line("processes", f"{world_size()} ({_backend(args)})", "this launch"),
         Line("device", str(args.device), "this machine"),
         Line("precision", *_precision(args, model, source)),
         Line("attention", str(getattr(model.config, "_attn_implementation", "unknown")), source("attn_implementation")),

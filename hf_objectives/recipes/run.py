@@ -22,6 +22,7 @@ from hf_objectives.publishing import push, write_card
 from hf_objectives.recipes.arguments import parse_config
 from hf_objectives.recipes.plan import check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
+from hf_objectives.trainers import copies_of_rows
 
 
 class Recipe:
@@ -111,7 +112,11 @@ class Recipe:
         folder = Path(args.output_dir)
         if on_main():
             recipe.introduce(trainer)
-            rows = {"recipe": cls.__name__.lower(), "rows_digest": recipe.rows_digest}
+            rows = {
+                "recipe": cls.__name__.lower(),
+                "rows_digest": recipe.rows_digest,
+                "copies_of_rows": copies_of_rows(),
+            }
             save_environment(folder / ENVIRONMENT, (rows, args, data, model_config))
         trainer.add_callback(DiagnosticsCallback(trainer))
         before = recipe.evaluate(trainer)

@@ -85,6 +85,7 @@ def _read(folder: Path, asked: str | Path) -> dict[str, Any]:
             f"{folder / ENVIRONMENT} names no recipe; expected one that a recipe of this version wrote"
         )
     check_one_of("recipe", environment["settings"]["recipe"], _RECIPES)
+    environment["world_size"] //= environment["settings"]["copies_of_rows"]  # those that read rows of their own
     return environment
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_objectives.trainers.hf_compat import (
         StepWatch,  # what `watch_steps` calls
         attention_of,  # the name of a model's attention implementation
+        copies_of_rows,  # processes that are given the same rows
         origin_of,  # the folder or Hub id that a model was loaded from
         prepared_batch,  # a batch on the device of the run
         stop_ids,  # the EOS ids of a generation config or a tokenizer

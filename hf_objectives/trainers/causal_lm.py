@@ -20,17 +20,25 @@ from hf_objectives.distributed import any_rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_outputs, split_extra_columns
 from hf_objectives.labels import token_byte_lengths
-from hf_objectives.losses import next_token_loss, next_token_targets
+from hf_objectives.losses import next_token_loss, shifted_columns
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.trainers.causal_lm_config import PerplexityTrainingArguments
 from hf_objectives.trainers.collation import OUR_COLLATORS, collator_for, evaluation_loader, settle_batches
+from hf_objectives.trainers.context_parallel import (
+    check_rows,
+    collator_of_parts,
+    columns_to_cut,
+    refuse_uncuttable,
+)
 from hf_objectives.trainers.guards import ensure_stop_tokens, stop_if_not_finite
 from hf_objectives.trainers.hf_compat import (
     StepWatch,
     TrainerHooks,
+    copies_of_rows,
     count_shifted_labels,
     prepare_sharded,
     prepared_batch,
+    reshard,
     router_loss,
     stop_ids,
     train_batch_size,
@@ -59,9 +67,12 @@ class PerplexityTrainer(TrainerHooks, Trainer):
     Without a `data_collator`, and with a tokenizer as `processing_class`, rows are collated by
     `DataCollatorForAssistantOnlyLM`, and those of a packed dataset by `DataCollatorWithEosPacking` (see `collator_for`).
 
+    Under context parallelism each process trains on its part of the same rows, and evaluates whole rows of its own.
+
     Raises:
         ConfigError: `compute_metrics`, `preprocess_logits_for_metrics` and `compute_loss_func`, which would never be called;
-            `args` that are not `PerplexityTrainingArguments`; a model that is no causal language model.
+            `args` that are not `PerplexityTrainingArguments`; a model that is no causal language model; parallelism under
+            which the loss would be another (`docs/compatibility.md`).
     """
 
     args: PerplexityTrainingArguments
@@ -86,6 +97,10 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         super().__init__(model, args, data_collator, **kwargs)
         refuse_data_parallel(self.args)
         refuse_other_models(self.model)
+        if self.get_cp_size() > 1:
+            refuse_uncuttable(self.model, compiled=self._compiled)
+            self.data_collator = collator_of_parts(self.data_collator, self.get_cp_size())
+            self._chosen_collator = self._chosen_collator and self.data_collator
         self.tokenizer = tokenizer
         count_shifted_labels(self)  # the loss below always divides by their number
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)
@@ -108,11 +123,22 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         """
         if not isinstance(self.train_dataset, OrderedStream):
             return super().get_train_dataloader()
-        self.train_dataset.batch_rows = train_batch_size(self) * world_size()
+        self.train_dataset.batch_rows = train_batch_size(self) * world_size() // copies_of_rows()
         loader: Any = super().get_train_dataloader()
         # A DataLoader without a generator of its own draws from the run's when an iteration begins.
         loader.base_dataloader.generator = torch.Generator()
         return loader
+
+    takes_parts = True
+
+    def rows_to_cut(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What context parallelism cuts, see `columns_to_cut`."""
+        return columns_to_cut(batch, self.get_cp_size())
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Train on a micro-batch as the parent does, and remember what turns end with; its rows are still whole here."""
+        self._remember_stops(shifted_columns(inputs)["shift_labels"])
+        return super().training_step(model, inputs, num_items_in_batch)
 
     @property
     def rows_taken(self) -> int:
@@ -130,45 +156,47 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         if return_outputs:
             raise ConfigError("logits are computed at trained positions only; call the model for its outputs")
         model_inputs, extra = split_extra_columns(inputs)
-        targets = next_token_targets(extra["labels"])
+        columns = shifted_columns(extra)
+        targets = columns["shift_labels"]
         positions = targets != IGNORE_INDEX
         logits, output = selected_outputs(model, model_inputs, positions, full=self._compiled)
-        weights = extra.get("loss_weights")
-        if weights is not None:
-            weights = torch.nn.functional.pad(weights[:, 1:], (0, 1))[positions]
+        weights, sources = columns.get("shift_weights"), columns.get("shift_sources")
         result = next_token_loss(
             logits,
             targets[positions],
-            weights=weights,
+            weights=None if weights is None else weights[positions],
             label_smoothing=self.args.label_smoothing_factor,
             z_loss=self.args.z_loss,
         )
         aux, weight = router_loss(self.accelerator.unwrap_model(model), output) or (None, 0.0)
         share = 1.0 if num_items_in_batch is None else 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-        sources = extra.get("source_ids")
-        self.token_metrics.add(result.nll, positions, model_inputs, sources, aux, share)
+        if aux is not None and self.get_cp_size() > 1:
+            raise ConfigError(
+                "under context parallelism the auxiliary loss of experts would be of parts of rows; set "
+                "output_router_logits=False in the model's config, or cp_size to 1"
+            )
+        self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"), aux, share)
         if sources is not None:
-            self.source_losses.add(result.token_nll, positions, sources, extra["source_names"])
-        self._remember_stops(extra["labels"])
+            self.source_losses.add(result.token_nll, sources[positions], extra["source_names"])
         if num_items_in_batch is None:
             loss = result.loss / result.weight.clamp(min=1)
         else:
             # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
             loss = result.loss / torch.as_tensor(num_items_in_batch, device=result.loss.device).clamp(min=1)
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = loss * self.accelerator.num_processes
         # The balance of experts is a mean over a micro-batch, of which a step takes the mean over micro-batches and ranks.
         return loss if aux is None else loss + weight * aux.to(loss.device) * share
 
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> float | None:
         """Sum the weights of the trained tokens of a step over all ranks; None where no row has weights."""
-        if not any("loss_weights" in batch for batch in batches):
+        if all("labels" in batch and "loss_weights" not in batch for batch in batches):
             return None
         total = 0.0
-        for batch in batches:
-            trained = batch["labels"][:, 1:] != IGNORE_INDEX
-            weights = batch.get("loss_weights")
-            total += float(trained.sum() if weights is None else weights[:, 1:][trained].sum())
-        return sum_over_ranks([total])[0]
+        for columns in map(shifted_columns, batches):
+            trained = columns["shift_labels"] != IGNORE_INDEX
+            weights = columns.get("shift_weights")
+            total += float(trained.sum() if weights is None else weights[trained].sum())
+        return sum_over_ranks([total])[0] / copies_of_rows()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does; training logs add the metrics of tokens and of the sources of a mixture."""
@@ -223,6 +251,8 @@ class PerplexityTrainer(TrainerHooks, Trainer):
             raise ConfigError("evaluation needs rows that end; a mixture's are in its eval_dataset")
         chosen = self._chosen_collator is not None and self.data_collator is self._chosen_collator
         collate: Any = collator_for(rows, self.tokenizer) if chosen else self.data_collator
+        if self.get_cp_size() > 1:
+            collate = collator_of_parts(collate, self.get_cp_size())
         return evaluation_loader(rows, collate, self.args)
 
     def evaluation_loop(
@@ -241,12 +271,15 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         counts, rows = EvaluationCounts(), 0
         options: dict[str, Any] = {"byte_lengths": self._byte_lengths, "stop_ids": self._stop_ids()}
         for batch, is_own in self._in_step(dataloader):
+            if self.get_cp_size() > 1:
+                check_rows(batch)  # each rank evaluates whole rows, but accelerate has taken the mask from the model
             with self.compute_loss_context_manager():
                 found = count_batch(model, prepared_batch(self, batch), **options, full_logits=self._compiled)
             if is_own:
                 counts.add(found)
                 rows += len(batch["input_ids"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        reshard(model)
         counts = counts.over_ranks()
         if not counts.total.num_tokens:
             raise NothingSupervisedError("no row of the evaluation data has a trained token")

@@ -123,12 +123,24 @@ class TrainerHooks:
     #: Columns of the rows that reach the collator, beside those that the model takes.
     extra_columns: tuple[str, ...] = ()
 
+    #: Whether the trainer takes parts of rows from context parallelism; it has `rows_to_cut` then.
+    takes_parts: ClassVar[bool] = False
+
     def create_accelerator_and_postprocess(self) -> None:
-        """As the parent, for parallelism that leaves rows whole; see `refuse_cut_rows`."""
+        """As the parent, for parallelism that the trainer takes; see `refuse_cut_rows`."""
         trainer: Any = self
-        refuse_cut_rows(trainer.args.parallelism_config)
+        refuse_cut_rows(trainer.args.parallelism_config, takes_parts=self.takes_parts)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        refuse_cut_rows(getattr(trainer.accelerator, "parallelism_config", None))  # accelerate launch may set it
+        # accelerate launch may set it
+        refuse_cut_rows(getattr(trainer.accelerator, "parallelism_config", None), takes_parts=self.takes_parts)
+
+    def rows_to_cut(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Prepare the rows of a batch for context parallelism.
+
+        Returns:
+            A copy, whose tensors are cut in place. All of shape [batch, length] are cut along the length.
+        """
+        raise NotImplementedError
 
     def save_extra_state(self, folder: Path) -> None:
         """Write state of the subclass into a checkpoint that is about to be saved with its optimizer."""
@@ -139,6 +151,24 @@ class TrainerHooks:
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> float | None:
         """Count what the loss of a step is divided by, over its micro-batches and all ranks; None: the Trainer counts."""
         return None
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> tuple[Callable, Any]:
+        trainer: Any = self
+        if trainer.get_cp_size() == 1:
+            return super()._prepare_context_parallel_inputs(model, inputs)  # type: ignore[misc]
+        rows = self.rows_to_cut(inputs)
+        context, rows = super()._prepare_context_parallel_inputs(model, rows)  # type: ignore[misc]
+        options: Any = context.keywords
+        # The Trainer cuts the columns that it knows. The others must be cut alike: a part is a piece from each end of a row.
+        known = {id(tensor) for tensor in options["buffers"]}
+        shape = rows["input_ids"].shape
+        ours = [
+            tensor for tensor in rows.values() if getattr(tensor, "shape", None) == shape and id(tensor) not in known
+        ]
+        options["buffers"] += ours
+        options["buffer_seq_dims"] += [1] * len(ours)
+        options["no_restore_buffers"] |= {*ours}
+        return context, rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -175,6 +205,19 @@ def count_shifted_labels(trainer: Any) -> None:
     trainer._loss_shifts_labels = True
 
 
+def copies_of_rows() -> int:
+    """Number of processes that a loader of accelerate gives the same rows: those of tensor and of context parallelism."""
+    from accelerate.state import AcceleratorState, is_initialized  # a second, which programs without a model are spared
+
+    parallelism = AcceleratorState().parallelism_config if is_initialized() else None
+    return 1 if parallelism is None else parallelism.tp_size * parallelism.cp_size
+
+
+def is_stateful(model: nn.Module) -> bool:
+    """Whether a model, or one inside it, carries a state along a row, as Mamba does."""
+    return any(getattr(module, "_is_stateful", False) for module in model.modules())
+
+
 def train_batch_size(trainer: Any) -> int:
     """Rows of a training batch on one process, after `auto_find_batch_size`."""
     return trainer._train_batch_size
@@ -188,10 +231,24 @@ def prepared_batch(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 def prepare_sharded(trainer: Any) -> nn.Module:
     """The wrapped model of a sharded run (FSDP, DeepSpeed); before training it is wrapped here."""
     if len(trainer.accelerator._models) == 0:
-        trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+        if trainer.accelerator.is_fsdp2:  # accelerate wraps a model for FSDP2 with its optimizer alone
+            trainer.create_optimizer()
+            wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        else:
+            wrapped = trainer.accelerator.prepare(trainer.model)
+        trainer.model_wrapped = wrapped
         if trainer.is_fsdp_enabled:
             trainer.model = trainer.model_wrapped
     return trainer.model_wrapped
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up the weights of other ranks that a forward pass under FSDP2 left: accelerate takes shards to train."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def router_loss(model: Any, output: Any) -> tuple[Tensor, float] | None:

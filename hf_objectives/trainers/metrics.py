@@ -103,17 +103,15 @@ class SourceLosses:
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
-    def add(self, token_nll: Tensor, positions: Tensor, sources: Tensor, names: Sequence[str]) -> None:
+    def add(self, token_nll: Tensor, sources: Tensor, names: Sequence[str]) -> None:
         """Add a micro-batch; nothing is read from its device.
 
         Args:
-            token_nll: float [trained tokens], in the order of `positions`.
-            positions: bool [batch, length], places that predict a trained token.
-            sources: int64 [batch, length], the source of each token by its number in `names`, -1 for none.
+            token_nll: float [trained tokens], in nats.
+            sources: int64 [trained tokens], the source of each by its number in `names`, -1 for none.
             names: names of the batch's sources.
         """
-        of_targets = torch.nn.functional.pad(sources[:, 1:], (0, 1), value=-1)[positions]
-        rows = torch.where(of_targets < 0, len(names), of_targets)
+        rows = torch.where(sources < 0, len(names), sources)
         values = torch.stack([token_nll.double(), torch.ones_like(token_nll, dtype=torch.float64)], dim=1)
         sums = values.new_zeros(len(names) + 1, 2).index_add_(0, rows, values)
         known = self._sums.get(tuple(names))

@@ -50,25 +50,39 @@ def refuse_callables(given: Mapping[str, Any]) -> None:
             raise ConfigError(reason)
 
 
-def refuse_cut_rows(parallelism: Any) -> None:
-    """Refuse context and sequence parallelism, which give each process a part of each row.
+def refuse_cut_rows(parallelism: Any, *, takes_parts: bool = False) -> None:
+    """Refuse parallelism under which losses, scores or counts would be wrong.
 
-    A token at a cut has its label, or the score of its text, on another process.
+    Context and sequence parallelism give each process a part of each row. A token at a cut has its label, or the score of its
+    text, on another process.
 
     Args:
         parallelism: `ParallelismConfig` of accelerate, or None.
+        takes_parts: whether the trainer takes the parts that context parallelism gives. It takes neither those of DeepSpeed's
+            sequence parallelism, of which neither the count of tokens nor the scale of gradients has been proved, nor tensor
+            parallelism: its evaluation gives every process other rows, and its logs count the tokens of each.
 
     Raises:
         ConfigError: names the setting.
     """
-    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
-        size = getattr(parallelism, name, None) or 1
+    context, sequence, tensor = (getattr(parallelism, name, None) or 1 for name in ("cp_size", "sp_size", "tp_size"))
+    if sequence > 1 and takes_parts:
+        raise ConfigError(
+            f"parallelism_config has sp_size={sequence}: the loss over DeepSpeed's parts of rows is not proved and may be "
+            f"wrong. Set sp_size to 1, and cp_size to {sequence} with FSDP2 in its place"
+        )
+    if tensor > 1 and takes_parts:
+        raise ConfigError(
+            f"parallelism_config has tp_size={tensor}: an evaluation would give the processes that share a model different "
+            "rows, and logs would count each token several times. Set tp_size to 1, and dp_shard_size with FSDP2 in its place"
+        )
+    for name, size in (("cp_size", 1 if takes_parts else context), ("sp_size", sequence)):
         if size > 1:
             raise ConfigError(
-                f"parallelism_config has {name}={size}: {kind} parallelism gives each process a part of each row, and the "
-                "label of a part's last token lies on another process, so that losses and scores would be wrong. Set "
-                f"{name} to 1; FSDP, dp_shard_size and tp_size share a model among processes without cutting rows, and "
-                "gradient checkpointing makes room for longer ones"
+                f"parallelism_config has {name}={size}: it gives each process a part of each row, and the label of a part's "
+                f"last token lies on another process, so that losses and scores would be wrong. Set {name} to 1; FSDP and "
+                "dp_shard_size share a model among processes without cutting rows, and gradient checkpointing makes room for "
+                "longer ones"
             )
 
 

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.preparation import OrderedStream
+from hf_objectives.trainers.hf_compat import copies_of_rows
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class OrderedStreamCallback(TrainerCallback):
                 "accelerator_config={'dispatch_batches': False}, or dataloader_num_workers to 0 or 1"
             )
         # Not `args.train_batch_size`, which `auto_find_batch_size` leaves as it was.
-        self.stream.batch_rows = train_dataloader.batch_size * args.world_size
+        self.stream.batch_rows = train_dataloader.batch_size * args.world_size // copies_of_rows()
         kept = state.stateful_callbacks.get(self.state_name)
         if state.global_step and kept is None:
             raise ConfigError(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from tests.support import dpo_worlds
-from tests.support.language_models import TOKENIZER, by_autograd, chats, mixtral, trainer
+from tests.support.language_models import TOKENIZER, by_autograd, chats, llama, mixtral, trainer
 from tests.support.ppo_acts import ppo_steps
 
 pytestmark = pytest.mark.distributed
@@ -66,6 +66,10 @@ def test_fsdp2_trains_saves_and_resumes_like_ddp(two_processes, tmp_path):
         evaluated = outcome[f"arguments {tied}"]["evaluations"][0]
         assert whole == resumed and len(whole) == 4 and whole[3] < whole[0]
         found = outcome[f"on_shards {tied}"]
+        assert found["before"] == pytest.approx(outcome[f"arguments {tied}"]["before"], rel=1e-6)
+        assert found["before"] == pytest.approx(
+            trainer(tmp_path, model=llama(tie_word_embeddings=tied == "tied")).evaluate()["eval_loss"], rel=1e-6
+        )
         for losses in found["losses"]:
             assert losses == pytest.approx(whole, rel=1e-5)
         assert found["evaluations"] == pytest.approx([evaluated] * 2, rel=1e-6)

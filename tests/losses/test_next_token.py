@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_objectives.losses.next_token import next_token_loss, next_token_targets, token_nll
+from hf_objectives.losses.next_token import next_token_loss, next_token_targets, shifted_columns, token_nll
 
 
 def example(dtype=torch.float32):
@@ -18,6 +18,53 @@ def example(dtype=torch.float32):
 def test_targets_by_hand():
     labels = torch.tensor([[5, 6, -100, 7], [-100, -100, 8, 9]])
     assert next_token_targets(labels).tolist() == [[6, -100, 7, -100], [-100, 8, 9, -100]]
+
+
+def test_shifted_columns_by_hand():
+    batch = {
+        "labels": torch.tensor([[5, 6, -100, 7]]),
+        "loss_weights": torch.tensor([[0.5, 2.0, 3.0, 4.0]]),
+        "source_ids": torch.tensor([[0, 0, 1, 1]]),
+        "input_ids": torch.tensor([[5, 6, 8, 7]]),
+    }
+    columns = shifted_columns(batch)
+    assert {name: column.tolist() for name, column in columns.items()} == {
+        "shift_labels": [[6, -100, 7, -100]], "shift_weights": [[2.0, 3.0, 4.0, 1.0]], "shift_sources": [[0, 1, 1, -1]],
+    }  # fmt: skip
+    parts = {name: column[:, 2:] for name, column in columns.items()}
+    assert {name: column.tolist() for name, column in shifted_columns({**batch, **parts}).items()} == {
+        "shift_labels": [[7, -100]], "shift_weights": [[4.0, 1.0]], "shift_sources": [[1, -1]],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pieces", [((0, 1), (2, 3)), ((0, 3), (1, 2))], ids=["halves", "both ends"])
+def test_sums_and_gradients_of_parts_are_those_of_whole_rows(pieces):
+    """Hidden states and targets of two rows, cut in two by halves and as context parallelism does."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 16, 8, generator=generator).requires_grad_()
+    head = torch.randn(8, 31, generator=generator).requires_grad_()
+    labels = torch.randint(0, 31, (2, 16), generator=generator).masked_fill(
+        torch.rand(2, 16, generator=generator) < 0.3, -100
+    )
+    whole = torch.nn.functional.cross_entropy(
+        (hidden[:, :-1] @ head).transpose(1, 2), labels[:, 1:], reduction="sum", label_smoothing=0.1
+    )
+    whole.backward()
+    expected = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    shift_labels, total, count = shifted_columns({"labels": labels})["shift_labels"], 0.0, 0.0
+    for part in pieces:
+        states, targets = (
+            torch.cat([value.chunk(4, dim=1)[piece] for piece in part], dim=1) for value in (hidden, shift_labels)
+        )
+        targets = shifted_columns({"shift_labels": targets, "labels": targets})["shift_labels"]
+        positions = targets != -100
+        result = next_token_loss(states[positions] @ head, targets[positions], label_smoothing=0.1)
+        result.loss.backward()
+        total, count = total + result.loss.item(), count + result.weight.item()
+    assert total == pytest.approx(whole.item(), rel=1e-6) and count == int((labels[:, 1:] != -100).sum())
+    for found, value in zip((hidden.grad, head.grad), expected, strict=True):
+        assert torch.allclose(found, value, rtol=1e-6, atol=1e-6)
 
 
 def test_nll_by_hand():

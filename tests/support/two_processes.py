@@ -117,7 +117,7 @@ def on_shards(folder: Path, **options) -> PerplexityTrainingArguments:
 
 
 def sharded(folder: Path) -> dict:
-    """Train, save half-way, evaluate, save; resume from half-way; the same unsharded."""
+    """Evaluate, train, save half-way, evaluate, save; resume from half-way; the same unsharded."""
     outcome = {}
     for tied in (False, True):
         for options in (arguments, on_shards):
@@ -133,13 +133,15 @@ def sharded(folder: Path) -> dict:
                 )  # fmt: skip
 
             run = make()
+            before = run.evaluate()["eval_loss"]
             run.train()
             assert run.is_fsdp_enabled == (options is on_shards)
             run.save_model(str(folder / name / "final"))
             resumed = make()
             resumed.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
             losses = [[log["loss"] for log in one.state.log_history if "loss" in log] for one in (run, resumed)]
-            outcome[name] = {"losses": losses, "evaluations": [one.evaluate()["eval_loss"] for one in (run, resumed)]}
+            evaluations = [one.evaluate()["eval_loss"] for one in (run, resumed)]
+            outcome[name] = {"losses": losses, "evaluations": evaluations, "before": before}
     return outcome
 
 

@@ -70,7 +70,7 @@ MOOT = {
 #: Refused elsewhere than in PerplexityTrainingArguments, for some of their values.
 REFUSED_ELSEWHERE = {
     "accelerator_config": "dispatch_batches, and split_batches with a stream: settle_batches",
-    "parallelism_config": "cp_size and sp_size over 1: refuse_cut_rows",
+    "parallelism_config": "sp_size or tp_size over 1: refuse_cut_rows",
     "optim": "that change weights in the backward pass, beside stop_on_non_finite: PerplexityTrainingArguments",
 }
 

@@ -14,10 +14,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer, TrainerState
 from trl import SFTTrainer
 
+from hf_objectives.collators import DataCollatorForAssistantOnlyLM
 from hf_objectives.errors import ConfigError
-from hf_objectives.trainers import PerplexityTrainer, StepWatch, watch_steps
+from hf_objectives.trainers import PerplexityTrainer, StepWatch, hf_compat, watch_steps
 from hf_objectives.trainers.hf_compat import router_loss
-from tests.support.language_models import llama, trainer
+from tests.support.language_models import TOKENIZER, chats, llama, trainer
 
 MOVED = (
     f"transformers {version('transformers')} has changed: {{}}; hf_objectives/trainers/hf_compat.py is written for "
@@ -37,6 +38,8 @@ METHODS = {
     "_get_output_dir": ["self", "trial"],
     "_prepare_input": ["self", "data"],
     "create_accelerator_and_postprocess": ["self"],
+    "_prepare_context_parallel_inputs": ["self", "model", "inputs"],
+    "get_cp_size": ["self"],
 }
 
 
@@ -55,13 +58,35 @@ def test_attributes(tmp_path):
     for name in ("_train_batch_size", "_signature_columns", "_loss_shifts_labels", "model_accepts_loss_kwargs"):
         assert name in vars(run), MOVED.format(f"Trainer has no {name}")
     assert run.accelerator._models == [], "accelerate has no Accelerator._models; see hf_compat.prepare_sharded"
-    for name in ("cp_size", "sp_size"):
+    for name in ("cp_size", "sp_size", "tp_size"):
         assert hasattr(ParallelismConfig(), name), f"accelerate's ParallelismConfig has no {name}; see refuse_cut_rows"
+    assert not hf_compat.is_stateful(run.model) and hasattr(run.model, "_is_stateful"), MOVED.format(
+        "_is_stateful has gone"
+    )
+    assert hasattr(run.accelerator.state, "parallelism_config"), "accelerate's state has no parallelism_config"
     for name in ("_name_or_path", "_attn_implementation"):
         assert hasattr(run.model.config, name), MOVED.format(f"a config has no {name}")
     source = inspect.getsource(Trainer._run_epoch)
     order = [source.index(call) for call in ("._get_grad_norm(", ".on_pre_optimizer_step(", ".optimizer.step(")]
     assert order == sorted(order), MOVED.format("the gradient norm is not computed right before the optimizer's step")
+
+
+def test_what_context_parallelism_cuts(tmp_path, monkeypatch):
+    """The Trainer's buffers, and ours beside them; they are tensors of one shape, cut along the rows."""
+    run = trainer(tmp_path)
+    batch = run.data_collator(chats(4))
+    context, same = run._prepare_context_parallel_inputs(run.model, batch)
+    assert same is batch and not hasattr(context, "keywords")
+    monkeypatch.setattr(run.accelerator.state, "parallelism_config", ParallelismConfig(cp_size=2, dp_shard_size=3))
+    assert (run.get_cp_size(), hf_compat.copies_of_rows()) == (2, 2)
+    batch = DataCollatorForAssistantOnlyLM(TOKENIZER, pad_to_multiple_of=4, return_source=True)(chats(4))
+    context, rows = run._prepare_context_parallel_inputs(run.model, batch)
+    options = context.keywords
+    assert set(options) == {"buffers", "buffer_seq_dims", "no_restore_buffers"}, MOVED.format(f"it has {set(options)}")
+    names = [name for tensor in options["buffers"] for name, value in rows.items() if value is tensor]
+    assert sorted(names) == ["attention_mask", "input_ids", "position_ids", "shift_labels", "shift_sources"]
+    assert options["buffer_seq_dims"] == [1] * 5 and options["no_restore_buffers"] == {*options["buffers"]}
+    assert context.func == run.accelerator.maybe_context_parallel
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,8 @@ def test_callables_that_would_never_be_called(tmp_path, name, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cp_size", "sp_size"])
-def test_parallelism_that_cuts_rows_is_refused_by_every_trainer(tmp_path, folders, name):
+def test_parallelism_that_cuts_rows_is_refused_by_other_trainers(tmp_path, folders, name):
     cut, refused = {"parallelism_config": ParallelismConfig(**{name: 2})}, f"parallelism_config has {name}=2: .*label"
-    with pytest.raises(ConfigError, match=refused):
-        trainer(tmp_path, **cut)
     with pytest.raises(ConfigError, match=refused):
         dpo_worlds.ours(folders[0], tmp_path, **cut)
     with pytest.raises(ValueError, match=f"parallelism_config.{name} > 1"):  # TRL's own
@@ -69,16 +67,33 @@ def test_parallelism_that_cuts_rows_is_refused_by_every_trainer(tmp_path, folder
 
 
 def test_parallelism_that_accelerate_was_launched_with_is_refused(tmp_path, monkeypatch):
-    """`accelerate launch --parallelism_config_cp_size 2` sets no argument; the accelerator has it."""
+    """`accelerate launch --parallelism_config_sp_size 2` sets no argument; the accelerator has it."""
     create = Trainer.create_accelerator_and_postprocess
 
     def launched(self):
         create(self)
-        self.accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(cp_size=2))
+        self.accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(sp_size=2))
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", launched)
-    with pytest.raises(ConfigError, match="parallelism_config has cp_size=2"):
+    with pytest.raises(ConfigError, match="parallelism_config has sp_size=2"):
         trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"sp_size": 2}, "sp_size=2: .*not proved.* Set sp_size to 1, and cp_size to 2 with FSDP2"),
+        ({"tp_size": 2}, "tp_size=2: an evaluation would .* Set tp_size to 1, and dp_shard_size with FSDP2"),
+        ({"cp_size": 2, "tp_size": 2}, "parallelism_config has tp_size=2"),
+    ],
+)
+def test_parallelism_that_no_trainer_takes(tmp_path, sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        trainer(tmp_path, parallelism_config=ParallelismConfig(**sizes))
+
+
+def test_context_parallelism_passes_where_parts_are_taken():
+    refuse_cut_rows(ParallelismConfig(cp_size=2, dp_shard_size=2), takes_parts=True)
 
 
 def test_parallelism_that_leaves_rows_whole_passes():
