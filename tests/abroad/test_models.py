@@ -25,6 +25,7 @@ from hf_objectives import PerplexityTrainer, PerplexityTrainingArguments
 from hf_objectives.errors import PackingLeakError
 from tests.support.hosts import ALONE, EXPECTED, PACKING, PADDING, RAW, TOKENIZER, arguments
 
+pytestmark = pytest.mark.slow
 ROWS = 8
 WINDOW = 16  # tokens; the chats have 50 and more
 SIZES = {
@@ -107,7 +108,6 @@ def check(name, host, collator, folder):
         assert torch.allclose(found[parameter], value, rtol=1e-5, atol=1e-5 * scale), parameter
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("collator", [PADDING, PACKING], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", [*CONFIGS, *ADAPTERS])
@@ -115,14 +115,12 @@ def test_a_step_is_that_of_single_documents(name, host, collator, tmp_path):
     check(name, host, collator, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_learned_prompt(name, host, tmp_path):
     check(name, host, PADDING, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_learned_prompt_has_no_packed_documents(name, tmp_path):
     with pytest.raises(PackingLeakError, match="position_ids beside its 5 virtual tokens.*train without packing"):

@@ -12,6 +12,7 @@ from hf_objectives.errors import ConfigError
 from tests.support.hosts import ALONE, EXPECTED, PACKING, PADDING, RAW, TOKENIZER, arguments, documents, rows
 from tests.support.language_models import llama, nats_of
 
+pytestmark = pytest.mark.slow
 HOSTS = {"transformers": (Trainer, TrainingArguments), "ours": (PerplexityTrainer, PerplexityTrainingArguments)}
 ROWS = {"padded": ("unpacked", PADDING), "packed": ("packed", PACKING)}
 both_hosts = pytest.mark.parametrize("host", HOSTS)
@@ -83,7 +84,6 @@ SETTINGS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("host", "kind"), [("transformers", "padded"), ("transformers", "packed"), ("ours", "packed")])
 def test_a_compiled_model(host, kind, tmp_path, monkeypatch):
     """The fourth cell is in the tests of our trainer."""
@@ -102,7 +102,6 @@ def test_every_row_once_with_its_loss(host, kind, setting, tmp_path):
     check_steps(trainer, seen, SETTINGS[setting].get("num_train_epochs", 1))
 
 
-@pytest.mark.slow
 def test_spawned_workers_collate_raw_rows(tmp_path):
     options = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "spawn"}
     trainer, seen = make("ours", "packed", tmp_path, raw=True, **options)
