@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from hf_objectives.types import called_by
+
+_LOADERS = "accelerate.data_loader"
+
 
 def world_size() -> int:
     """Number of processes in the group."""
@@ -18,6 +22,20 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process in the group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_dispatched() -> bool:
+    """Whether accelerate reads this from one process and hands it out: `dispatch_batches`, its default for streams.
+
+    It joins the batches of several processes and cuts every tensor to its share of the rows. A forked loader worker is told
+    the truth as well, a spawned one is not: ask when it is pickled.
+    """
+    return called_by(_LOADERS, "DataLoaderDispatcher.__iter__")
+
+
+def is_shared_out() -> bool:
+    """Whether accelerate divides the rows that are read here among processes; see `is_dispatched`."""
+    return called_by(_LOADERS, "IterableDatasetShard.__iter__") or (world_size() > 1 and is_dispatched())
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any
@@ -74,3 +75,16 @@ def ends_of_runs(labels: Any) -> Any:
     ends = trained & True  # a copy
     ends[..., :-1] &= ~trained[..., 1:]
     return ends
+
+
+def called_by(module: str, function: str | None = None) -> bool:
+    """Whether a module, or one of its functions (its qualified name), is among the callers: hosts do not say who they are.
+
+    A forked process still has the callers of its fork; a spawned one has none of them.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module and function in (None, frame.f_code.co_qualname):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

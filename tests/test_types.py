@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.types import check_keys, check_max_length, check_one_of
+from hf_objectives.types import called_by, check_keys, check_max_length, check_one_of
 
 
 def test_a_known_value_passes_and_an_unknown_one_is_named_with_the_nearest():
@@ -32,3 +32,13 @@ def test_a_limit_that_leaves_something_to_predict_passes(max_length):
 def test_a_limit_of_less_than_two_tokens_is_refused(max_length):
     with pytest.raises(ConfigError, match=f"max_length is {max_length}; expected at least 2"):
         check_max_length(max_length)
+
+
+class Host:
+    def asks(self):
+        return called_by(__name__, "Host.asks"), called_by(__name__, "asks"), called_by("accelerate.data_loader")
+
+
+def test_a_caller_is_known_by_its_qualified_name():
+    assert Host().asks() == (True, False, False)
+    assert not called_by(__name__, "Host.asks") and called_by(__name__)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_objectives.distributed import is_dispatched
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError, TokenizerError
 from hf_objectives.labels import LabelConfig, PieceEncoder
 from hf_objectives.types import IGNORE_INDEX, Row
@@ -60,6 +61,29 @@ class Collator(LabelConfig, _Tokenizing):
         super().__post_init__()
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; expected at least 1")
+
+    def __getstate__(self) -> Any:
+        """A spawned loader worker cannot see who asks for its batches, so this is checked before it starts."""
+        self.check_host()
+        return super().__getstate__()
+
+    @property
+    def survives_dispatch(self) -> bool:
+        """Whether batches stay whole where accelerate joins those of all processes and cuts them by rows."""
+        return True
+
+    def check_host(self) -> None:
+        """Refuse a loader that would cut the batches.
+
+        Raises:
+            ConfigError: accelerate hands out the batches of one process; says what to change.
+        """
+        if not self.survives_dispatch and is_dispatched():
+            raise ConfigError(
+                "accelerate hands out the batches of one process (its default for streams) and cuts them by rows, which "
+                f"those of {type(self).__name__} do not survive; set accelerator_config={{'dispatch_batches': False}} in "
+                "a Trainer's arguments, DataLoaderConfiguration(dispatch_batches=False) in a loop of accelerate"
+            )
 
     @property
     def pad_token_id(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hf_objectives.collators.base import Batch, EncodedRow, LanguageModelCollator
+from hf_objectives.distributed import world_size
 from hf_objectives.errors import NothingSupervisedError, TokenizerError
 from hf_objectives.labels import LabelConfig, PieceEncoder
 from hf_objectives.packing import check_packing, pack_rows
@@ -60,7 +61,16 @@ class DataCollatorWithEosPacking(LanguageModelCollator):
         if getattr(self.tokenizer, "eos_token_id", None) is None:
             raise TokenizerError("the tokenizer has no EOS token to join documents with; set tokenizer.eos_token")
 
+    @property
+    def survives_dispatch(self) -> bool:
+        """Whether batches stay whole: on one process those without the bounds of documents, which are no rows.
+
+        Several processes would get equal shares of the packed rows, and what does not divide would be lost.
+        """
+        return world_size() == 1 and not (self.isolate_documents and self.return_flash_attn_kwargs)
+
     def __call__(self, features: Sequence[Row]) -> Batch:
+        self.check_host()
         # Conversations that will be truncated are cut when they are encoded, where their turns are known.
         cuts = self.strategy != "concat" and self.overflow == "truncate"
         encoder = PieceEncoder(self.tokenizer, self if cuts else LabelConfig(**{**self.options(), "max_length": None}))

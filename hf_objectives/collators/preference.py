@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hf_objectives.collators.base import Batch, Collator
+from hf_objectives.distributed import world_size
 from hf_objectives.errors import FormatError, NothingSupervisedError
 from hf_objectives.labels import SIDES, encode_pair, fit_ids
 from hf_objectives.types import Row
@@ -20,7 +21,9 @@ class DataCollatorForPreferencePairs(Collator):
     """Pads preference pairs; only what the model has to produce of each answer is in the completion mask.
 
     Takes raw rows of any preference format of `formats.py`, which it encodes, or encoded rows (`prompt_ids`, `chosen_ids`,
-    `rejected_ids`). It works as `data_collator` of TRL's own `DPOTrainer`, and of a DataLoader with workers.
+    `rejected_ids`, `chosen_mask`, `rejected_mask`). It works as `data_collator` of a DataLoader with workers, and of TRL's
+    own `DPOTrainer` and `RewardTrainer` with `remove_unused_columns=False`: they add ids of their own to raw rows, without
+    masks, and this collator encodes what the ids were made of.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -32,12 +35,13 @@ class DataCollatorForPreferencePairs(Collator):
 
     Returns (from a call): `input_ids`, `attention_mask` and `completion_mask`, int64 [2 × rows, width], the chosen sides of
     all rows before the rejected ones, padded on the right whatever the tokenizer's padding side. The completion mask is 0
-    on the prompt, on padding, and inside an answer on what the template or others say. `ref_chosen_logps` and
-    `ref_rejected_logps`, float32 [rows], where the rows have them. `row_ids`, int64 [rows], where asked for. An encoded
-    row without `chosen_mask` and `rejected_mask` is trained on all of its answers.
+    on the prompt, on padding, and inside an answer on what the template or others say. `ref_chosen_logps`,
+    `ref_rejected_logps` and `margin` (of a RewardTrainer), float32 [rows], where the rows have them. `row_ids`, int64
+    [rows], where asked for. An encoded row without masks is taken under `train_on="all"` alone, and trained on all of its
+    answers.
 
     Raises:
-        ConfigError: an unknown option, or `max_length` under 2.
+        ConfigError: an unknown option, `max_length` under 2, or a loader that would cut the batch.
         DataError: a row that cannot be used; `row` counts within the batch where it has no number of its own.
         TokenizerError: neither a pad nor an EOS token.
 
@@ -50,7 +54,13 @@ class DataCollatorForPreferencePairs(Collator):
 
     return_rows: bool = False
 
+    @property
+    def survives_dispatch(self) -> bool:
+        """Whether batches stay whole: several processes would get equal shares of all sides, and a pair has two."""
+        return world_size() == 1
+
     def __call__(self, features: Sequence[Row]) -> Batch:
+        self.check_host()
         pairs = [self._read(row, i) for i, row in enumerate(features)]
         sides = [(pair["prompt_ids"], pair[f"{side}_ids"], pair[f"{side}_mask"]) for side in SIDES for pair in pairs]
         batch: Batch = {
@@ -59,7 +69,7 @@ class DataCollatorForPreferencePairs(Collator):
             "completion_mask": self.pad([np.append(np.zeros(len(prompt)), mask) for prompt, _, mask in sides], 0),
         }
         batch["completion_mask"][:, 0] = 0  # nothing predicts the first token of all
-        for name in [f"ref_{side}_logps" for side in SIDES]:
+        for name in (*(f"ref_{side}_logps" for side in SIDES), "margin"):
             if values := [row[name] for row in features if row.get(name) is not None]:
                 if len(values) < len(features):
                     raise FormatError(
@@ -74,12 +84,43 @@ class DataCollatorForPreferencePairs(Collator):
         columns = row if isinstance(row, Mapping) else {}
         own = columns.get("row")
         number = own if isinstance(own, int) else i
-        if columns.get("prompt_ids") is None:
-            return encode_pair(self.tokenizer, row, source=columns.get("source"), row_index=number, **self.options())
-        return self._encoded(row, number)
+        if columns.get("chosen_ids") is None and columns.get("prompt_ids") is None:
+            return self._raw(row, columns, number)
+        if self.train_on == "all" or all(columns.get(f"{side}_mask") is not None for side in SIDES):
+            return self._encoded(row, number)
+        if all(columns.get(side) is not None for side in SIDES):  # a host added ids of its own
+            return self._raw({**row, **self._as_given(columns)}, columns, number)
+        raise FormatError(
+            "a row of ids has no chosen_mask and rejected_mask, so that every token after the prompt would be trained, and "
+            f"train_on is {self.train_on!r}; pass train_on='all' to the collator if that is meant. If the host tokenised the "
+            "rows (DPOTrainer and RewardTrainer do), set remove_unused_columns=False, so that the collator gets their texts",
+            row=number,
+        )
+
+    def _raw(self, row: Row, columns: Row, number: int) -> Mapping[str, Any]:
+        return encode_pair(self.tokenizer, row, source=columns.get("source"), row_index=number, **self.options())
+
+    def _as_given(self, row: Row) -> dict[str, Any]:
+        """Both sides as they were before TRL wrote into plain texts: an EOS at their end, and RewardTrainer the prompt.
+
+        Here EOS is a control token that encoding adds, no text. Of conversations `encode_pair` finds the prompt by itself.
+        """
+        sides = {side: row[side] for side in SIDES}
+        if not all(isinstance(text, str) for text in sides.values()):
+            return sides
+        repeated = row.get("prompt") if row.get("prompt_ids") is None else None  # RewardTrainer makes no prompt_ids
+        return {
+            side: text.removeprefix(repeated or "").removesuffix(self.tokenizer.eos_token or "")
+            for side, text in sides.items()
+        }
 
     def _encoded(self, row: Row, number: int) -> Mapping[str, Any]:
         """A row of ids, with its masks, and cut where it is too long."""
+        if row.get("prompt_ids") is None:
+            raise FormatError(
+                "prompt_ids is missing beside chosen_ids; RewardTrainer takes it away unless remove_unused_columns=False",
+                row=number,
+            )
         pair: dict[str, Any] = {"prompt_ids": np.asarray(row["prompt_ids"], np.int64)}
         for side in SIDES:
             if row.get(f"{side}_ids") is None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
         target_nll,  # negative log-likelihood of each target
         unwrapped,  # the model inside wrappers for data parallelism
+        virtual_tokens,  # tokens that a model of PEFT learns beside the row
     )
     from hf_objectives.evaluation.pair_rewards import PairRewards  # rewards of preference pairs, and metrics over them
     from hf_objectives.evaluation.pair_scores import (

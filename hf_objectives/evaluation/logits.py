@@ -31,6 +31,12 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def virtual_tokens(model: Any) -> int:
+    """Tokens that a model of PEFT learns beside the row (prompt and prefix tuning); 0 for other models."""
+    config: Any = getattr(unwrapped(model), "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
+
+
 def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, *, full: bool = False) -> Tensor:
     """Run a causal language model, and its head at `positions` only.
 
@@ -55,21 +61,22 @@ def selected_outputs(
 ) -> tuple[Tensor, Any]:
     """As `selected_logits`, and what else the model returned: the auxiliary loss of a mixture of experts, say."""
     inputs = {**inputs, "use_cache": False}  # with a cache, transformers treats packed rows as one document
-    head = None if full else _head(model)
+    head, virtual = None if full else _head(model), virtual_tokens(model)
     if full:
         _warn_once("torch.compile is on; computing full logits")
     if head is None:
         output = model(**inputs)
-        return output.logits[positions], output
+        return _at(positions, output.logits, virtual), output
     selected = False
 
     def select(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         nonlocal selected
         hidden = args[0] if args else next(iter(kwargs.values()))
-        if hidden.shape[:2] != positions.shape:
+        rows, width = positions.shape
+        if tuple(hidden.shape[:2]) not in ((rows, width), (rows, width + virtual)):
             return None
         selected = True
-        chosen = hidden[positions].unsqueeze(0)
+        chosen = _at(positions, hidden, virtual).unsqueeze(0)
         return ((chosen, *args[1:]), kwargs) if args else (args, {next(iter(kwargs)): chosen})
 
     handle = head.register_forward_pre_hook(select, with_kwargs=True)
@@ -80,7 +87,13 @@ def selected_outputs(
     if selected:
         return output.logits[0], output
     _warn_once("the model does not pass all hidden states through its output embeddings; computing full logits")
-    return output.logits[positions], output
+    return _at(positions, output.logits, virtual), output
+
+
+def _at(positions: Tensor, values: Tensor, virtual: int) -> Tensor:
+    """Values [batch, length, size] at positions [batch, length]. Prompt tuning puts its tokens before those of the row."""
+    is_longer = values.shape[1] == positions.shape[1] + virtual
+    return values[:, virtual:][positions] if is_longer else values[positions]
 
 
 def target_nll(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, *, full: bool = False) -> Tensor:

@@ -14,7 +14,9 @@ import numpy as np
 from datasets import Dataset, DatasetInfo, IterableDataset
 from datasets.iterable_dataset import _BaseExamplesIterable
 
+from hf_objectives.distributed import is_shared_out
 from hf_objectives.errors import ConfigError
+from hf_objectives.types import called_by
 
 if TYPE_CHECKING:
     from hf_objectives.preparation.ordered_stream import OrderedStream
@@ -41,6 +43,7 @@ class _Examples(_BaseExamplesIterable):
     def __init__(self, stream: OrderedStream) -> None:
         super().__init__()
         self.stream = stream
+        self._is_shared_out = False
         self._state_dict: Any
 
     def _init_state_dict(self) -> dict[str, Any]:
@@ -51,7 +54,18 @@ class _Examples(_BaseExamplesIterable):
         self._init_state_dict().update(state_dict)
         return self._state_dict
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned loader worker cannot see who asks for its rows.
+        return {**vars(self), "_is_shared_out": self._is_shared_out or is_shared_out()}
+
     def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        if called_by("datasets.iterable_dataset", "StepExamplesIterable.__iter__") and (
+            self._is_shared_out or is_shared_out()
+        ):
+            raise ConfigError(
+                "split_dataset_by_node gives each process every n-th row of the stream, and accelerate, which Trainers use, "
+                "divides these among the processes again, so that most would never be read; leave split_dataset_by_node out"
+            )
         state: dict[str, Any] = self._state_dict or self._init_state_dict()
         if state["stream"] is None:
             state["stream"] = self.stream.state_dict(self.stream._begin)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
+from hf_objectives.types import called_by
 
 if TYPE_CHECKING:
     import datasets
@@ -92,7 +92,7 @@ class OrderedStream(IterableDataset):
         Raises:
             ConfigError: a Trainer reads the stream, and nobody keeps its place.
         """
-        if not self._placed and _called_by("transformers.trainer"):
+        if not self._placed and called_by("transformers.trainer"):
             raise ConfigError(
                 "this Trainer does not keep the place of its stream, so that a resumed run would read the first rows again: "
                 "add OrderedStreamCallback(stream) to its callbacks, or use PerplexityTrainer"
@@ -159,7 +159,7 @@ class OrderedStream(IterableDataset):
 
 def _check_taken() -> None:
     """Refuse a state of what was read where that is more than what was taken."""
-    if _called_by("accelerate.checkpointing", "save_custom_state"):
+    if called_by("accelerate.checkpointing", "save_custom_state"):
         raise ConfigError(
             "register_for_checkpointing saves what a loader has read, which is ahead of what was trained on; use "
             "DataLoaderConfiguration(use_stateful_dataloader=True), or save stream.state_dict(rows_taken)"
@@ -168,13 +168,3 @@ def _check_taken() -> None:
         raise ConfigError(
             "each of several processes reads rows that others take; say how many all have taken: state_dict(rows_taken)"
         )
-
-
-def _called_by(module: str, function: str | None = None) -> bool:
-    """Whether a module, or one of its functions, is among the callers; in its own process, not in a loader's worker."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == module and function in (None, frame.f_code.co_name):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

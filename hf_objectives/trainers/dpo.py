@@ -28,7 +28,7 @@ from hf_objectives.evaluation import (
     pair_figures,
     unique_rows,
 )
-from hf_objectives.labels import CONTROL_TOKENS, TRAIN_ON, encode_pair
+from hf_objectives.labels import CONTROL_TOKENS, SIDES, TRAIN_ON, encode_pair
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.metrics import PairMetrics
 from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks
@@ -219,7 +219,9 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Compute what the parent does, of a batch that may carry row numbers."""
-        return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != "row_ids"})
+        return super().compute_ref_log_probs(
+            model, {key: inputs[key] for key in inputs if key not in ("row_ids", "margin")}
+        )
 
     def _compare_reference(self, *, given: bool) -> bool:
         """Whether the reference is the model that training starts from."""
@@ -246,6 +248,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         """Compute the parent's loss, plus `nll_weight` and `dpop_lambda`; the figures come from its forward passes."""
         inputs = dict(inputs)
         row_ids = inputs.pop("row_ids", None)
+        inputs.pop("margin", None)  # of a reward model
         with self.watching_forwards() as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scores = self._scores(seen, inputs)
@@ -335,8 +338,11 @@ def _encode(row: Mapping[str, Any], index: int, *, tokenizer: Any, settings: Map
     return {**encode_pair(tokenizer, row, row_index=index, **settings), "row": index}
 
 
-def _number(row: Mapping[str, Any], index: int) -> dict[str, int]:
-    return {"row": index}
+def _number(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Rows of ids have a number, and masks of all of their answers where they have none."""
+    masks = {f"{side}_mask": row.get(f"{side}_mask") for side in SIDES}
+    whole = {name: [1] * len(row[name.replace("mask", "ids")]) for name, mask in masks.items() if mask is None}
+    return {**whole, "row": index}
 
 
 def _logged_start(history: Iterable[Mapping[str, Any]], prefix: str) -> dict[str, float]:

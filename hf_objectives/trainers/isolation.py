@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_objectives.errors import PackingLeakError
-from hf_objectives.evaluation import unwrapped
+from hf_objectives.evaluation import unwrapped, virtual_tokens
 from hf_objectives.trainers.hf_compat import attention_of
 
 
@@ -46,9 +46,10 @@ def probe_isolation(
             transformers reads the places of a single row otherwise than those of several.
 
     Raises:
-        PackingLeakError: the logits of the other document changed, or the model says that it lacks a kernel to keep
-            documents apart; names the attention implementation, or the kernel.
+        PackingLeakError: the logits of the other document changed, the model says that it lacks a kernel to keep documents
+            apart, or it learns a prompt (PEFT); names the attention implementation, the kernel, or what to do.
     """
+    _refuse_prompts(model)
     parameter = next(model.parameters())
     config = unwrapped(model).config
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or config.vocab_size)
@@ -85,6 +86,14 @@ def probe_isolation(
     finally:
         model.train(was_training)
     return worst
+
+
+def _refuse_prompts(model: nn.Module) -> None:
+    if virtual := virtual_tokens(model):
+        raise PackingLeakError(
+            f"PEFT drops or shifts position_ids beside its {virtual} virtual tokens, so that packed documents would see each "
+            "other; train without packing (DataCollatorForAssistantOnlyLM), or with LoRA"
+        )
 
 
 @torch.no_grad()

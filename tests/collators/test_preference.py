@@ -23,7 +23,7 @@ IDS = [
 def test_a_batch_by_hand():
     masked = [{**IDS[0], "chosen_mask": [1, 0], "rejected_mask": [1]}, IDS[1]]
     pad = TOKENIZER.pad_token_id
-    batch = DataCollatorForPreferencePairs(TOKENIZER)(masked)
+    batch = DataCollatorForPreferencePairs(TOKENIZER, train_on="all")(masked)
     assert batch["input_ids"].tolist() == [
         [1, 2, 3, 4, 5],
         [7, 8, 9, 10, 11],
@@ -38,7 +38,7 @@ def test_a_batch_by_hand():
 @pytest.mark.parametrize("multiple", [None, 8])
 def test_rows_without_masks_are_what_trl_makes_of_them(multiple):
     rows = [{**row, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.25} for row in IDS]
-    ours = DataCollatorForPreferencePairs(TOKENIZER, pad_to_multiple_of=multiple)(rows)
+    ours = DataCollatorForPreferencePairs(TOKENIZER, train_on="all", pad_to_multiple_of=multiple)(rows)
     theirs = DataCollatorForPreference(TOKENIZER.pad_token_id, pad_to_multiple_of=multiple)(rows)
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
@@ -66,24 +66,27 @@ def test_workers_give_the_same():
 
 def test_rows_are_numbered_where_asked():
     rows = [{**row, "row": number} for row, number in zip(IDS, (7, 3), strict=True)]
-    assert DataCollatorForPreferencePairs(TOKENIZER, return_rows=True)(rows)["row_ids"].tolist() == [7, 3]
-    assert "row_ids" not in DataCollatorForPreferencePairs(TOKENIZER)(rows)
-    assert "row_ids" not in DataCollatorForPreferencePairs(TOKENIZER, return_rows=True)(IDS)
+    assert DataCollatorForPreferencePairs(TOKENIZER, train_on="all", return_rows=True)(rows)["row_ids"].tolist() == [
+        7,
+        3,
+    ]
+    assert "row_ids" not in DataCollatorForPreferencePairs(TOKENIZER, train_on="all")(rows)
+    assert "row_ids" not in DataCollatorForPreferencePairs(TOKENIZER, train_on="all", return_rows=True)(IDS)
 
 
 def test_encoded_rows_that_are_too_long_lose_the_beginning_of_their_prompt():
     bos = TOKENIZER.bos_token_id
     row = {"prompt_ids": [bos, 31, 32, 33, 34, 35], "chosen_ids": [41, 42, 43], "rejected_ids": [51]}
-    cut = DataCollatorForPreferencePairs(TOKENIZER, max_length=7)([row])
+    cut = DataCollatorForPreferencePairs(TOKENIZER, max_length=7, train_on="all")([row])
     assert cut["input_ids"].tolist()[0] == [bos, 33, 34, 35, 41, 42, 43]
     assert cut["completion_mask"].tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 0, 0]]
     # The prompt gives way to half of the length; the longer answer loses its end.
-    cut = DataCollatorForPreferencePairs(TOKENIZER, max_length=4)([row])
+    cut = DataCollatorForPreferencePairs(TOKENIZER, max_length=4, train_on="all")([row])
     assert cut["input_ids"].tolist()[0] == [bos, 35, 41, 42]
 
 
 def test_nothing_predicts_the_first_token_of_all():
-    batch = DataCollatorForPreferencePairs(TOKENIZER)(
+    batch = DataCollatorForPreferencePairs(TOKENIZER, train_on="all")(
         [{"prompt_ids": [], "chosen_ids": [4, 5], "rejected_ids": [6, 7]}]
     )
     assert batch["completion_mask"].tolist() == [[0, 1], [0, 1]]
@@ -94,6 +97,7 @@ def test_nothing_predicts_the_first_token_of_all():
     [
         ({"prompt": "q", "chosen": "a"}, FormatError, "row 1: rejected is missing"),
         ({"prompt_ids": [1], "chosen_ids": [2]}, FormatError, "row 1: rejected_ids is missing"),
+        ({"chosen_ids": [1, 2], "rejected_ids": [1]}, FormatError, "row 1: prompt_ids is missing beside chosen_ids"),
         ({**IDS[0], "chosen_mask": [1]}, FormatError, "row 1: chosen_mask has 1 entries for 2 ids"),
         ({**IDS[0], "rejected_ids": []}, NothingSupervisedError, "row 1: rejected has no token"),
         ({**IDS[0], "chosen_mask": [0, 0]}, NothingSupervisedError, "row 1: chosen has no token"),
@@ -108,7 +112,7 @@ def test_nothing_predicts_the_first_token_of_all():
 )
 def test_rows_that_cannot_be_used(row, error, words):
     with pytest.raises(error, match=words):
-        DataCollatorForPreferencePairs(TOKENIZER)([IDS[0], row])
+        DataCollatorForPreferencePairs(TOKENIZER, train_on="all")([IDS[0], row])
 
 
 def test_settings_that_cannot_work():
@@ -118,4 +122,26 @@ def test_settings_that_cannot_work():
     bare = byte_tokenizer()
     bare.pad_token = bare.eos_token = None
     with pytest.raises(TokenizerError, match="neither a pad nor an EOS"):
-        DataCollatorForPreferencePairs(bare)(IDS)
+        DataCollatorForPreferencePairs(bare, train_on="all")(IDS)
+
+
+@pytest.mark.parametrize("row", [IDS[0], {"chosen_ids": [1, 2], "rejected_ids": [1]}])
+def test_ids_without_masks_are_refused_where_not_every_token_is_trained(row):
+    with pytest.raises(FormatError, match="row 0: .* no chosen_mask and rejected_mask.*train_on='all'"):
+        DataCollatorForPreferencePairs(TOKENIZER)([row])
+
+
+def test_ids_that_a_host_added_do_not_stand_for_the_texts():
+    texts = {"prompt": "2 and 2 is ", "chosen": "four", "rejected": "five<|im_end|>"}
+    ended = {**texts, "chosen": "four<|im_end|>"}  # as TRL writes it
+    collate = DataCollatorForPreferencePairs(TOKENIZER)
+    expected = encode_pair(TOKENIZER, {**texts, "rejected": "five"})
+    size = len(expected["prompt_ids"] + expected["chosen_ids"])
+    batch = collate([{**ended, "prompt_ids": [9], "chosen_ids": [9], "rejected_ids": [9]}])
+    assert batch["input_ids"][0, :size].tolist() == expected["prompt_ids"] + expected["chosen_ids"]
+    assert int(batch["completion_mask"].sum()) == sum(expected["chosen_mask"] + expected["rejected_mask"])
+
+
+def test_margins_come_along():
+    rows = [{**row, "margin": margin} for row, margin in zip(IDS, (0.5, 2), strict=True)]
+    assert DataCollatorForPreferencePairs(TOKENIZER, train_on="all")(rows)["margin"].tolist() == [0.5, 2.0]
