@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hf_objectives.distributed import is_dispatched
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError, TokenizerError
 from hf_objectives.labels import LabelConfig, PieceEncoder
-from hf_objectives.types import IGNORE_INDEX, Row
+from hf_objectives.types import IGNORE_INDEX, Row, called_by
 
 Batch = dict[str, Any]
 
@@ -151,6 +151,7 @@ class LanguageModelCollator(Collator):
         if any(row.weights is not None for row in rows):
             weights = [np.ones(len(row.ids)) if row.weights is None else row.weights for row in rows]
             batch["loss_weights"] = self.pad(weights, 1, np.float32)
+            self._check_weighted(batch["loss_weights"])
         if self.return_source and any(row.sources for row in rows):
             names: dict[str, int] = {}
             codes = [[names.setdefault(name, len(names)) for name in row.sources or ()] for row in rows]
@@ -159,6 +160,14 @@ class LanguageModelCollator(Collator):
         if self.return_source and any(row.numbers for row in rows):
             batch["row_ids"] = self.pad([row.per_token(row.numbers) for row in rows], -1)
         return batch
+
+    def _check_weighted(self, weights: torch.Tensor) -> None:
+        # PerplexityTrainer asks its collator for sources; no other part of a Trainer knows what they are, or weights.
+        if not self.return_source and (weights != 1).any() and called_by("transformers.trainer"):
+            raise ConfigError(
+                "this Trainer hands loss_weights to the model, which ignores them; use PerplexityTrainer, or leave them "
+                "out. Where your own compute_loss applies them, set return_source=True"
+            )
 
 
 def _document_lengths(row: Row, size: int, i: int) -> list[int]:

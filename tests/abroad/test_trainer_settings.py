@@ -232,3 +232,19 @@ def test_predictions_of_an_evaluation_in_batches(kind, tmp_path):
 def test_our_trainer_has_no_predictions(tmp_path):
     with pytest.raises(ConfigError, match="batch_eval_metrics is True"):
         make("ours", "padded", tmp_path, batch_eval_metrics=True)
+
+
+@both_hosts
+@pytest.mark.parametrize("workers", [0, 2])
+def test_weights_of_tokens_where_nobody_applies_them(host, workers, tmp_path):
+    weighted = rows("unpacked").map(lambda row: {"loss_weights": [0.5] * len(row["input_ids"])})
+    trainer_class, config = HOSTS[host]
+    settings = {"max_steps": 1, "dataloader_num_workers": workers, **ALONE}
+    trainer = trainer_class(llama(), arguments(config, tmp_path, **settings), PADDING, train_dataset=weighted)
+    if host == "ours":
+        trainer.train()
+        return
+    with pytest.raises(ConfigError, match="hands loss_weights to the model, which ignores them; use PerplexityTrainer"):
+        trainer.train()
+    ones = rows("unpacked").map(lambda row: {"loss_weights": [1.0] * len(row["input_ids"])})
+    trainer_class(llama(), arguments(config, tmp_path, **settings), PADDING, train_dataset=ones).train()
