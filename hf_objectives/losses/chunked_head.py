@@ -1,7 +1,7 @@
 """The summed next-token loss and its gradients from hidden states and the head's weight, in chunks of logits, in plain torch.
 
 Logits are made for a chunk of tokens at a time. Their gradient is made while they are there, so that no tensor of tokens x
-vocabulary exists. Liger Kernel (Hsu et al., arXiv 2410.10989, section 3.2) does it this way.
+vocabulary exists. Liger Kernel (Hsu et al., arXiv 2410.10989) does it this way.
 """
 
 from __future__ import annotations

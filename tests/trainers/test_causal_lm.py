@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation.logits import _warn_once
+from hf_objectives.evaluation.head import warn_once
 from hf_objectives.labels.rows import encode_row
 from hf_objectives.preparation.ordered_stream import OrderedStream
 from hf_objectives.trainers import PerplexityTrainer
@@ -308,7 +308,7 @@ def test_other_settings_train(tmp_path, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("asked_by", ["arguments", "accelerate"])
 def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch, caplog, asked_by):
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     eager = trainer(tmp_path)
     expected = [eager.train().training_loss, eager.evaluate()["eval_loss"]]
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")  # torch_compile sets it too, and monkeypatch undoes it
