@@ -16,16 +16,20 @@ if TYPE_CHECKING:
         DocumentLoss,  # the loss, source and row of one document
         document_losses,  # the loss of each document of a batch, packed or not
     )
+    from hf_objectives.evaluation.head import (
+        After,  # what a model does after its head: scaling and soft-capping
+        after_head,  # that of a model, proven on the live model
+        unwrapped,  # the model inside wrappers for data parallelism
+    )
     from hf_objectives.evaluation.language_model import (
         EvaluatesLanguageModels,  # a mixin for Trainers: `evaluate` measures `eval_lm_datasets` too
         LanguageModelEvaluation,  # named datasets, encoded once, and their perplexity under a model
     )
     from hf_objectives.evaluation.logits import (
+        next_token_outputs,  # the loss, head and loss in one, and what else the model returned
         selected_logits,  # logits of chosen positions only
-        selected_outputs,  # the same, and what else the model returned
         split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
         target_nll,  # negative log-likelihood of each target
-        unwrapped,  # the model inside wrappers for data parallelism
         virtual_tokens,  # tokens that a model of PEFT learns beside the row
     )
     from hf_objectives.evaluation.pair_rewards import PairRewards  # rewards of preference pairs, and metrics over them

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_objectives.evaluation.logits import split_extra_columns, target_nll, unwrapped
+from hf_objectives.evaluation.head import unwrapped
+from hf_objectives.evaluation.logits import split_extra_columns, target_nll
 from hf_objectives.losses import shifted_columns
 from hf_objectives.types import IGNORE_INDEX
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from hf_objectives.losses import SHIFTED, token_nll
+from hf_objectives.evaluation.head import after_head, given_to_head, head_of, linear_parts, unwrapped, warn_once
+from hf_objectives.losses import SHIFTED, LossSum, check_targets, fused_linear_cross_entropy, next_token_loss
 from hf_objectives.types import IGNORE_INDEX
 
-logger = logging.getLogger(__name__)
-_CHUNK = 1024  # tokens whose logits are in float32 at a time
 EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids", *SHIFTED)
 
 
@@ -24,11 +23,65 @@ def split_extra_columns(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return inputs, {key: batch[key] for key in EXTRA_COLUMNS if key in batch}
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside wrappers for data parallelism (DDP, FSDP1, DeepSpeed)."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
+def next_token_outputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    full: bool = False,
+    implementation: str | None = None,
+) -> tuple[LossSum, Any]:
+    """Run a causal language model and compute its loss, head and loss in one, so that no logits are kept.
+
+    That is proven on the live model first, see `after_head`. Where it does not hold, the logits of predicted tokens are
+    computed, with a warning.
+
+    Args:
+        model: the model, with or without a wrapper for data parallelism.
+        inputs: the model's inputs, without labels.
+        targets: int64 [batch, length] from `next_token_targets`; -100 where nothing is predicted.
+        weights: float [targets], the weight of each target's loss, row by row; None for 1.
+        label_smoothing, z_loss: see `next_token_loss`.
+        full: see `selected_logits`.
+        implementation: see `fused_linear_cross_entropy`.
+
+    Returns:
+        The sums over targets, and what else the model returned: the auxiliary loss of a mixture of experts, say.
+
+    Raises:
+        DataError: a target outside the head's entries; names its row of the batch and its place there.
+    """
+    positions = targets != IGNORE_INDEX
+    after = None if full else after_head(model)
+    options: dict[str, Any] = {"weights": weights, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    losses: list[LossSum] = []
+
+    def take(head: nn.Module, chosen: Tensor) -> bool:
+        parts = None if after is None else linear_parts(head, chosen)
+        if after is None or parts is None:
+            return False
+        states, weight, bias = parts
+        check_targets(targets, len(weight))
+        found = fused_linear_cross_entropy(
+            *(states, weight, targets[positions]),
+            **(options | after._asdict()),
+            bias=bias,
+            implementation=implementation,
+        )
+        losses.append(found)
+        return True
+
+    logits, output = _outputs(model, inputs, positions, full=full, take=take)
+    if not losses:
+        check_targets(targets, logits.shape[-1])
+        return next_token_loss(logits, targets[positions], **options), output
+    if _is_sharded(model):
+        # A backward pass through the model's own output, here of no token, is what gathers sharded weights for it.
+        losses[0] = losses[0]._replace(loss=losses[0].loss + logits.sum().to(losses[0].loss.dtype))
+    return losses[0], output
 
 
 def virtual_tokens(model: Any) -> int:
@@ -53,40 +106,66 @@ def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
         Logits [positions, vocabulary] in the model's dtype, row by row. Where the head cannot be found, all logits are
         computed and a warning says so once.
     """
-    return selected_outputs(model, inputs, positions, full=full)[0]
+    return _outputs(model, inputs, positions, full=full)[0]
 
 
-def selected_outputs(
-    model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, *, full: bool = False
+def target_nll(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    targets: Tensor,
+    *,
+    full: bool = False,
+    implementation: str | None = None,
+) -> Tensor:
+    """Run a model and compute the negative log-likelihood of each target, without gradient.
+
+    Args:
+        model, inputs, targets, full, implementation: see `next_token_outputs`.
+
+    Returns:
+        float64 [targets], in nats, row by row.
+    """
+    with torch.no_grad():
+        result, _ = next_token_outputs(model, inputs, targets, full=full, implementation=implementation)
+    return result.token_nll.double()
+
+
+def _outputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    positions: Tensor,
+    *,
+    full: bool = False,
+    take: Callable[[nn.Module, Tensor], bool] = lambda head, chosen: False,
 ) -> tuple[Tensor, Any]:
-    """As `selected_logits`, and what else the model returned: the auxiliary loss of a mixture of experts, say."""
+    """Logits of `positions`, and all that the model returned.
+
+    `take` is called where the head runs, with the head and the hidden states of `positions`; if it returns True, no logits
+    are made.
+    """
     inputs = {**inputs, "use_cache": False}  # with a cache, transformers treats packed rows as one document
-    head, virtual = None if full else _head(model), virtual_tokens(model)
+    head, virtual = None if full else head_of(model), virtual_tokens(model)
     if full:
-        _warn_once("torch.compile is on; computing full logits")
+        warn_once("torch.compile is on; computing full logits")
     if head is None:
         output = model(**inputs)
         return _at(positions, output.logits, virtual), output
     selected = False
 
-    def select(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def select(hidden: Tensor) -> Tensor:
         nonlocal selected
-        hidden = args[0] if args else next(iter(kwargs.values()))
         rows, width = positions.shape
         if tuple(hidden.shape[:2]) not in ((rows, width), (rows, width + virtual)):
-            return None
+            return hidden
         selected = True
-        chosen = _at(positions, hidden, virtual).unsqueeze(0)
-        return ((chosen, *args[1:]), kwargs) if args else (args, {next(iter(kwargs)): chosen})
+        chosen = _at(positions, hidden, virtual)
+        return chosen[: 0 if take(head, chosen) else len(chosen)].unsqueeze(0)
 
-    handle = head.register_forward_pre_hook(select, with_kwargs=True)
-    try:
+    with given_to_head(head, select):
         output = model(**inputs)
-    finally:
-        handle.remove()
     if selected:
         return output.logits[0], output
-    _warn_once("the model does not pass all hidden states through its output embeddings; computing full logits")
+    warn_once("the model does not pass all hidden states through its output embeddings; computing full logits")
     return _at(positions, output.logits, virtual), output
 
 
@@ -96,31 +175,8 @@ def _at(positions: Tensor, values: Tensor, virtual: int) -> Tensor:
     return values[:, virtual:][positions] if is_longer else values[positions]
 
 
-def target_nll(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, *, full: bool = False) -> Tensor:
-    """Run a model and compute the negative log-likelihood of each target.
-
-    Args:
-        model, inputs, full: see `selected_logits`.
-        targets: int64 [batch, length] from `next_token_targets`; -100 where nothing is predicted.
-
-    Returns:
-        float64 [targets], in nats, row by row.
-    """
-    positions = targets != IGNORE_INDEX
-    logits = selected_logits(model, inputs, positions, full=full)
-    parts = zip(logits.split(_CHUNK), targets[positions].split(_CHUNK), strict=True)
-    return torch.cat([token_nll(part, chosen) for part, chosen in parts]).double()
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    inner = unwrapped(model)
-    find = getattr(inner, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    if head is None:
-        _warn_once(f"{type(inner).__name__} has no output embeddings; computing full logits")
-    return head
-
-
-@cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether no rank holds all weights: FSDP, DeepSpeed."""
+    if isinstance(model, DistributedDataParallel):
+        return False
+    return unwrapped(model) is not model or any(isinstance(weight, DTensor) for weight in model.parameters())

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
+    from hf_objectives.losses.linear_cross_entropy import (
+        IMPLEMENTATIONS,  # ways to compute the loss below, by name
+        check_targets,  # targets are entries of the head, or an error that names row and token
+        fused_linear_cross_entropy,  # `next_token_loss` from hidden states and the head's weight, without all logits
+    )
     from hf_objectives.losses.next_token import (
         SHIFTED,  # columns of what each position predicts
+        LossSum,  # a loss before it is divided
         next_token_loss,  # summed cross-entropy, with label smoothing and z-loss
         next_token_targets,  # the label that each position predicts
         shifted_columns,  # label, weight and source of what each position predicts, of rows or of parts of rows

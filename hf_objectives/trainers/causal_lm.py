@@ -18,9 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, Predict
 from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.distributed import any_rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation import EvaluationCounts, count_batch, selected_outputs, split_extra_columns
+from hf_objectives.evaluation import EvaluationCounts, count_batch, next_token_outputs, split_extra_columns
 from hf_objectives.labels import token_byte_lengths
-from hf_objectives.losses import next_token_loss, shifted_columns
+from hf_objectives.losses import shifted_columns
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.trainers.causal_lm_config import PerplexityTrainingArguments
 from hf_objectives.trainers.collation import OUR_COLLATORS, collator_for, evaluation_loader, settle_batches
@@ -159,14 +159,16 @@ class PerplexityTrainer(TrainerHooks, Trainer):
         columns = shifted_columns(extra)
         targets = columns["shift_labels"]
         positions = targets != IGNORE_INDEX
-        logits, output = selected_outputs(model, model_inputs, positions, full=self._compiled)
         weights, sources = columns.get("shift_weights"), columns.get("shift_sources")
-        result = next_token_loss(
-            logits,
-            targets[positions],
+        result, output = next_token_outputs(
+            model,
+            model_inputs,
+            targets,
             weights=None if weights is None else weights[positions],
             label_smoothing=self.args.label_smoothing_factor,
             z_loss=self.args.z_loss,
+            full=self._compiled,
+            implementation=self.args.head_implementation,
         )
         aux, weight = router_loss(self.accelerator.unwrap_model(model), output) or (None, 0.0)
         share = 1.0 if num_items_in_batch is None else 1 / getattr(self, "current_gradient_accumulation_steps", 1)

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.types import option
+from hf_objectives.losses import IMPLEMENTATIONS
+from hf_objectives.types import check_one_of, option
 
 #: Settings that would make numbers wrong or would be passed over: which values, and why and what to do.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -50,6 +51,7 @@ class PerplexityTrainingArguments(TrainingArguments):
 
     Args:
         z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5); 0 for none.
+        head_implementation: how head and loss are computed in one, see `fused_linear_cross_entropy`; None for the default.
         check_isolation: see `probe_isolation`; before the first step and the first evaluation.
 
     Raises:
@@ -58,6 +60,7 @@ class PerplexityTrainingArguments(TrainingArguments):
     """
 
     z_loss: float = option(0.0, "Weight of the squared log-partition (PaLM: 1e-4); 0 for none.")
+    head_implementation: str | None = option(None, "How head and loss are computed in one; default: the fastest one.")
     check_isolation: bool = option(True, "Prove on the live model that packed documents do not see each other.")
     stop_on_non_finite: bool = option(True, "Stop all ranks before a step whose loss or gradient norm is not finite.")
     remove_unused_columns: bool = option(False, "Collators take whole rows; leave this off.")
@@ -68,6 +71,8 @@ class PerplexityTrainingArguments(TrainingArguments):
         for name, (is_bad, reason) in _REFUSED.items():
             if is_bad(value := getattr(self, name)):
                 raise ConfigError(f"{name} is {value!r}; {reason}")
+        if self.head_implementation is not None:
+            check_one_of("head_implementation", self.head_implementation, IMPLEMENTATIONS)
         optimizer = str(getattr(self.optim, "value", self.optim))
         if self.stop_on_non_finite and ("lomo" in optimizer or "layerwise" in optimizer):
             raise ConfigError(

@@ -114,6 +114,8 @@ def test_batches_count_by_source_and_by_stop():
 
 def test_no_tensor_of_all_positions_and_the_vocabulary_is_made():
     model, largest = llama(), 0
+    batch = DataCollatorForAssistantOnlyLM(TOKENIZER)([{"messages": PLAIN}] * 4)
+    count_batch(model, batch)  # the first one proves head and loss in one, on a few logits
 
     def watch(module, args, output):
         nonlocal largest
@@ -122,10 +124,9 @@ def test_no_tensor_of_all_positions_and_the_vocabulary_is_made():
 
     for module in model.modules():
         module.register_forward_hook(watch)
-    batch = DataCollatorForAssistantOnlyLM(TOKENIZER)([{"messages": PLAIN}] * 4)
     count_batch(model, batch)
     trained = int((batch["labels"][:, 1:] != -100).sum())
-    assert largest == trained * model.config.vocab_size < batch["labels"].numel() * model.config.vocab_size
+    assert 0 < largest < trained * model.config.vocab_size
 
 
 def test_empty_counts():

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation.logits import _warn_once
+from hf_objectives.errors import ConfigError, DataError, NothingSupervisedError
+from hf_objectives.evaluation.head import warn_once
 from hf_objectives.labels.rows import encode_row
 from hf_objectives.preparation.ordered_stream import OrderedStream
 from hf_objectives.trainers import PerplexityTrainer
@@ -308,7 +308,7 @@ def test_other_settings_train(tmp_path, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("asked_by", ["arguments", "accelerate"])
 def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch, caplog, asked_by):
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     eager = trainer(tmp_path)
     expected = [eager.train().training_loss, eager.evaluate()["eval_loss"]]
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")  # torch_compile sets it too, and monkeypatch undoes it
@@ -386,3 +386,26 @@ def test_the_loss_of_each_source_is_logged(tmp_path, packed):
     whole = trainer(tmp_path, rows=[{**row, "source": "one"} for row in rows], learning_rate=0.0)
     whole.train()
     assert not any(key.startswith("loss/") for log in whole.state.log_history for key in log)
+
+
+def test_another_implementation_of_head_and_loss_has_the_same_losses(tmp_path):
+    losses = [
+        [log["loss"] for log in run.state.log_history if "loss" in log]
+        for run in (trainer(tmp_path, head_implementation=name) for name in ("chunked", "torch"))
+        if run.train()
+    ]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    with pytest.raises(
+        ConfigError, match="implementation 'torch' has no label smoothing, z-loss.*expected one of chunked"
+    ):
+        trainer(tmp_path, head_implementation="torch", z_loss=1e-4).train()
+    with pytest.raises(ConfigError, match="head_implementation is 'tirch'.*did you mean 'torch'"):
+        arguments(tmp_path, head_implementation="tirch")
+
+
+def test_a_label_outside_the_head_is_named_with_row_and_token(tmp_path):
+    run = trainer(tmp_path)
+    labels = torch.full((2, 6), -100)
+    labels[1, 4] = 264
+    with pytest.raises(DataError, match="row 1: token 3 is to predict id 264; expected 0 to 263"):
+        run.compute_loss(run.model, {"input_ids": torch.ones(2, 6, dtype=torch.long), "labels": labels})
