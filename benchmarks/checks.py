@@ -79,7 +79,7 @@ def preparation(tokenizer, options: argparse.Namespace) -> list[tuple[float, flo
 def training(model, tokenizer, folder: str, count: int) -> list[tuple[float, float]]:
     """Seconds of each step of a run: of the step, and of the sums by source in it."""
     rows = [
-        {"input_ids": ids.tolist(), "labels": ids.tolist(), "source": f"source {i % 2}"}
+        {"input_ids": ids.tolist(), "labels": [-100, *ids.tolist()[1:]], "source": f"source {i % 2}"}
         for i, ids in enumerate(torch.randint(1000, len(tokenizer), (2 * count + 2, TOKENS // 2)))
     ]
     arguments = PerplexityTrainingArguments(
