@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,15 @@ def count_batch(
     return counts
 
 
+_READ = 1 << 20  # characters that are tokenised at a time
+_BUFFERED = 1 << 20  # tokens of windows among which those of similar lengths are found
+
+
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """A part of a document: its ids, and the first position in it that is scored."""
+    """A part of a document: its ids, int32, and the first position in it that is scored."""
 
-    ids: list[int]
+    ids: NDArray[np.int32]
     scored: int
     group: str | None
 
@@ -84,6 +88,8 @@ def compute_perplexity(
     The first token of a document is context only. A document longer than `max_length` is cut there. With a `stride`, a
     window moves over it instead: each token is scored once, with as much left context as the window holds.
 
+    Texts are read as they are needed, so that memory does not grow with their number.
+
     Args:
         model: a causal language model; its device and dtype are kept, and its mode is restored.
         tokenizer: its tokenizer.
@@ -103,23 +109,25 @@ def compute_perplexity(
         raise ConfigError(f"stride is {stride}, max_length {max_length}; expected a stride of 1 to max_length - 1")
     device = next(model.parameters()).device
     lengths = token_byte_lengths(tokenizer)
-    windows = [
+    windows = (
         window
-        for text, group in _documents(texts_or_dataset, group_by)
-        for window in _windows(tokenizer(text)["input_ids"], group, max_length, stride)
-    ]
-    if not windows:
-        raise NothingSupervisedError("no document has two tokens; there is nothing to predict")
+        for ids, group in _encoded(tokenizer, _documents(texts_or_dataset, group_by))
+        for window in _windows(ids, group, max_length, stride)
+    )
+    budget = batch_tokens or (512 if device.type == "cpu" else 16_384)
     counts, was_training = EvaluationCounts(), model.training
+    total = len(texts_or_dataset) if isinstance(texts_or_dataset, Sized) else None
     model.eval()
     try:
         # A bar after five seconds, on terminals alone.
-        with tqdm(total=len(windows), desc="Perplexity", unit="window", delay=5, disable=None) as bar:
-            for batch in _batches(windows, batch_tokens or (512 if device.type == "cpu" else 16_384)):
+        with tqdm(total=total, desc="Perplexity", unit="text", delay=5, disable=None) as bar:
+            for batch in _batches(windows, budget):
                 counts.add(count_batch(model, _tensors(batch, device), byte_lengths=lengths))
-                bar.update(len(batch))
+                bar.update(sum(window.scored == 1 for window in batch))
     finally:
         model.train(was_training)
+    if not counts.total.num_tokens:
+        raise NothingSupervisedError("no document has two tokens; there is nothing to predict")
     return PerplexityResult.of(counts.total, counts.sources)
 
 
@@ -135,27 +143,61 @@ def _documents(texts: Iterable[Any], group_by: str | None) -> Iterator[tuple[str
         yield row["text"], None if group_by is None else str(row[group_by])
 
 
-def _windows(ids: Sequence[int], group: str | None, max_length: int | None, stride: int | None) -> Iterator[_Window]:
+def _encoded(
+    tokenizer: Any, documents: Iterable[tuple[str, str | None]]
+) -> Iterator[tuple[NDArray[np.int32], str | None]]:
+    """The ids of each document and its group; many documents are tokenised together."""
+    documents = iter(documents)
+    while True:
+        texts, groups, size = list[str](), [], 0
+        for text, group in documents:
+            texts.append(text)
+            groups.append(group)
+            size += len(text)
+            if size >= _READ:
+                break
+        if not texts:
+            return
+        for ids, group in zip(tokenizer(texts)["input_ids"], groups, strict=True):
+            yield np.asarray(ids, np.int32), group
+
+
+def _windows(
+    ids: NDArray[np.int32], group: str | None, max_length: int | None, stride: int | None
+) -> Iterator[_Window]:
     size = len(ids) if max_length is None else max_length
     if len(ids) < 2:
         return
-    yield _Window(list(ids[:size]), 1, group)
+    yield _Window(ids[:size], 1, group)
     end = size
     while stride is not None and end < len(ids):
         begin = min(end + stride, len(ids)) - size
-        yield _Window(list(ids[begin : begin + size]), end - begin, group)
+        yield _Window(ids[begin : begin + size], end - begin, group)
         end = begin + size
 
 
-def _batches(windows: list[_Window], budget: int) -> Iterator[list[_Window]]:
-    """Batch windows of similar lengths together, so that there is little padding."""
-    batch: list[_Window] = []
-    for window in sorted(windows, key=lambda window: -len(window.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > budget:
-            yield batch
-            batch = []
-        batch.append(window)
-    yield batch
+def _batches(windows: Iterable[_Window], budget: int) -> Iterator[list[_Window]]:
+    """Batch windows of similar lengths together, so that there is little padding; of those that are in memory together."""
+    for together in _buffered(windows):
+        batch: list[_Window] = []
+        for window in sorted(together, key=lambda window: -len(window.ids)):
+            if batch and (len(batch) + 1) * len(batch[0].ids) > budget:
+                yield batch
+                batch = []
+            batch.append(window)
+        yield batch
+
+
+def _buffered(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
+    together, size = list[_Window](), 0
+    for window in windows:
+        together.append(window)
+        size += len(window.ids)
+        if size >= _BUFFERED:
+            yield together
+            together, size = [], 0
+    if together:
+        yield together
 
 
 def _tensors(batch: list[_Window], device: torch.device) -> dict[str, Any]:
@@ -163,7 +205,7 @@ def _tensors(batch: list[_Window], device: torch.device) -> dict[str, Any]:
     ids = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
     for i, window in enumerate(batch):
-        ids[i, : len(window.ids)] = torch.tensor(window.ids)
+        ids[i, : len(window.ids)] = torch.from_numpy(window.ids)
         mask[i, : len(window.ids)] = 1
         labels[i, window.scored : len(window.ids)] = ids[i, window.scored : len(window.ids)]
     tensors = {"input_ids": ids, "labels": labels}

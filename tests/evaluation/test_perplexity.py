@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
+from hf_objectives.evaluation.counts import TokenCount
 from hf_objectives.evaluation.perplexity import EvaluationCounts, compute_perplexity, count_batch
 from tests.support.chat_corpus import PLAIN
 from tests.support.language_models import TOKENIZER, llama, nats_of
@@ -50,6 +52,31 @@ def test_a_sliding_window_scores_each_token_once_with_full_context(max_length, s
     result = compute_perplexity(model, TOKENIZER, [text], max_length=max_length, stride=stride)
     assert result.num_tokens == len(ids) - 1 == len(expected)
     assert result.nll == pytest.approx(sum(expected), rel=1e-6)
+
+
+def test_texts_that_are_read_in_parts_have_the_same_sums(monkeypatch):
+    model = llama()
+    whole = compute_perplexity(model, TOKENIZER, TEXTS, max_length=16, stride=5, batch_tokens=64)
+    for name, size in (("_READ", 30), ("_BUFFERED", 25)):
+        monkeypatch.setattr(f"hf_objectives.evaluation.perplexity.{name}", size)
+    parts = compute_perplexity(model, TOKENIZER, iter(TEXTS), max_length=16, stride=5, batch_tokens=64)
+    assert (parts.num_tokens, parts.num_bytes) == (whole.num_tokens, whole.num_bytes)
+    assert parts.nll == pytest.approx(whole.nll, rel=1e-7)
+
+
+def test_memory_does_not_grow_with_the_number_of_texts(monkeypatch):
+    for name in ("_READ", "_BUFFERED"):
+        monkeypatch.setattr(f"hf_objectives.evaluation.perplexity.{name}", 4_000)
+    monkeypatch.setattr(
+        "hf_objectives.evaluation.perplexity.count_batch", lambda *_, **__: EvaluationCounts(TokenCount(1.0, 1, 1))
+    )
+    model, peaks = llama(), []
+    for count in (20, 20, 200):  # the first warms up
+        tracemalloc.start()
+        compute_perplexity(model, TOKENIZER, (f"{i} is a text, " * 40 for i in range(count)))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
 
 
 def test_groups_add_up():
