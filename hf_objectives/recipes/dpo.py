@@ -11,11 +11,11 @@ import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
 from hf_objectives.labels import encode_pair
 from hf_objectives.recipes.data import WatchedArguments
-from hf_objectives.recipes.models import load_policy
+from hf_objectives.recipes.models import RecipeModel, load_policy
 from hf_objectives.recipes.pairs import PairRecipe
 from hf_objectives.trainers import PerplexityDPOConfig, PerplexityDPOTrainer
 from hf_objectives.types import option
@@ -31,7 +31,7 @@ class DpoData(WatchedArguments):
 class Dpo(PairRecipe):
     """Direct preference optimisation."""
 
-    arguments = (ModelConfig, DpoData, PerplexityDPOConfig)
+    arguments = (RecipeModel, DpoData, PerplexityDPOConfig)
     objective = "dpo"
     encode_row = encode_pair
     encoding_options = ("max_length", "train_on", "control_tokens")
@@ -50,7 +50,7 @@ class Dpo(PairRecipe):
     def build_trainer(self) -> PerplexityDPOTrainer:
         """Load the policy and the pairs; the reference is the policy as it came."""
         data, args = self.data, self.args
-        model, tokenizer = load_policy(self.model_config, use_cpu=self.use_cpu)
+        model, tokenizer = load_policy(self.model_config, **self.loading)
         self.load_rows(tokenizer)
         lora = get_peft_config(self.model_config)
         # A copy, since the parent would load the model by its name again. LoRA's reference is the model without it.

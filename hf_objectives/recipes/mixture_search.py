@@ -155,7 +155,9 @@ def train_trial(job: Job) -> None:
     torch.set_num_threads(job.threads)
     (config, data, _, args), _ = parse_config(CLASSES, job.argv)
     set_seed(args.seed)
-    model, tokenizer = load_or_draw(config, use_cpu=args.device.type == "cpu")
+    model, tokenizer = load_or_draw(
+        config, use_cpu=args.device.type == "cpu", trust_remote_code=config.trust_remote_code
+    )
     if config.model_name_or_path == BUILT_IN and not config.model_config:
         model = demo.build_model(tokenizer, seed=args.seed)
     mixture = build_mixture(job.mixture, tokenizer=tokenizer, seed=args.data_seed)
@@ -188,7 +190,9 @@ class Search:
         self.evaluation = read_evaluation(self.settings.evaluation, named)
         self.sources = {name: {"path": "", **source_settings(source)} for name, source in named.items()}
         MixtureConfig.read({"sources": self.sources})  # says what is wrong before anything is encoded
-        tokenizer = load_or_draw(self.config, use_cpu=self.args.device.type == "cpu")[1]
+        tokenizer = load_or_draw(
+            self.config, use_cpu=self.args.device.type == "cpu", trust_remote_code=self.config.trust_remote_code
+        )[1]
         folder, self.places = prepare(self.data, named, self.evaluation, tokenizer, self.out)
         self.sources = {name: {**source, "path": folder} for name, source in self.sources.items()}
         mixture = build_mixture({"sources": self.sources}, tokenizer=tokenizer, seed=self.args.seed)

@@ -27,44 +27,64 @@ from hf_objectives.types import option
 
 
 @dataclass
-class PretrainModel(ModelConfig):
+class RecipeModel(ModelConfig):
+    """TRL's options of a model, and one of transformers that it leaves out."""
+
+    use_kernels: bool = option(False, "Kernels of the Hub in the place of the model's layers.")
+
+
+@dataclass
+class TrustedModel(RecipeModel):
+    """A model whose training arguments do not say whether its code is run; TRL's own do."""
+
+    trust_remote_code: bool = option(False, "Run code from the model's repository: only if you have read it.")
+
+
+@dataclass
+class PretrainModel(TrustedModel):
     """The model of pretraining: a checkpoint to go on from, or a configuration whose weights are drawn at random."""
 
     model_config: str | None = option(None, "From scratch: a config.json, or a mapping with model_type (JSON).")
     tokenizer_name: str | None = option(None, "Tokenizer of a model from scratch.")
 
 
-def load_tokenizer(name: str, revision: str = "main") -> Any:
+def load_tokenizer(name: str, revision: str = "main", *, trust_remote_code: bool = False) -> Any:
     """A tokenizer: the built-in one, or that of a folder or a Hub id."""
-    return demo.build_tokenizer() if name == BUILT_IN else AutoTokenizer.from_pretrained(name, revision=revision)
+    if name == BUILT_IN:
+        return demo.build_tokenizer()
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def load_model(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+def load_model(config: ModelConfig, *, use_cpu: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a language model and its tokenizer."""
     name = _checked_name(config, use_cpu)
-    tokenizer = load_tokenizer(name, config.model_revision)
+    tokenizer = load_tokenizer(name, config.model_revision, trust_remote_code=trust_remote_code)
     if name == BUILT_IN:
         return demo.build_model(tokenizer), tokenizer
     # Adapters leave the weights as they are, so these may stay in the checkpoint's dtype; not on a CPU, which is slow then.
     dtype = "auto" if config.use_peft and not use_cpu else "float32"
-    settings = _loading(config, dtype)
+    settings = _loading(config, dtype, trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(name, revision=config.model_revision, **settings), tokenizer
 
 
-def load_policy(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+def load_policy(config: ModelConfig, *, use_cpu: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a model to align, and its tokenizer. An adapter in the folder becomes part of the weights; all are trained."""
     name = config.model_name_or_path
     base = _base_of_adapter(config)
     if name is None or base is None:
-        return load_model(config, use_cpu=use_cpu)
-    model, _ = load_model(replace(config, model_name_or_path=base, model_revision="main"), use_cpu=use_cpu)
-    return _with_adapter_merged(model, name), AutoTokenizer.from_pretrained(name)
+        return load_model(config, use_cpu=use_cpu, trust_remote_code=trust_remote_code)
+    model, _ = load_model(
+        replace(config, model_name_or_path=base, model_revision="main"),
+        use_cpu=use_cpu,
+        trust_remote_code=trust_remote_code,
+    )
+    return _with_adapter_merged(model, name), load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
-def load_scorer(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any]:
+def load_scorer(config: ModelConfig, *, use_cpu: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a model with a score head, which is new where the folder has none, and its tokenizer."""
     name = _checked_name(config, use_cpu)
-    tokenizer = load_tokenizer(name, config.model_revision)
+    tokenizer = load_tokenizer(name, config.model_revision, trust_remote_code=trust_remote_code)
     if name == BUILT_IN:
         settings = demo.build_model(tokenizer).config
         settings.num_labels = 1
@@ -72,7 +92,10 @@ def load_scorer(config: ModelConfig, *, use_cpu: bool = False) -> tuple[Any, Any
     base = _base_of_adapter(config)
     with suppress_seqcls_warning():
         model = AutoModelForSequenceClassification.from_pretrained(
-            base or name, revision=None if base else config.model_revision, num_labels=1, **_loading(config, "float32")
+            base or name,
+            revision=None if base else config.model_revision,
+            num_labels=1,
+            **_loading(config, "float32", trust_remote_code),
         )
     return _with_adapter_merged(model, name, generates=False) if base else model, tokenizer
 
@@ -88,7 +111,7 @@ def _checked_name(config: ModelConfig, use_cpu: bool) -> str:
     return config.model_name_or_path
 
 
-def _loading(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def _loading(config: ModelConfig, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments of `from_pretrained`; `dtype` is taken unless the configuration names one: weights that an optimizer moves
     want float32, whatever the checkpoint has.
     """
@@ -96,6 +119,8 @@ def _loading(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "attn_implementation": config.attn_implementation,
         "dtype": dtype if config.dtype in (None, "auto") else config.dtype,
         "quantization_config": get_quantization_config(config),
+        "trust_remote_code": trust_remote_code,
+        **({"use_kernels": True} if getattr(config, "use_kernels", False) else {}),
     }
 
 
@@ -125,16 +150,16 @@ def with_lora(model: Any, config: ModelConfig, *, gradient_checkpointing: bool) 
     return get_peft_model(model, lora)
 
 
-def load_or_draw(config: PretrainModel, *, use_cpu: bool = False) -> tuple[Any, Any]:
+def load_or_draw(config: PretrainModel, *, use_cpu: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of pretraining: those of a checkpoint, or random weights (float32) of a configuration."""
     if not config.model_config:
-        return load_model(config, use_cpu=use_cpu)
+        return load_model(config, use_cpu=use_cpu, trust_remote_code=trust_remote_code)
     name = config.tokenizer_name or config.model_name_or_path
     if not name:
         raise ConfigError(
             "tokenizer_name is missing; a model from scratch needs a tokenizer (a Hub id, folder or 'builtin')"
         )
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if config.model_config.lstrip().startswith("{"):
         values = json.loads(config.model_config)
         if "model_type" not in values:
@@ -142,7 +167,7 @@ def load_or_draw(config: PretrainModel, *, use_cpu: bool = False) -> tuple[Any, 
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         settings = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **values})
     else:
-        settings = AutoConfig.from_pretrained(config.model_config)
+        settings = AutoConfig.from_pretrained(config.model_config, trust_remote_code=trust_remote_code)
     vocabulary = settings.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise ConfigError(
@@ -151,4 +176,9 @@ def load_or_draw(config: PretrainModel, *, use_cpu: bool = False) -> tuple[Any, 
         )
     settings.use_cache = True
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **attention), tokenizer
+    model = AutoModelForCausalLM.from_config(
+        settings, dtype=torch.float32, trust_remote_code=trust_remote_code, **attention
+    )
+    if config.use_kernels:
+        model.set_use_kernels(True)
+    return model, tokenizer

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, get_peft_config
 
 from hf_objectives import demo
 from hf_objectives.diagnostics import plot_rewards
@@ -23,7 +23,7 @@ from hf_objectives.evaluation import LanguageModelEvaluation
 from hf_objectives.labels import Account, to_prompt, with_prompts
 from hf_objectives.recipes.arguments import BUILT_IN
 from hf_objectives.recipes.data import Rows, WatchedArguments, split_rows, usable_rows
-from hf_objectives.recipes.models import load_policy
+from hf_objectives.recipes.models import RecipeModel, load_policy
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PPOConfig, PPOTrainer
 from hf_objectives.types import Row, check_one_of, option
@@ -49,7 +49,7 @@ class PpoData(WatchedArguments):
 class Ppo(Recipe):
     """Reinforcement learning, by PPO or another algorithm with the same options."""
 
-    arguments = (ModelConfig, PpoData, PPOConfig)
+    arguments = (RecipeModel, PpoData, PPOConfig)
     figures: ClassVar[dict[str, str]] = {
         "eval_reward": "mean reward",
         "eval_exact_match": "exact match",
@@ -67,7 +67,7 @@ class Ppo(Recipe):
     def build_trainer(self) -> Any:
         """Load the policy, the prompts and the rewards."""
         data, args = self.data, self.args
-        model, tokenizer = load_policy(self.model_config, use_cpu=self.use_cpu)
+        model, tokenizer = load_policy(self.model_config, **self.loading)
         account = Account()
         rows, held_out = split_rows(data, seed=args.seed, built_in=(8_000, 200))
         train, held_out = (

@@ -93,7 +93,7 @@ class Pretrain(Recipe):
     def build_trainer(self) -> PerplexityTrainer:
         """Load the model and the data, and turn tokens into steps."""
         data, args = self.data, self.args
-        model, tokenizer = load_or_draw(self.model_config, use_cpu=self.use_cpu)
+        model, tokenizer = load_or_draw(self.model_config, **self.loading)
         self.load_rows(tokenizer)
         set_length(args, self.num_rows, self.num_tokens, endless=isinstance(self.train_rows, OrderedStream))
         if args.max_tokens is not None:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
 from hf_objectives.diagnostics import plot_reward_model
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import Reliability
 from hf_objectives.recipes.data import RowArguments
-from hf_objectives.recipes.models import load_scorer
+from hf_objectives.recipes.models import RecipeModel, load_scorer
 from hf_objectives.recipes.pairs import PairRecipe
 from hf_objectives.trainers import RewardModelConfig, RewardModelTrainer, encode_reward_row
 from hf_objectives.types import option
@@ -36,7 +36,7 @@ class RewardData(RowArguments):
 class Reward(PairRecipe):
     """A reward model."""
 
-    arguments = (ModelConfig, RewardData, RewardModelConfig)
+    arguments = (RecipeModel, RewardData, RewardModelConfig)
     objective = "reward"
     encode_row = encode_reward_row
     encoding_options = ("max_length", "control_tokens")
@@ -53,7 +53,7 @@ class Reward(PairRecipe):
 
     def build_trainer(self) -> RewardModelTrainer:
         """Load the model with its score head, and the pairs."""
-        model, tokenizer = load_scorer(self.model_config, use_cpu=self.use_cpu)
+        model, tokenizer = load_scorer(self.model_config, **self.loading)
         self.load_rows(tokenizer)
         if not self.held_out:
             raise ConfigError("eval_share is 0; a reward model that is not held against pairs says nothing")

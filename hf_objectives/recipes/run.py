@@ -20,7 +20,7 @@ from hf_objectives.inspection import ENVIRONMENT, save_environment
 from hf_objectives.mixture import DatasetMixture
 from hf_objectives.publishing import push, write_card
 from hf_objectives.recipes.arguments import parse_config
-from hf_objectives.recipes.plan import check_launch, print_plan, resolve_plan
+from hf_objectives.recipes.plan import Line, check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
 from hf_objectives.trainers import copies_of_rows
 
@@ -34,7 +34,8 @@ class Recipe:
         figures: held-out metrics beside perplexities, and what the table calls them.
         model_config, data, args: the arguments of this run.
         origin: where each value came from, see `parse_config`.
-        use_cpu: whether the run trains on a CPU.
+        loading: whether the run trains on a CPU, and whether it runs code of the model's repository, by the names of
+            `load_model`.
         train_rows: rows to train on: mapped, a stream, or a mixture; set by `load_rows`.
         num_rows: their number, of a stream the number that its length is counted in; set by `load_rows`.
         rows_digest: changes when the rows do; None where a mixture's own state tells. Set by `load_rows`.
@@ -49,7 +50,8 @@ class Recipe:
 
     def __init__(self, model_config: Any, data: Any, args: Any, origin: Mapping[str, str]) -> None:
         self.model_config, self.data, self.args, self.origin = model_config, data, args, origin
-        self.use_cpu = args.device.type == "cpu"
+        trusts = any(getattr(given, "trust_remote_code", False) for given in (model_config, args))
+        self.loading = {"use_cpu": args.device.type == "cpu", "trust_remote_code": trusts}
         self.console = Console(soft_wrap=False)
         self.train_rows: Any = None
         self.num_rows = 0
@@ -68,7 +70,10 @@ class Recipe:
 
     def introduce(self, trainer: Any) -> None:
         """Print what will be done; in the main process."""
-        print_plan(resolve_plan(self.args, self.data, trainer.model, self.num_rows, self.origin), self.console)
+        lines = resolve_plan(self.args, self.data, trainer.model, self.num_rows, self.origin)
+        if self.loading["trust_remote_code"]:
+            lines.append(Line("code of the repository", "is run", self.origin["trust_remote_code"]))
+        print_plan(lines, self.console)
 
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Held-out metrics of the model as it is; none where nothing is held out."""

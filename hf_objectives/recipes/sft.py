@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl import ModelConfig
-
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.demo import Question
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import save_label_preview
 from hf_objectives.recipes.arguments import BUILT_IN
 from hf_objectives.recipes.data import DataArguments, Prepared, digest, mix_rows, prepare
-from hf_objectives.recipes.models import load_model, with_lora
+from hf_objectives.recipes.models import TrustedModel, load_model, with_lora
 from hf_objectives.recipes.preview import check_stops, print_preview
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
@@ -28,7 +26,7 @@ from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArgument
 class Sft(Recipe):
     """Fine-tuning."""
 
-    arguments = (ModelConfig, DataArguments, PerplexityTrainingArguments)
+    arguments = (TrustedModel, DataArguments, PerplexityTrainingArguments)
     figures: ClassVar[dict[str, str]] = {
         "eval_bits_per_byte": "bits per byte",
         "eval_stop_probability": "probability of stopping at a turn's end",
@@ -51,7 +49,7 @@ class Sft(Recipe):
     def build_trainer(self) -> PerplexityTrainer:
         """Load the model and the rows."""
         data, args = self.data, self.args
-        model, self.tokenizer = load_model(self.model_config, use_cpu=self.use_cpu)
+        model, self.tokenizer = load_model(self.model_config, **self.loading)
         self.load_rows(self.tokenizer)
         check_stops(self.tokenizer, self.prepared.examples, allow_no_stop=data.allow_no_stop)
         self.results["ledger"] = self.prepared.ledger.to_dict()

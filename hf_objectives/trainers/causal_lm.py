@@ -45,6 +45,7 @@ from hf_objectives.trainers.hf_compat import (
     watch_steps,
 )
 from hf_objectives.trainers.isolation import probe_isolation
+from hf_objectives.trainers.long_rows import LongRows
 from hf_objectives.trainers.metrics import SourceLosses, TokenMetrics
 from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel, refuse_other_models
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
@@ -53,7 +54,7 @@ from hf_objectives.types import IGNORE_INDEX, ends_of_runs
 logger = logging.getLogger(__name__)
 
 
-class PerplexityTrainer(TrainerHooks, Trainer):
+class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
     """`transformers.Trainer` for next-token objectives, with exact numbers.
 
     The loss of a step is the summed negative log-likelihood of its trained tokens, over all accumulation steps and ranks,

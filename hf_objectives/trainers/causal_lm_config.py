@@ -51,6 +51,7 @@ class PerplexityTrainingArguments(TrainingArguments):
 
     Args:
         z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5); 0 for none.
+        activation_offloading: TRL's, see `LongRows`.
         head_implementation: how head and loss are computed in one, see `fused_linear_cross_entropy`; None for the default.
         check_isolation: see `probe_isolation`; before the first step and the first evaluation.
 
@@ -61,6 +62,9 @@ class PerplexityTrainingArguments(TrainingArguments):
 
     z_loss: float = option(0.0, "Weight of the squared log-partition (PaLM: 1e-4); 0 for none.")
     head_implementation: str | None = option(None, "How head and loss are computed in one; default: the fastest one.")
+    activation_offloading: bool = option(
+        False, "Move activations to the host's memory until the backward pass needs them."
+    )
     check_isolation: bool = option(True, "Prove on the live model that packed documents do not see each other.")
     stop_on_non_finite: bool = option(True, "Stop all ranks before a step whose loss or gradient norm is not finite.")
     remove_unused_columns: bool = option(False, "Collators take whole rows; leave this off.")

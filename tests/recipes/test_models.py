@@ -14,6 +14,7 @@ from trl import ModelConfig
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes.models import PretrainModel, load_model, load_or_draw, load_policy, load_scorer
+from tests.support.recipes import save_small_model
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
@@ -86,3 +87,28 @@ def test_random_weights_follow_the_configuration_and_the_seed(tmp_path):
 def test_what_cannot_be_loaded_is_named(load, config, words):
     with pytest.raises(ConfigError, match=words):
         load(config, use_cpu=True)
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_repository_is_run_when_it_is_asked_for_alone(tmp_path):
+    save_small_model(tmp_path)
+    folder = tmp_path / "model"
+    (folder / "modeling_own.py").write_text(CUSTOM)
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own_llama", "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = ModelConfig(model_name_or_path=str(folder))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(asked, use_cpu=True)
+    loaded, _ = load_model(asked, use_cpu=True, trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnModel"
