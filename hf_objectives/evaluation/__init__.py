@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from hf_objectives.evaluation.logits import (
         next_token_outputs,  # the loss, head and loss in one, and what else the model returned
+        predicting_places,  # where something is predicted
         selected_logits,  # logits of chosen positions only
         split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
         target_nll,  # negative log-likelihood of each target

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_objectives.evaluation.head import after_head, given_to_head, head_of, linear_parts, unwrapped, warn_once
-from hf_objectives.losses import SHIFTED, LossSum, check_targets, fused_linear_cross_entropy, next_token_loss
+from hf_objectives.losses import SHIFTED, LossSum, check_targets, next_token_loss, predicted_cross_entropy
 from hf_objectives.types import IGNORE_INDEX
 
 EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids", *SHIFTED)
@@ -33,11 +33,15 @@ def next_token_outputs(
     z_loss: float = 0.0,
     full: bool = False,
     implementation: str | None = None,
+    places: Tensor | None = None,
 ) -> tuple[LossSum, Any]:
     """Run a causal language model and compute its loss, head and loss in one, so that no logits are kept.
 
     That is proven on the live model first, see `after_head`. Where it does not hold, the logits of predicted tokens are
     computed, with a warning.
+
+    The number of targets is read from the device unless `places` are given. With a gradient and on an accelerator nothing
+    else is: a target outside the head's entries makes the loss NaN there.
 
     Args:
         model: the model, with or without a wrapper for data parallelism.
@@ -47,6 +51,7 @@ def next_token_outputs(
         label_smoothing, z_loss: see `next_token_loss`.
         full: see `selected_logits`.
         implementation: see `fused_linear_cross_entropy`.
+        places: int64 [targets], see `predicting_places`.
 
     Returns:
         The sums over targets, and what else the model returned: the auxiliary loss of a mixture of experts, say.
@@ -54,34 +59,46 @@ def next_token_outputs(
     Raises:
         DataError: a target outside the head's entries; names its row of the batch and its place there.
     """
-    positions = targets != IGNORE_INDEX
+    places = predicting_places(targets) if places is None else places
+    predicted = targets.flatten()[places]
     after = None if full else after_head(model)
     options: dict[str, Any] = {"weights": weights, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    fused: dict[str, Any] = {"implementation": implementation, **options, **(after._asdict() if after else {})}
     losses: list[LossSum] = []
 
     def take(head: nn.Module, chosen: Tensor) -> bool:
         parts = None if after is None else linear_parts(head, chosen)
-        if after is None or parts is None:
-            return False
-        states, weight, bias = parts
-        check_targets(targets, len(weight))
-        found = fused_linear_cross_entropy(
-            *(states, weight, targets[positions]),
-            **(options | after._asdict()),
-            bias=bias,
-            implementation=implementation,
-        )
-        losses.append(found)
-        return True
+        if parts is not None:
+            losses.append(_head_loss(*parts, targets, predicted, fused))
+        return parts is not None
 
-    logits, output = _outputs(model, inputs, positions, full=full, take=take)
+    logits, output = _outputs(model, inputs, targets.shape, places, full=full, take=take)
     if not losses:
         check_targets(targets, logits.shape[-1])
-        return next_token_loss(logits, targets[positions], **options), output
+        return next_token_loss(logits, predicted, **options), output
     if _is_sharded(model):
         # A backward pass through the model's own output, here of no token, is what gathers sharded weights for it.
         losses[0] = losses[0]._replace(loss=losses[0].loss + logits.sum().to(losses[0].loss.dtype))
     return losses[0], output
+
+
+def _head_loss(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    predicted: Tensor,
+    options: Mapping[str, Any],
+) -> LossSum:
+    """The loss of hidden states, one for each of the targets that are `predicted`."""
+    if not torch.is_grad_enabled() or targets.device.type == "cpu":
+        check_targets(targets, len(weight))
+    return predicted_cross_entropy(states, weight, predicted, bias=bias, **options)
+
+
+def predicting_places(targets: Tensor) -> Tensor:
+    """Where something is predicted: the places of targets other than -100 in `targets.flatten()`, int64 [targets]."""
+    return (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def virtual_tokens(model: Any) -> int:
@@ -106,7 +123,7 @@ def selected_logits(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
         Logits [positions, vocabulary] in the model's dtype, row by row. Where the head cannot be found, all logits are
         computed and a warning says so once.
     """
-    return _outputs(model, inputs, positions, full=full)[0]
+    return _outputs(model, inputs, positions.shape, positions.flatten().nonzero().squeeze(1), full=full)[0]
 
 
 def target_nll(
@@ -133,15 +150,16 @@ def target_nll(
 def _outputs(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    positions: Tensor,
+    shape: torch.Size,
+    places: Tensor,
     *,
     full: bool = False,
     take: Callable[[nn.Module, Tensor], bool] = lambda head, chosen: False,
 ) -> tuple[Tensor, Any]:
-    """Logits of `positions`, and all that the model returned.
+    """Logits of `places` in rows of `shape` [batch, length], and all that the model returned.
 
-    `take` is called where the head runs, with the head and the hidden states of `positions`; if it returns True, no logits
-    are made.
+    `take` is called where the head runs, with the head and the hidden states of `places`; if it returns True, no logits are
+    made.
     """
     inputs = {**inputs, "use_cache": False}  # with a cache, transformers treats packed rows as one document
     head, virtual = None if full else head_of(model), virtual_tokens(model)
@@ -149,16 +167,16 @@ def _outputs(
         warn_once("torch.compile is on; computing full logits")
     if head is None:
         output = model(**inputs)
-        return _at(positions, output.logits, virtual), output
+        return _at(places, shape, output.logits, virtual), output
     selected = False
 
     def select(hidden: Tensor) -> Tensor:
         nonlocal selected
-        rows, width = positions.shape
+        rows, width = shape
         if tuple(hidden.shape[:2]) not in ((rows, width), (rows, width + virtual)):
             return hidden
         selected = True
-        chosen = _at(positions, hidden, virtual)
+        chosen = _at(places, shape, hidden, virtual)
         return chosen[: 0 if take(head, chosen) else len(chosen)].unsqueeze(0)
 
     with given_to_head(head, select):
@@ -166,13 +184,13 @@ def _outputs(
     if selected:
         return output.logits[0], output
     warn_once("the model does not pass all hidden states through its output embeddings; computing full logits")
-    return _at(positions, output.logits, virtual), output
+    return _at(places, shape, output.logits, virtual), output
 
 
-def _at(positions: Tensor, values: Tensor, virtual: int) -> Tensor:
-    """Values [batch, length, size] at positions [batch, length]. Prompt tuning puts its tokens before those of the row."""
-    is_longer = values.shape[1] == positions.shape[1] + virtual
-    return values[:, virtual:][positions] if is_longer else values[positions]
+def _at(places: Tensor, shape: torch.Size, values: Tensor, virtual: int) -> Tensor:
+    """Values [batch, length, size] at places. Prompt tuning puts its tokens before those of the row."""
+    is_longer = virtual and values.shape[1] == shape[1] + virtual
+    return (values[:, virtual:] if is_longer else values).flatten(0, 1)[places]
 
 
 def _is_sharded(model: nn.Module) -> bool:

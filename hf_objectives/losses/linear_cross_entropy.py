@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,9 +71,35 @@ def fused_linear_cross_entropy(
     """
     check_targets(targets, weight.shape[0])
     kept = targets != IGNORE_INDEX
-    is_whole = bool(kept.all())
-    if not is_whole:
-        hidden, weights = hidden[kept], None if weights is None else weights[kept]
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "scale": scale}
+    settings: dict[str, Any] = {"bias": bias, "implementation": implementation, "chunk_bytes": chunk_bytes, **options}
+    if kept.all():
+        return predicted_cross_entropy(hidden, weight, targets, weights=weights, **settings)
+    weights = None if weights is None else weights[kept]
+    found = predicted_cross_entropy(hidden[kept], weight, targets[kept], weights=weights, **settings)
+    each = found.token_nll.new_zeros(targets.shape).masked_scatter_(kept, found.token_nll)
+    return found._replace(token_nll=each)
+
+
+@torch.compiler.disable
+def predicted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    implementation: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> LossSum:
+    """`fused_linear_cross_entropy` of targets that are all predicted; nothing is read from their device.
+
+    A target outside the head's entries has the nats NaN, so that the guard against losses that are not finite sees it.
+    """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -83,10 +109,12 @@ def fused_linear_cross_entropy(
         )
     options = HeadOptions(label_smoothing, z_loss, softcap, scale, dtype, chunk_bytes)
     compute = _chosen(implementation, hidden.device, options).compute
-    loss, nats = compute(hidden, weight, bias, targets if is_whole else targets[kept], weights, options)
+    entries = weight.shape[0]
+    loss, nats = compute(hidden, weight, bias, targets.clamp(0, entries - 1), weights, options)
+    lost = torch.where((targets < 0) | (targets >= entries), torch.nan, 0.0).to(nats.dtype)
+    nats = nats + lost
     number = nats.new_tensor(float(len(nats))) if weights is None else weights.to(nats.dtype).sum()
-    each = nats if is_whole else nats.new_zeros(targets.shape).masked_scatter_(kept, nats)
-    return LossSum(loss, nats.sum(), number, each)
+    return LossSum(loss + lost.sum(), nats.sum(), number, nats)
 
 
 def check_targets(targets: Tensor, entries: int) -> None:

@@ -18,7 +18,13 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, Predict
 from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.distributed import any_rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
-from hf_objectives.evaluation import EvaluationCounts, count_batch, next_token_outputs, split_extra_columns
+from hf_objectives.evaluation import (
+    EvaluationCounts,
+    count_batch,
+    next_token_outputs,
+    predicting_places,
+    split_extra_columns,
+)
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import shifted_columns
 from hf_objectives.preparation import OrderedStream
@@ -46,10 +52,10 @@ from hf_objectives.trainers.hf_compat import (
 )
 from hf_objectives.trainers.isolation import probe_isolation
 from hf_objectives.trainers.long_rows import LongRows
-from hf_objectives.trainers.metrics import SourceLosses, TokenMetrics
+from hf_objectives.trainers.metrics import SourceLosses, TokenMetrics, TrainedStops
 from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel, refuse_other_models
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
-from hf_objectives.types import IGNORE_INDEX, ends_of_runs
+from hf_objectives.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +111,7 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         self.tokenizer = tokenizer
         count_shifted_labels(self)  # the loss below always divides by their number
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)
-        self._stops_seen: Tensor | None = None
+        self._stops = TrainedStops()
         self._isolation_proved = False
         self.token_metrics, self.source_losses = TokenMetrics(), SourceLosses()
         self.add_callback(_RunCallback(self))
@@ -138,7 +144,7 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Train on a micro-batch as the parent does, and remember what turns end with; its rows are still whole here."""
-        self._remember_stops(shifted_columns(inputs)["shift_labels"])
+        self._stops.add(shifted_columns(inputs)["shift_labels"])
         return super().training_step(model, inputs, num_items_in_batch)
 
     @property
@@ -159,17 +165,18 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         model_inputs, extra = split_extra_columns(inputs)
         columns = shifted_columns(extra)
         targets = columns["shift_labels"]
-        positions = targets != IGNORE_INDEX
+        places = predicting_places(targets)
         weights, sources = columns.get("shift_weights"), columns.get("shift_sources")
         result, output = next_token_outputs(
             model,
             model_inputs,
             targets,
-            weights=None if weights is None else weights[positions],
+            weights=None if weights is None else weights.flatten()[places],
             label_smoothing=self.args.label_smoothing_factor,
             z_loss=self.args.z_loss,
             full=self._compiled,
             implementation=self.args.head_implementation,
+            places=places,
         )
         aux, weight = router_loss(self.accelerator.unwrap_model(model), output) or (None, 0.0)
         share = 1.0 if num_items_in_batch is None else 1 / getattr(self, "current_gradient_accumulation_steps", 1)
@@ -178,9 +185,9 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
                 "under context parallelism the auxiliary loss of experts would be of parts of rows; set "
                 "output_router_logits=False in the model's config, or cp_size to 1"
             )
-        self.token_metrics.add(result.nll, positions, model_inputs, extra.get("source_ids"), aux, share)
+        self.token_metrics.add(result.nll, targets != IGNORE_INDEX, model_inputs, extra.get("source_ids"), aux, share)
         if sources is not None:
-            self.source_losses.add(result.token_nll, sources[positions], extra["source_names"])
+            self.source_losses.add(result.token_nll, sources.flatten()[places], extra["source_names"])
         if num_items_in_batch is None:
             loss = result.loss / result.weight.clamp(min=1)
         else:
@@ -211,20 +218,9 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
 
     # -- stop tokens ---------------------------------------------------------------------------------------------
 
-    def _remember_stops(self, labels: Tensor) -> None:
-        if self._stops_seen is None:
-            config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-            size = max(len(self.tokenizer or ()), int(config.vocab_size))
-            self._stops_seen = torch.zeros(size, dtype=torch.bool, device=labels.device)
-        self._stops_seen[labels[ends_of_runs(labels)]] = True
-
     def trained_stop_ids(self) -> list[int]:
         """Control tokens that trained turns ended with, on any rank."""
-        if self._stops_seen is None or self.tokenizer is None:
-            return []
-        seen = sum_over_ranks(self._stops_seen.double().tolist())
-        control = set(self.tokenizer.added_tokens_decoder)
-        return [i for i, count in enumerate(seen) if count and i in control]
+        return self._stops.ids(self.tokenizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does, with every trained stop token among the EOS ids of the generation config.

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_objectives.distributed import any_rank, rank, world_size
 from hf_objectives.errors import ConfigError, NonFiniteError, StopTokenError
@@ -43,8 +45,11 @@ def stop_if_not_finite(
     Raises:
         NonFiniteError: names step, source, rows and the beginning of the text.
     """
-    values = [float(loss) for loss in losses]
-    norm = None if grad_norm is None else float(grad_norm)
+    read = [*losses] if grad_norm is None else [*losses, torch.as_tensor(grad_norm)]
+    whole = (value.full_tensor() if isinstance(value, DTensor) else value for value in read)
+    # All at once: each reading of a device waits for it.
+    values = torch.stack([value.detach().double().to(losses[0].device) for value in whole]).tolist()
+    norm = None if grad_norm is None else values.pop()
     bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
     norm_is_bad = norm is not None and not math.isfinite(norm)
     # The gradient is the mean over ranks, so a bad one is on every rank. A bad loss is on one rank only.

@@ -13,8 +13,10 @@ from torch import Tensor
 from hf_objectives.distributed import gather_objects, sum_over_ranks
 from hf_objectives.evaluation import TokenCount
 from hf_objectives.losses import Moments, PolicyLoss, ValueLoss, explained_variance
+from hf_objectives.types import ends_of_runs
 
 logger = logging.getLogger(__name__)
+_TOKENS = 1 << 20  # more than any vocabulary has; the last one stands for none
 
 
 class MetricSums:
@@ -132,6 +134,27 @@ class SourceLosses:
             if tokens:
                 losses[f"loss/{name}"] = nats / tokens
         return losses if len(losses) > 1 else {}
+
+
+class TrainedStops:
+    """Which tokens ended trained turns."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def add(self, targets: Tensor) -> None:
+        """Add targets, int64 [batch, length], -100 where nothing is trained; nothing is read from their device."""
+        if self._seen is None:
+            self._seen = torch.zeros(_TOKENS, dtype=torch.bool, device=targets.device)
+        self._seen[torch.where(ends_of_runs(targets), targets.clamp(0, _TOKENS - 1), _TOKENS - 1)] = True
+
+    def ids(self, tokenizer: Any) -> list[int]:
+        """The control tokens of the tokenizer among them, on any rank."""
+        if self._seen is None or tokenizer is None:
+            return []
+        control = [i for i in sorted(tokenizer.added_tokens_decoder) if i < _TOKENS - 1]
+        seen = sum_over_ranks(self._seen[control].double().tolist())
+        return [i for i, count in zip(control, seen, strict=True) if count]
 
 
 class PairMetrics:
