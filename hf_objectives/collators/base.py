@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -62,10 +62,17 @@ class Collator(LabelConfig, _Tokenizing):
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; expected at least 1")
 
+    _from_trainer: ClassVar[bool] = False
+
     def __getstate__(self) -> Any:
-        """A spawned loader worker cannot see who asks for its batches, so this is checked before it starts."""
+        """A spawned loader worker cannot see who asks for its batches, so this is asked before it starts."""
         self.check_host()
-        return super().__getstate__()
+        return {**vars(self), "_from_trainer": self.in_trainer}
+
+    @property
+    def in_trainer(self) -> bool:
+        """Whether a Trainer of transformers asks for batches."""
+        return self._from_trainer or called_by("transformers.trainer")
 
     @property
     def survives_dispatch(self) -> bool:
@@ -151,7 +158,7 @@ class LanguageModelCollator(Collator):
         if any(row.weights is not None for row in rows):
             weights = [np.ones(len(row.ids)) if row.weights is None else row.weights for row in rows]
             batch["loss_weights"] = self.pad(weights, 1, np.float32)
-            self._check_weighted(batch["loss_weights"])
+            self._check_weighted(batch["loss_weights"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
         if self.return_source and any(row.sources for row in rows):
             names: dict[str, int] = {}
             codes = [[names.setdefault(name, len(names)) for name in row.sources or ()] for row in rows]
@@ -162,8 +169,9 @@ class LanguageModelCollator(Collator):
         return batch
 
     def _check_weighted(self, weights: torch.Tensor) -> None:
+        """Refuse weights of trained tokens where nobody applies them."""
         # PerplexityTrainer asks its collator for sources; no other part of a Trainer knows what they are, or weights.
-        if not self.return_source and (weights != 1).any() and called_by("transformers.trainer"):
+        if not self.return_source and (weights != 1).any() and self.in_trainer:
             raise ConfigError(
                 "this Trainer hands loss_weights to the model, which ignores them; use PerplexityTrainer, or leave them "
                 "out. Where your own compute_loss applies them, set return_source=True"

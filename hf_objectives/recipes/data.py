@@ -268,7 +268,7 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
     Raises:
         DataError: a row that cannot be used, unless `on_error` is "skip"; then, that there is no other.
     """
-    counted = Account() if account is None else account
+    counted, of_part = (Account(), ", held out") if account is None else (account, "")
     made: Rows = []
     with naming_places({} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}):
         for row in rows:
@@ -281,6 +281,7 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
                 counted.drop(type(error).__name__ + SKIPPED, tokens=0, row=row["row"])
                 last = error
         if rows and not made:
+            last.reason = f"none of {len(rows)} rows can be used{of_part}; of the last one: {last.reason}"
             raise last
     counted.rows_out = len(made)
     for reason, numbers in counted.dropped_examples.items() if account is None else ():
