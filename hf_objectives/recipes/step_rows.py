@@ -62,9 +62,11 @@ def rows_of_step(run: str | Path, step: int, *, text: bool = False) -> list[Step
         FileFormatError: the folder has no `environment.json` of a recipe.
     """
     folder = Path(run)
-    folder = folder if (folder / ENVIRONMENT).exists() else folder.parent
+    folder = folder.parent if folder.name.startswith("checkpoint-") else folder
     settings = _read(folder, run)
     launches = settings["launches"]
+    if folder != Path(run) and state_of(Path(run) / _STATE, launches) is None:
+        raise ConfigError(f"{run} is no checkpoint of the last run in {folder}; give the folder, or one that is")
     if not 1 <= step <= launches[-1]["max_steps"]:
         raise ConfigError(f"step is {step}; the run in {folder} has steps 1 to {launches[-1]['max_steps']}")
     if step <= launches[0]["begin"]:
@@ -92,7 +94,7 @@ def _read(folder: Path, asked: str | Path) -> dict[str, Any]:
         raise FileFormatError(
             f"no {ENVIRONMENT} can be read in {asked}; expected the output folder of a recipe"
         ) from error
-    if not {"recipe", LaunchRecord.state_name} <= set(settings):
+    if "recipe" not in settings or not settings.get(LaunchRecord.state_name):
         raise FileFormatError(
             f"{folder / ENVIRONMENT} names no recipe and its launches; expected one that a recipe of this version wrote"
         )

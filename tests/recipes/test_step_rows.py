@@ -164,6 +164,8 @@ def test_checkpoints_of_another_run_in_the_folder(corpus, tmp_path, name):
     check(tmp_path, train(corpus, tmp_path, name, kill_at=4, max_steps=5, save_steps=50, **BIGGER))
     with pytest.raises(ConfigError, match="step is 6; the run in .* has steps 1 to 5"):
         rows_of_step(tmp_path, 6)
+    with pytest.raises(ConfigError, match="checkpoint-3 is no checkpoint of the last run in"):
+        rows_of_step(tmp_path / "checkpoint-3", 2)
     # Neither are the other run's checkpoints gone on from.
     with pytest.raises(ConfigError, match="no checkpoint of the last run in .*, only of others before it"):
         train(corpus, tmp_path, name, resume_from_checkpoint="true")
@@ -327,6 +329,9 @@ def test_a_folder_without_a_recipes_run(tmp_path):
         FileFormatError, match="no environment.json can be read in .*; expected the output folder of a recipe"
     ):
         rows_of_step(tmp_path / "run", 2)
-    (tmp_path / "environment.json").write_text('{"settings": {}}')
-    with pytest.raises(FileFormatError, match="names no recipe"):
-        rows_of_step(tmp_path, 2)
+    for settings in ({}, {"recipe": "sft"}, {"recipe": "sft", "launches": []}):
+        (tmp_path / "environment.json").write_text(json.dumps({"settings": settings}))
+        with pytest.raises(FileFormatError, match="names no recipe and its launches"):
+            rows_of_step(tmp_path, 2)
+    with pytest.raises(FileFormatError, match="no environment.json"):  # not that of the folder around it
+        rows_of_step(tmp_path / "chekpoint-3", 2)
