@@ -72,8 +72,8 @@ def rows(options: RowsOptions) -> None:
         "source", "row", "tokens", *(["text, trained parts in ⟦⟧"] if options.text else []), header_style="bold"
     )
     for document in found:
-        place = (document.source, document.row, document.tokens)
-        table.add_row(*map(str, place), *([Text(visible(document.text))] if options.text else []))
+        cells = (document.source, document.row, document.tokens, *([document.text] if options.text else []))
+        table.add_row(*(Text(visible(str(cell))) for cell in cells))
     console = Console(highlight=False)
     console.print(table)
     tokens = sum(document.tokens for document in found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -62,10 +62,17 @@ class Collator(LabelConfig, _Tokenizing):
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; expected at least 1")
 
+    _from_trainer: ClassVar[bool] = False
+
     def __getstate__(self) -> Any:
-        """A spawned loader worker cannot see who asks for its batches, so this is checked before it starts."""
+        """A spawned loader worker cannot see who asks for its batches, so this is asked before it starts."""
         self.check_host()
-        return super().__getstate__()
+        return {**vars(self), "_from_trainer": self.in_trainer}
+
+    @property
+    def in_trainer(self) -> bool:
+        """Whether a Trainer of transformers asks for batches."""
+        return self._from_trainer or called_by("transformers.trainer")
 
     @property
     def survives_dispatch(self) -> bool:
@@ -119,8 +126,8 @@ class LanguageModelCollator(Collator):
         if ids is None or (not packed and max_ids is not None and len(ids) > max_ids):
             encoded = encoder.encode_one(row, source=row.get("source"), number=i)
             ids, labels = encoded.ids, encoded.labels
-        ids = np.asarray(ids, np.int64)
-        labels = np.array(ids if labels is None else labels, np.int64)  # a copy: its first label will be ignored
+        ids = token_ids(ids, "input_ids", i)
+        labels = ids.copy() if labels is None else token_ids(labels, "labels", i)  # a copy: the first will be ignored
         if labels.shape != ids.shape or ids.ndim != 1:
             raise FormatError(
                 f"input_ids of shape {ids.shape}, labels of shape {labels.shape}; expected one label per token", row=i
@@ -130,6 +137,8 @@ class LanguageModelCollator(Collator):
             weights = np.asarray(weights, np.float32)[: len(ids)]
             if weights.shape != ids.shape:
                 raise FormatError(f"{len(weights)} loss_weights for {len(ids)} tokens; expected one per token", row=i)
+            if not (np.isfinite(weights) & (weights >= 0)).all():
+                raise FormatError("loss_weights has a value below 0 or not finite; expected 0 or more", row=i)
         lengths = _document_lengths(row, len(ids), i) if packed else [len(ids)]
         sources = row.get("sources") or ([row["source"]] * len(lengths) if row.get("source") is not None else None)
         numbers = row.get("rows") or ([row["row"]] if isinstance(row.get("row"), int) else None)
@@ -151,7 +160,7 @@ class LanguageModelCollator(Collator):
         if any(row.weights is not None for row in rows):
             weights = [np.ones(len(row.ids)) if row.weights is None else row.weights for row in rows]
             batch["loss_weights"] = self.pad(weights, 1, np.float32)
-            self._check_weighted(batch["loss_weights"])
+            self._check_weighted(batch["loss_weights"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX])
         if self.return_source and any(row.sources for row in rows):
             names: dict[str, int] = {}
             codes = [[names.setdefault(name, len(names)) for name in row.sources or ()] for row in rows]
@@ -162,12 +171,27 @@ class LanguageModelCollator(Collator):
         return batch
 
     def _check_weighted(self, weights: torch.Tensor) -> None:
+        """Refuse weights of trained tokens where nobody applies them."""
         # PerplexityTrainer asks its collator for sources; no other part of a Trainer knows what they are, or weights.
-        if not self.return_source and (weights != 1).any() and called_by("transformers.trainer"):
+        if not self.return_source and (weights != 1).any() and self.in_trainer:
             raise ConfigError(
                 "this Trainer hands loss_weights to the model, which ignores them; use PerplexityTrainer, or leave them "
                 "out. Where your own compute_loss applies them, set return_source=True"
             )
+
+
+def token_ids(values: Any, name: str, i: int) -> NDArray[np.int64]:
+    """The ids, or the labels, of row i as an array of its own.
+
+    Raises:
+        FormatError: a value that is no whole number, or negative and not -100.
+    """
+    found = np.array(values)
+    whole = found.dtype.kind in "iu" or not found.size or (found.dtype.kind == "f" and (found == np.floor(found)).all())
+    ids = found.astype(np.int64) if whole else None
+    if ids is None or ((ids < 0) & ((ids != IGNORE_INDEX) | (name != "labels"))).any():
+        raise FormatError(f"{name} has a value that is no token id; expected whole numbers, 0 or more", row=i)
+    return ids
 
 
 def _document_lengths(row: Row, size: int, i: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_objectives.collators.base import Batch, Collator
+from hf_objectives.collators.base import Batch, Collator, token_ids
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import FormatError, NothingSupervisedError
 from hf_objectives.labels import SIDES, encode_pair, fit_ids
@@ -121,13 +121,13 @@ class DataCollatorForPreferencePairs(Collator):
                 "prompt_ids is missing beside chosen_ids; RewardTrainer takes it away unless remove_unused_columns=False",
                 row=number,
             )
-        pair: dict[str, Any] = {"prompt_ids": np.asarray(row["prompt_ids"], np.int64)}
+        pair: dict[str, Any] = {"prompt_ids": token_ids(row["prompt_ids"], "prompt_ids", number)}
         for side in SIDES:
             if row.get(f"{side}_ids") is None:
                 raise FormatError(
                     f"{side}_ids is missing; expected prompt_ids, chosen_ids and rejected_ids", row=number
                 )
-            answer = np.asarray(row[f"{side}_ids"], np.int64)
+            answer = token_ids(row[f"{side}_ids"], f"{side}_ids", number)
             mask = row.get(f"{side}_mask")
             mask = np.ones(len(answer), np.int64) if mask is None else np.asarray(mask, np.int64)
             if mask.shape != answer.shape:

@@ -40,7 +40,7 @@ def count_batch(
         full_logits: see `selected_logits`.
     """
     inputs, extra = split_extra_columns(batch)
-    columns = shifted_columns(extra)
+    columns = shifted_columns(batch)
     targets = columns["shift_labels"]
     positions = targets != IGNORE_INDEX
     nats = target_nll(model, inputs, targets, full=full_logits).cpu().numpy()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_objectives.errors import ConfigError
 from hf_objectives.types import IGNORE_INDEX
 
 
@@ -60,7 +61,20 @@ def shifted_columns(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Returns:
         The columns of `SHIFTED`, [batch, length].
+
+    Raises:
+        ConfigError: a batch without labels, or with labels of another shape than its `input_ids`.
     """
+    named = isinstance(batch, Mapping)
+    labels = batch.get("shift_labels", batch.get("labels")) if named else None
+    if labels is None:
+        found = ", ".join(batch) if named else type(batch).__name__
+        raise ConfigError(f"the batch has no labels (it has {found}); expected a data_collator that gives labels")
+    if "input_ids" in batch and labels.shape != batch["input_ids"].shape:
+        raise ConfigError(
+            f"labels of shape {[*labels.shape]} for input_ids of shape {[*batch['input_ids'].shape]}; expected a "
+            "data_collator that gives one label per token"
+        )
     return {
         name: batch[name] if name in batch else next_token_targets(batch[column], last)
         for name, (column, last) in SHIFTED.items()

@@ -66,6 +66,7 @@ def build_mixture(
         plan,
         unit=config.unit,
         fingerprint=_fingerprint(config, feeds, plan, seed),
+        blocklist=config.blocklist,
         packer=Packer(**config.packed_by) if config.packing == "across" else None,
         labels=any(labelled) and not all(labelled),
         eval_dataset=_join_held_out({s.feed.name: s.held_out for s in opened if s.held_out is not None}),

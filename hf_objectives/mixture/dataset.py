@@ -53,6 +53,7 @@ class DatasetMixture(OrderedStream):
     Attributes:
         names, plan: the sources and their weights.
         unit: what weights count: "tokens", "supervised" (trained tokens), "examples" or "rows".
+        blocklist: numbers of rows that are never drawn, by source.
         eval_dataset: what is held out of the sources.
         notes: notes about the configuration, for the user.
 
@@ -68,13 +69,14 @@ class DatasetMixture(OrderedStream):
         *,
         unit: str,
         fingerprint: Mapping[str, Any],
+        blocklist: Mapping[str, Sequence[int]],
         packer: Packer | None = None,
         labels: bool = False,
         eval_dataset: Dataset | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.feeds, self.plan, self.unit, self.notes = list(feeds), plan, unit, list(notes)
-        self.eval_dataset = eval_dataset
+        self.eval_dataset, self.blocklist = eval_dataset, blocklist
         self._fingerprint, self._packer, self._labels = dict(fingerprint), packer, labels
         self._resumed: State | None = None
         self._journal = None if self.is_mapped else Journal()

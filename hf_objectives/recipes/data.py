@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from hf_objectives.labels import ON_ERROR, SKIPPED, Account, Ledger
 from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation import (
+    MANIFEST,
+    OrderedStream,
     check_share,
     encode_rows,
     exclusive,
@@ -265,7 +268,7 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
     Raises:
         DataError: a row that cannot be used, unless `on_error` is "skip"; then, that there is no other.
     """
-    counted = Account() if account is None else account
+    counted, of_part = (Account(), ", held out") if account is None else (account, "")
     made: Rows = []
     with naming_places({} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}):
         for row in rows:
@@ -278,6 +281,7 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
                 counted.drop(type(error).__name__ + SKIPPED, tokens=0, row=row["row"])
                 last = error
         if rows and not made:
+            last.reason = f"none of {len(rows)} rows can be used{of_part}; of the last one: {last.reason}"
             raise last
     counted.rows_out = len(made)
     for reason, numbers in counted.dropped_examples.items() if account is None else ():
@@ -291,15 +295,42 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
 
 def digest(rows: Dataset) -> str:
     """A checksum of all numbers in encoded rows, the same for rows in memory and on disk."""
-    summed = hashlib.sha256()
-    for name in sorted(rows.column_names):
+    sums: dict[tuple[str, int], Any] = defaultdict(hashlib.sha256)  # tables are cut into chunks anywhere
+    for name in rows.column_names:
         for chunk in rows.data[name].chunks:
+            depth = 0
             while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-                summed.update(np.ascontiguousarray(chunk.value_lengths()).data)
-                chunk = chunk.flatten()
+                sums[name, depth].update(np.asarray(chunk.value_lengths(), np.int64).data)
+                chunk, depth = chunk.flatten(), depth + 1
             if pa.types.is_integer(chunk.type):
-                summed.update(np.ascontiguousarray(chunk).data)
-    return summed.hexdigest()
+                sums[name, depth].update(np.asarray(chunk, np.int64).data)
+    return sha256([(*place, summed.hexdigest()) for place, summed in sorted(sums.items())])
+
+
+def digest_of_stream(rows: OrderedStream, content: Any, seed: int) -> str:
+    """A checksum of what a stream is made of (`content`, JSON values) and of what its order follows from."""
+    mixed = [rows.state_dict(0)["mixture"], rows.blocklist] if isinstance(rows, DatasetMixture) else None
+    return sha256([content, mixed, seed])
+
+
+def digest_of_mixture(settings: Mapping[str, Any]) -> str:
+    """A checksum of a mixture's settings and of the files that they name; datasets of the Hub are not looked at."""
+    config = MixtureConfig.read(settings)
+    files = []
+    for source in config.sources:
+        named = source.path or source.data_files or ()
+        for path in [named] if isinstance(named, str) else named:
+            manifest = Path(path) / MANIFEST
+            if manifest.is_file():  # it has the checksums of its shards
+                files.append(manifest.read_text(encoding="utf-8"))
+            elif not is_hub_id(path):
+                files += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in list_files(path)]
+    return sha256([asdict(config), files])
+
+
+def sha256(values: Any) -> str:
+    """A checksum of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_mixture(mixture: str | None, sources: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +21,14 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.mixture import build_mixture
 from hf_objectives.preparation import CorpusSettings, Manifest, OrderedStream, load_prepared, prepare_corpus
 from hf_objectives.recipes.arguments import BUILT_IN, DEFAULT, named_sources
-from hf_objectives.recipes.data import MIXTURE_HELP, mix_folder, read_mixture
+from hf_objectives.recipes.data import (
+    MIXTURE_HELP,
+    digest_of_mixture,
+    digest_of_stream,
+    mix_folder,
+    read_mixture,
+    sha256,
+)
 from hf_objectives.recipes.models import PretrainModel, load_or_draw
 from hf_objectives.recipes.preview import figures_table, print_example
 from hf_objectives.recipes.run import Recipe
@@ -115,6 +121,7 @@ class Pretrain(Recipe):
             settings = {"packing": "within", "max_length": data.max_length, **(read_mixture(data.mixture, {}) or {})}
             self.mixture = build_mixture(settings, tokenizer=tokenizer, seed=seed)
             self.held_out = self.mixture.eval_dataset
+            content: Any = digest_of_mixture(settings)
         else:
             folder = Path(data.prepared or data.prepared_dir or Path(self.args.output_dir) / "prepared")
             if not self.reads_again:
@@ -125,14 +132,17 @@ class Pretrain(Recipe):
             has_held_out = any(shard.split == "validation" for shard in manifest.shards)
             self.held_out = load_prepared(folder, "validation") if has_held_out else None
             shards = [shard for shard in manifest.shards if shard.split == "train"]
-            self.rows_digest = hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()
+            content = [shard.sha256 for shard in shards]
             weights = read_mixture(data.mixture, sources)
             if weights is None:
                 self.num_rows, self.num_tokens = sum(s.rows for s in shards), sum(s.tokens for s in shards)
                 self.train_rows = load_prepared(folder, streaming=data.streaming, seed=seed)
+                streams = isinstance(self.train_rows, OrderedStream)
+                self.rows_digest = digest_of_stream(self.train_rows, content, seed) if streams else sha256(content)
                 return
             self.mixture = mix_folder(weights, folder, tokenizer, seed)
         self.train_rows = self.mixture
+        self.rows_digest = digest_of_stream(self.mixture, content, seed)
         self.num_rows, self.num_tokens = self.mixture.first_rows()  # it has no end; of its first thousands
 
     def introduce(self, trainer: Any) -> None:

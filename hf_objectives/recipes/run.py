@@ -16,13 +16,12 @@ from hf_objectives import demo
 from hf_objectives.diagnostics import DiagnosticsCallback, plot_mixture, plot_training_metrics
 from hf_objectives.distributed import leave_group, rank
 from hf_objectives.errors import ConfigError, HFObjectivesError
-from hf_objectives.inspection import ENVIRONMENT, save_environment
 from hf_objectives.mixture import DatasetMixture
 from hf_objectives.publishing import push, write_card
 from hf_objectives.recipes.arguments import parse_config
+from hf_objectives.recipes.launch import LaunchRecord, launches_in, state_of
 from hf_objectives.recipes.plan import Line, check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
-from hf_objectives.trainers import copies_of_rows
 
 
 class Recipe:
@@ -38,7 +37,7 @@ class Recipe:
             `load_model`.
         train_rows: rows to train on: mapped, a stream, or a mixture; set by `load_rows`.
         num_rows: their number, of a stream the number that its length is counted in; set by `load_rows`.
-        rows_digest: changes when the rows do; None where a mixture's own state tells. Set by `load_rows`.
+        rows_digest: changes when the rows do, or the order of a stream; set by `load_rows`.
         mixture: the mixture to train on; set by `load_rows` where there is one.
         reads_again: whether the rows of an earlier run are read again, so that nothing is prepared.
         results: what `results.json` holds beside the metrics.
@@ -117,12 +116,8 @@ class Recipe:
         folder = Path(args.output_dir)
         if on_main():
             recipe.introduce(trainer)
-            rows = {
-                "recipe": cls.__name__.lower(),
-                "rows_digest": recipe.rows_digest,
-                "copies_of_rows": copies_of_rows(),
-            }
-            save_environment(folder / ENVIRONMENT, (rows, args, data, model_config))
+        known = {"recipe": cls.__name__.lower()}
+        trainer.add_callback(LaunchRecord(trainer, known, recipe.rows_digest, (args, data, model_config)))
         trainer.add_callback(DiagnosticsCallback(trainer))
         before = recipe.evaluate(trainer)
         trainer.train(resume_from_checkpoint=begin)
@@ -169,9 +164,16 @@ def resume_point(args: Any) -> str | None:
     # The state is written last, so a checkpoint that was being written when the run was killed has none.
     written = {path.parent.name: path.parent for path in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")}
     steps = [int(name[11:]) for name in written if name[11:].isdigit()]
-    if not steps:
+    launches = launches_in(Path(args.output_dir))
+    own = [s for s in steps if not launches or state_of(written[f"checkpoint-{s}"] / "trainer_state.json", launches)]
+    if steps and not own:
+        raise ConfigError(
+            f"no checkpoint of the last run in {args.output_dir}, only of others before it; name the one to go on from with "
+            "resume_from_checkpoint"
+        )
+    if not own:
         raise ConfigError(f"no checkpoint to resume from in {args.output_dir}")
-    return str(written[f"checkpoint-{max(steps)}"])
+    return str(written[f"checkpoint-{max(own)}"])
 
 
 def on_main() -> bool:

@@ -16,7 +16,7 @@ from hf_objectives.demo import Question
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import save_label_preview
 from hf_objectives.recipes.arguments import BUILT_IN
-from hf_objectives.recipes.data import DataArguments, Prepared, digest, mix_rows, prepare
+from hf_objectives.recipes.data import DataArguments, Prepared, digest, digest_of_stream, mix_rows, prepare
 from hf_objectives.recipes.models import TrustedModel, load_model, with_lora
 from hf_objectives.recipes.preview import check_stops, print_preview
 from hf_objectives.recipes.run import Recipe
@@ -45,6 +45,7 @@ class Sft(Recipe):
             self.train_rows = self.mixture = mix_rows(
                 settings, self.prepared.train, max_length=data.max_length, packing=data.packing, seed=seed
             )
+            self.rows_digest = digest_of_stream(self.mixture, self.rows_digest, seed)
 
     def build_trainer(self) -> PerplexityTrainer:
         """Load the model and the rows."""

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from itertools import islice
+from itertools import islice, zip_longest
+from operator import mul
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from hf_objectives.diagnostics import marked_text
 from hf_objectives.errors import ConfigError, FileFormatError
 from hf_objectives.inspection import ENVIRONMENT
 from hf_objectives.preparation import OrderedStream
+from hf_objectives.recipes.launch import Launches, LaunchRecord, state_of
 from hf_objectives.recipes.models import load_tokenizer
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import OrderedStreamCallback
@@ -47,8 +49,8 @@ class StepRow:
 def rows_of_step(run: str | Path, step: int, *, text: bool = False) -> list[StepRow]:
     """Find the rows that a step of a run was trained on, on all ranks, in the order in which they were read.
 
-    The order of the rows follows from the seed, the settings in `environment.json` and the state of the checkpoint before
-    the step. So the data has to be where it was, as it was. Conversations and pairs are encoded again.
+    The order of the rows follows from what each launch wrote into `environment.json` (see `LaunchRecord`) and the state of
+    the checkpoint before the step. So the data has to be where it was, as it was. Conversations and pairs are encoded again.
 
     Args:
         run: the output folder of a recipe, or one of its checkpoints.
@@ -60,39 +62,65 @@ def rows_of_step(run: str | Path, step: int, *, text: bool = False) -> list[Step
         FileFormatError: the folder has no `environment.json` of a recipe.
     """
     folder = Path(run)
-    folder = folder if (folder / ENVIRONMENT).exists() else folder.parent
-    environment = _read(folder, run)
-    states = {state.global_step: state for state in _states(folder)}
-    last = max(states, default=0)
-    most = states[last].max_steps if states else step
-    if not 1 <= step <= most:
-        raise ConfigError(f"step is {step}; the run in {folder} has steps 1 to {most}")
-    recipe, tokenizer = _load(folder, environment["settings"], states)
-    order = _streamed if isinstance(recipe.train_rows, OrderedStream) else _mapped
-    rows = order(recipe.train_rows, step, environment, states)
+    folder = folder.parent if folder.name.startswith("checkpoint-") else folder
+    settings = _read(folder, run)
+    launches = settings["launches"]
+    if folder != Path(run) and state_of(Path(run) / _STATE, launches) is None:
+        raise ConfigError(f"{run} is no checkpoint of the last run in {folder}; give the folder, or one that is")
+    if not 1 <= step <= launches[-1]["max_steps"]:
+        raise ConfigError(f"step is {step}; the run in {folder} has steps 1 to {launches[-1]['max_steps']}")
+    if step <= launches[0]["begin"]:
+        raise ConfigError(
+            f"step {step} came before the checkpoint of step {launches[0]['begin']}, which does not say how it was made"
+        )
+    states = _states(folder, launches)
+    recipe, tokenizer = _load(folder, settings, states)
+    if isinstance(recipe.train_rows, OrderedStream):
+        before = max((done for done in states if done < step), default=0)
+        _check_rows(folder, recipe, [launch for launch, steps in _steps(launches, before, step) if steps])
+        rows = _streamed(recipe.train_rows, step, launches, before, states.get(before))
+    else:
+        launch = next(launch for launch, steps in _steps(launches, step - 1, step) if steps)
+        _check_rows(folder, recipe, [launch])
+        rows = _mapped(recipe.train_rows, step, launch)
     return [document for row in rows for document in _documents(row, tokenizer if text else None)]
 
 
 def _read(folder: Path, asked: str | Path) -> dict[str, Any]:
+    """The settings of the last launch, and what all launches wrote down."""
     try:
-        environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        settings = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise FileFormatError(
             f"no {ENVIRONMENT} can be read in {asked}; expected the output folder of a recipe"
         ) from error
-    if "recipe" not in environment.get("settings", {}):
+    if "recipe" not in settings or not settings.get(LaunchRecord.state_name):
         raise FileFormatError(
-            f"{folder / ENVIRONMENT} names no recipe; expected one that a recipe of this version wrote"
+            f"{folder / ENVIRONMENT} names no recipe and its launches; expected one that a recipe of this version wrote"
         )
-    check_one_of("recipe", environment["settings"]["recipe"], _RECIPES)
-    environment["world_size"] //= environment["settings"]["copies_of_rows"]  # those that read rows of their own
-    return environment
+    check_one_of("recipe", settings["recipe"], _RECIPES)
+    return settings
 
 
-def _states(folder: Path) -> Iterator[TrainerState]:
-    for path in [*folder.glob(f"checkpoint-*/{_STATE}"), folder / _STATE]:
-        if path.exists():
-            yield TrainerState.load_from_json(str(path))
+def _states(folder: Path, launches: Launches) -> dict[int, TrainerState]:
+    """The states that these launches wrote, by step."""
+    found = (state_of(path, launches) for path in [*folder.glob(f"checkpoint-*/{_STATE}"), folder / _STATE])
+    return {state.global_step: state for state in found if state is not None}
+
+
+def _steps(launches: Launches, done: int, last: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each launch with the number of steps that it made after step `done`, up to step `last`."""
+    ends = [*(launch["begin"] for launch in launches[1:]), last]
+    for launch, end in zip(launches, ends, strict=True):
+        yield launch, max(0, min(end, last) - max(launch["begin"], done))
+
+
+def _check_rows(folder: Path, recipe: Recipe, launches: Launches) -> None:
+    if any(launch["rows_digest"] != recipe.rows_digest for launch in launches):
+        raise ConfigError(
+            f"the rows are not those that {folder} was trained on; the data, the tokenizer, a setting of the mixture, or a "
+            "package that prepares rows has changed since, or the run was resumed with other rows"
+        )
 
 
 def _load(folder: Path, settings: Mapping[str, Any], states: Mapping[int, Any]) -> tuple[Recipe, Any]:
@@ -111,11 +139,6 @@ def _load(folder: Path, settings: Mapping[str, Any], states: Mapping[int, Any]) 
     recipe = recipe_class(None, data_class(**given), args, {})
     recipe.reads_again = True
     recipe.load_rows(tokenizer)
-    if recipe.rows_digest != settings["rows_digest"]:
-        raise ConfigError(
-            f"the rows are not those that {folder} was trained on; the data, the tokenizer, or a package that prepares rows "
-            "has changed since"
-        )
     return recipe, tokenizer
 
 
@@ -124,82 +147,52 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _streamed(
-    stream: OrderedStream, step: int, environment: Mapping[str, Any], states: Mapping[int, Any]
+    stream: OrderedStream, step: int, launches: Launches, before: int, state: TrainerState | None
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows of a step of a stream, from the state of the checkpoint before it."""
-    settings = environment["settings"]
-    places = {0: stream.state_dict(0)}
-    for done in sorted(states):
-        place = states[done].stateful_callbacks.get(OrderedStreamCallback.state_name)
-        if place is None:
-            raise ConfigError(f"the state of step {done} does not say where its stream stood")
-        stream.load_state_dict(place)  # refuses the state of another mixture
-        places[done] = place
-    before = max(done for done in places if done < step)
-    after = min((done for done in places if done >= step), default=None)
-    together = (
-        settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * environment["world_size"]
-    )
-    if after is not None:
-        together, rest = divmod(places[after]["row"] - places[before]["row"], after - before)
-        if rest:
-            raise ConfigError(
-                f"steps {before + 1} to {after} took different numbers of rows; the run was resumed with another batch size"
-            )
-    stream.load_state_dict(places[before])
-    begin = places[before]["row"] + (step - 1 - before) * together
-    return stream.rows(begin, begin + together)
+    """The rows of a step of a stream, from the state of the checkpoint before it; None for the beginning."""
+    if state is not None:
+        places: Any = state.stateful_callbacks
+        stream.load_state_dict(places[OrderedStreamCallback.state_name])
+    sizes = [launch["batch_size"] * launch["accumulated"] * launch["readers"] for launch in launches]
+    done = [steps for _, steps in _steps(launches, before, step - 1)]
+    own = [steps for _, steps in _steps(launches, step - 1, step)]
+    begin = stream.state_dict()["row"] + sum(map(mul, sizes, done))
+    return stream.rows(begin, begin + sum(map(mul, sizes, own)))
 
 
-def _mapped(
-    rows: Any, step: int, environment: Mapping[str, Any], states: Mapping[int, Any]
-) -> Iterator[Mapping[str, Any]]:
+def _mapped(rows: Any, step: int, launch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The rows of a step of a dataset, in the order of the Trainer's sampler."""
-    settings, world = environment["settings"], environment["world_size"]
-    batch_size = next((s.train_batch_size for s in states.values() if s.train_batch_size), None)
-    loaders = [
-        _loader(len(rows), batch_size or settings["per_device_train_batch_size"], settings, world, rank)
-        for rank in range(world)
-    ]
-    accumulated, length = settings["gradient_accumulation_steps"], len(loaders[0])
-    steps = max(1, -(-length // accumulated))  # of an epoch; its last one may have fewer batches
-    for done, state in states.items():
-        epoch, within = divmod(done, steps)
-        expected = epoch + min(within * accumulated, length) / length
-        if state.epoch is not None and abs(state.epoch - expected) > 1e-6:
-            raise ConfigError(
-                f"the checkpoint of step {done} is at epoch {state.epoch:.6g}, and batches of the last launch would be at "
-                f"{expected:.6g}; the run was resumed with another batch size or number of processes"
-            )
+    loaders = [_loader(len(rows), launch, rank) for rank in range(launch["readers"])]
+    accumulated = launch["accumulated"]
+    steps = max(1, -(-len(loaders[0]) // accumulated))  # of an epoch; its last one may have fewer batches
     epoch, within = divmod(step - 1, steps)
     batches = []
     for loader in loaders:
         loader.set_epoch(epoch)
         batches.append(list(islice(loader.batch_sampler, within * accumulated, (within + 1) * accumulated)))
-    numbers = [number for at_once in zip(*batches, strict=True) for batch in at_once for number in batch]
+    # Without even_batches a rank may have one less.
+    numbers = [number for at_once in zip_longest(*batches, fillvalue=()) for batch in at_once for number in batch]
     return (rows[number] for number in numbers)
 
 
-def _loader(count: int, batch_size: int, settings: Mapping[str, Any], world: int, rank: int) -> Any:
+def _loader(count: int, launch: Mapping[str, Any], rank: int) -> Any:
     """The loader of one rank as the Trainer makes it, over row numbers."""
-    strategy, config = settings["train_sampling_strategy"], settings["accelerator_config"]
-    if strategy not in ("random", "sequential") or not config["use_seedable_sampler"] or settings["ignore_data_skip"]:
+    strategy, seedable, no_skip = (launch[name] for name in ("sampling", "use_seedable_sampler", "ignore_data_skip"))
+    if strategy not in ("random", "sequential") or not seedable or no_skip:
         raise ConfigError(
-            f"train_sampling_strategy={strategy!r}, use_seedable_sampler={config['use_seedable_sampler']}, ignore_data_skip="
-            f"{settings['ignore_data_skip']}: the order of such a run depends on more than its seed and step, so that it "
-            "cannot be told afterwards"
+            f"train_sampling_strategy={strategy!r}, use_seedable_sampler={seedable}, ignore_data_skip={no_skip}: the order "
+            "of such a run depends on more than its seed and step, so that it cannot be told afterwards"
         )
     numbers: Any = range(count)
     sampler = RandomSampler(numbers) if strategy == "random" else SequentialSampler(numbers)
-    seed = settings["seed"] if settings["data_seed"] is None else settings["data_seed"]
     return prepare_data_loader(
-        DataLoader(numbers, batch_size, sampler=sampler, drop_last=settings["dataloader_drop_last"]),
-        *(torch.device("cpu"), world, rank),
-        split_batches=config["split_batches"],
-        even_batches=config["even_batches"],
+        DataLoader(numbers, launch["batch_size"], sampler=sampler, drop_last=launch["drop_last"]),
+        *(torch.device("cpu"), launch["readers"], rank),
+        split_batches=launch["split_batches"],
+        even_batches=launch["even_batches"],
         dispatch_batches=False,
         use_seedable_sampler=True,
-        data_seed=seed,
+        data_seed=launch["seed"],
     )
 
 

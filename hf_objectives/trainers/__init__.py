@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         origin_of,  # the folder or Hub id that a model was loaded from
         prepared_batch,  # a batch on the device of the run
         stop_ids,  # the EOS ids of a generation config or a tokenizer
+        train_batch_size,  # rows of a training batch on one process
         watch_steps,  # watch batches, losses and gradient norms of any Trainer
     )
     from hf_objectives.trainers.isolation import (

@@ -55,7 +55,7 @@ from hf_objectives.trainers.long_rows import LongRows
 from hf_objectives.trainers.metrics import SourceLosses, TokenMetrics, TrainedStops
 from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel, refuse_other_models
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
-from hf_objectives.types import IGNORE_INDEX
+from hf_objectives.types import IGNORE_INDEX, check_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +245,7 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
             raise ConfigError("evaluation needs an eval_dataset")
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
+            check_one_of("eval_dataset", rows, self.eval_dataset if isinstance(self.eval_dataset, dict) else ())
             rows = self.eval_dataset[rows]  # type: ignore[index]
         if isinstance(rows, OrderedStream):
             raise ConfigError("evaluation needs rows that end; a mixture's are in its eval_dataset")

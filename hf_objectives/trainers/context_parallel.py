@@ -8,6 +8,7 @@ causal one: right for rows of one document that are padded on the right.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from math import lcm
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError
-from hf_objectives.evaluation import split_extra_columns
+from hf_objectives.evaluation import split_extra_columns, unwrapped, virtual_tokens
 from hf_objectives.losses import shifted_columns
 from hf_objectives.trainers.hf_compat import is_stateful
 
@@ -32,8 +33,9 @@ def refuse_uncuttable(model: nn.Module, *, compiled: bool) -> None:
     """Refuse what gives a token of a part another value than the same token of the whole row.
 
     Raises:
-        ConfigError: a model that carries a state along the row; rotary embeddings that change with the length of a row, of
-            which a part has less; `torch.compile`, with which this has never been run.
+        ConfigError: a model that carries a state along the row, counts places by itself or learns a prompt; rotary embeddings
+            that change with the length of a row, of which a part has less; `torch.compile`, with which this has never been
+            run.
     """
     if compiled:
         raise ConfigError("torch_compile has never been run with context parallelism; turn it off, or set cp_size to 1")
@@ -41,6 +43,18 @@ def refuse_uncuttable(model: nn.Module, *, compiled: bool) -> None:
         raise ConfigError(
             f"{type(model).__name__} carries a state along a row, and context parallelism would begin it anew in each part; "
             "set cp_size to 1"
+        )
+    base = unwrapped(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base  # PEFT's forward takes anything
+    if virtual := virtual_tokens(model):
+        raise ConfigError(
+            f"PEFT puts {virtual} virtual tokens before each part of a row under context parallelism, and drops its places; "
+            "train with LoRA, or set cp_size to 1"
+        )
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise ConfigError(
+            f"{type(base).__name__} takes no position_ids, so that each part of a row would begin at place 0 under context "
+            "parallelism; set cp_size to 1"
         )
     for module in model.modules():
         kind = str(getattr(module, "rope_type", ""))

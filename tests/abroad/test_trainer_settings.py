@@ -235,16 +235,22 @@ def test_our_trainer_has_no_predictions(tmp_path):
 
 
 @both_hosts
-@pytest.mark.parametrize("workers", [0, 2])
-def test_weights_of_tokens_where_nobody_applies_them(host, workers, tmp_path):
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_weights_of_tokens_where_nobody_applies_them(host, workers, context, tmp_path):
     weighted = rows("unpacked").map(lambda row: {"loss_weights": [0.5] * len(row["input_ids"])})
     trainer_class, config = HOSTS[host]
-    settings = {"max_steps": 1, "dataloader_num_workers": workers, **ALONE}
+    settings = {
+        "max_steps": 1,
+        "dataloader_num_workers": workers,
+        "dataloader_multiprocessing_context": context,
+        **ALONE,
+    }
     trainer = trainer_class(llama(), arguments(config, tmp_path, **settings), PADDING, train_dataset=weighted)
     if host == "ours":
         trainer.train()
         return
     with pytest.raises(ConfigError, match="hands loss_weights to the model, which ignores them; use PerplexityTrainer"):
         trainer.train()
-    ones = rows("unpacked").map(lambda row: {"loss_weights": [1.0] * len(row["input_ids"])})
+    # A weight of a token that is not trained changes nothing.
+    ones = rows("unpacked").map(lambda row: {"loss_weights": [float(label != -100) for label in row["labels"]]})
     trainer_class(llama(), arguments(config, tmp_path, **settings), PADDING, train_dataset=ones).train()

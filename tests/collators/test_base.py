@@ -146,3 +146,25 @@ def test_documents_of_a_packed_row_are_known_from_either_column(columns):
 def test_columns_that_do_not_cover_a_packed_row_are_refused(columns, words):
     with pytest.raises(FormatError, match=words):
         DataCollatorWithEosPacking(TOKENIZER, max_length=8)([{**PACKED, **columns}])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"input_ids": [1.5, 2]}, "input_ids has a value that is no token id"),
+        ({"input_ids": [1, -3]}, "input_ids has a value that is no token id"),
+        ({"input_ids": ["1", "2"]}, "input_ids has a value that is no token id"),
+        ({"input_ids": [1, 2], "labels": [1, -1]}, "labels has a value that is no token id"),
+        ({"input_ids": [1, 2], "labels": [1, float("nan")]}, "labels has a value that is no token id"),
+        ({"input_ids": [1, 2], "loss_weights": [1.0, -1.0]}, "loss_weights has a value below 0 or not finite"),
+        ({"input_ids": [1, 2], "loss_weights": [1.0, float("inf")]}, "loss_weights has a value below 0 or not finite"),
+    ],
+)
+def test_values_that_cannot_be_meant(row, words):
+    with pytest.raises(FormatError, match=f"row 1: {words}"):
+        DataCollatorForAssistantOnlyLM(TOKENIZER, train_on="all")([{"input_ids": [1, 2]}, row])
+
+
+def test_whole_numbers_as_floats_are_ids():
+    batch = DataCollatorForAssistantOnlyLM(TOKENIZER)([{"input_ids": [4.0, 5.0], "labels": [-100.0, 5.0]}])
+    assert batch["input_ids"].tolist() == [[4, 5]] and batch["labels"].tolist() == [[-100, 5]]

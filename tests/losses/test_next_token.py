@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from hf_objectives.errors import ConfigError
 from hf_objectives.losses.next_token import next_token_loss, next_token_targets, shifted_columns, token_nll
 
 
@@ -32,7 +33,8 @@ def test_shifted_columns_by_hand():
         "shift_labels": [[6, -100, 7, -100]], "shift_weights": [[2.0, 3.0, 4.0, 1.0]], "shift_sources": [[0, 1, 1, -1]],
     }  # fmt: skip
     parts = {name: column[:, 2:] for name, column in columns.items()}
-    assert {name: column.tolist() for name, column in shifted_columns({**batch, **parts}).items()} == {
+    cut = {**batch, **parts, "input_ids": batch["input_ids"][:, 2:]}
+    assert {name: column.tolist() for name, column in shifted_columns(cut).items()} == {
         "shift_labels": [[7, -100]], "shift_weights": [[4.0, 1.0]], "shift_sources": [[1, -1]],
     }  # fmt: skip
 
@@ -118,3 +120,20 @@ def test_no_targets():
     result = next_token_loss(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long))
     result.loss.backward()
     assert result.loss.item() == 0 and result.weight.item() == 0
+
+
+IDS = {"input_ids": torch.ones(1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (IDS, "no labels .it has input_ids.; expected a data_collator that gives labels"),
+        ((1, 2), "no labels .it has tuple."),
+        ({**IDS, "labels": torch.ones(1, 2)}, r"labels of shape \[1, 2\] for input_ids of shape \[1, 3\]"),
+        ({**IDS, "shift_labels": torch.ones(1, 2)}, r"labels of shape \[1, 2\] for input_ids of shape \[1, 3\]"),
+    ],
+)
+def test_a_batch_without_a_label_of_each_token(batch, words):
+    with pytest.raises(ConfigError, match=words):
+        shifted_columns(batch)

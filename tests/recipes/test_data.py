@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
 import pytest
+from datasets import Dataset
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError, ConversationError
 from hf_objectives.preparation import hold_out, load_rows
 from hf_objectives.recipes import data as recipe_data
-from hf_objectives.recipes.data import DataArguments, RowArguments, WatchedArguments, prepare, split_rows
+from hf_objectives.recipes.data import DataArguments, RowArguments, WatchedArguments, digest, prepare, split_rows
 
 TOKENIZER = demo.build_tokenizer()
 
@@ -113,3 +115,13 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted_on_request(tmp_path):
     for wrong, words in (({"on_error": "stop"}, "on_error"), ({"eval_share": 1.0}, "eval_share is 1.0")):
         with pytest.raises(ConfigError, match=words):
             DataArguments(**{**options, **wrong})
+
+
+def test_a_checksum_of_rows_does_not_depend_on_how_a_table_is_cut():
+    """A launch of several processes reads rows from disk, where they are cut elsewhere."""
+    table = pa.table({"input_ids": pa.array([[1, 2], [3], [], [4, 5, 6]], pa.list_(pa.int32())), "row": [0, 1, 2, 3]})
+    parts = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    assert digest(Dataset(parts)) == digest(Dataset(table))
+    for other in ([[1], [2, 3], [], [4, 5, 6]], [[1, 2], [3], [], [4, 5, 7]]):
+        changed = table.set_column(0, "input_ids", pa.array(other, pa.list_(pa.int32())))
+        assert digest(Dataset(changed)) != digest(Dataset(table))

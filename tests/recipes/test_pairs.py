@@ -9,6 +9,7 @@ import pytest
 
 from hf_objectives import demo
 from hf_objectives.errors import FormatError
+from hf_objectives.labels import Account
 from hf_objectives.recipes.dpo import Dpo, DpoData
 from hf_objectives.recipes.reward import Reward, RewardData
 from tests.support.recipes import sharegpt, write_rows
@@ -49,3 +50,15 @@ def test_a_pair_held_out_that_cannot_be_used_is_told(tmp_path, caplog):
     recipe = Dpo(None, DpoData("pairs.jsonl", on_error="skip"), ARGS, {})
     assert recipe.encode(rows, TOKENIZER)["row"][:] == [0]
     assert "pairs.jsonl, held out: 3 rows left out (FormatError, skipped; rows 1, 2, 3)" in caplog.text
+
+
+def test_no_pair_that_can_be_used():
+    """Where all rows are left out, the error says so: it is not that of a single row under `on_error="raise"`."""
+    rows = [{"chosen": "a", "source": "pairs", "row": i} for i in range(3)]
+    recipe = Dpo(None, DpoData("pairs.jsonl", on_error="skip"), ARGS, {})
+    with pytest.raises(
+        FormatError, match="row 2: none of 3 rows can be used, held out; of the last one: rejected is missing"
+    ):
+        recipe.encode(rows, TOKENIZER)
+    with pytest.raises(FormatError, match="none of 3 rows can be used; of the last one"):
+        recipe.encode(rows, TOKENIZER, Account())

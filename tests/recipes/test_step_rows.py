@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import defaultdict
@@ -27,6 +28,31 @@ with recorded() as steps:
     main(sys.argv[2:])
 Path(sys.argv[1], os.environ["RANK"] + ".json").write_text(json.dumps(steps))
 """
+
+
+class Killed(BaseException):
+    """What ends a run in the middle."""
+
+
+def train(corpus: Path, out: Path, name: str, *, kill_at: int | None = None, **given) -> dict[int, list]:
+    """Run one of `RUNS`, see `run_until`."""
+    return run_until(kill_at, RUNS[name][0].main, [*launch(corpus, out, name), *command_line(given)])
+
+
+def run_until(kill_at: int | None, main, words: list[str]) -> dict[int, list]:
+    """Run a recipe, until it is killed after this step, and return the documents of each step that it finished."""
+    with recorded() as steps:
+        step = Trainer.training_step
+
+        def training_step(trainer, *args, **kwargs):
+            if trainer.state.global_step == kill_at:
+                raise Killed
+            return step(trainer, *args, **kwargs)
+
+        Trainer.training_step = training_step
+        with contextlib.suppress(Killed):
+            main(words)
+    return steps
 
 
 class recorded:
@@ -82,6 +108,7 @@ def arguments(corpus: Path, out: Path, given: dict) -> list[str]:
 
 CHATS = {"chats": "chats.jsonl", "more": "more.jsonl"}
 WEIGHTS = json.dumps({"sources": {"chats": {"weight": 0.3}, "more": {"weight": 0.7}}})
+BIGGER = {"per_device_train_batch_size": 3}
 EPOCHS = {"num_train_epochs": 3, "eval_share": 0.2}
 RUNS = {
     "rows": (sft, CHATS, {**EPOCHS, "packing": "false"}),
@@ -115,6 +142,60 @@ def test_the_rows_of_every_step(corpus, tmp_path, name):
 def check(run: Path, steps: dict[int, list]) -> None:
     for step, given in steps.items():
         assert [(row.source, row.row, row.tokens) for row in rows_of_step(run, step)] == given, step
+
+
+SMALLER = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "data_seed": 5, "save_steps": 50}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows", "mixed and packed", "streamed"])
+def test_a_run_that_was_resumed_with_other_batches(corpus, tmp_path, name):
+    """Each step is of the launch that made it, also where no checkpoint came after it."""
+    first = train(corpus, tmp_path, name, kill_at=5)
+    second = train(corpus, tmp_path, name, kill_at=6, resume_from_checkpoint="true", **SMALLER)
+    assert list(first) == [1, 2, 3, 4, 5] and list(second) == [4, 5, 6]
+    check(tmp_path, {**first, **second})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows", "streamed"])
+def test_checkpoints_of_another_run_in_the_folder(corpus, tmp_path, name):
+    train(corpus, tmp_path, name)
+    check(tmp_path, train(corpus, tmp_path, name, kill_at=4, max_steps=5, save_steps=50, **BIGGER))
+    with pytest.raises(ConfigError, match="step is 6; the run in .* has steps 1 to 5"):
+        rows_of_step(tmp_path, 6)
+    with pytest.raises(ConfigError, match="checkpoint-3 is no checkpoint of the last run in"):
+        rows_of_step(tmp_path / "checkpoint-3", 2)
+    # Neither are the other run's checkpoints gone on from.
+    with pytest.raises(ConfigError, match="no checkpoint of the last run in .*, only of others before it"):
+        train(corpus, tmp_path, name, resume_from_checkpoint="true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows", "streamed"])
+def test_a_run_that_was_killed_before_any_checkpoint(corpus, tmp_path, name):
+    check(tmp_path, train(corpus, tmp_path, name, kill_at=2))
+    with pytest.raises(ConfigError, match=r"step is 1000; the run in .* has steps 1 to \d"):
+        rows_of_step(tmp_path, 1000)
+
+
+@pytest.mark.slow
+def test_the_batch_size_that_fits_counts(corpus, tmp_path):
+    """`auto_find_batch_size` begins anew with a smaller one."""
+    with recorded() as steps:
+        step, larger = Trainer.training_step, []
+
+        def training_step(trainer, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 2 and trainer.state.global_step == 1:
+                larger.extend(steps.pop(1))
+                raise RuntimeError("CUDA out of memory.")
+            return step(trainer, model, inputs, *args, **kwargs)
+
+        Trainer.training_step = training_step
+        given = {"auto_find_batch_size": "true", "per_device_train_batch_size": 4, "save_steps": 1}
+        sft.main([*launch(corpus, tmp_path, "rows"), *command_line(given)])
+    assert larger and min(steps) == 1
+    check(tmp_path, steps)
 
 
 @pytest.mark.slow
@@ -173,12 +254,13 @@ def test_a_step_that_the_run_does_not_have(run, step):
         rows_of_step(run, step)
 
 
-def changed(run: Path, tmp_path: Path, **settings) -> Path:
-    """A copy of the run whose environment has other settings."""
+def changed(run: Path, tmp_path: Path, launch: dict | None = None, **settings) -> Path:
+    """A copy of the run whose environment has other settings, or another launch."""
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     environment = json.loads((folder / "environment.json").read_text())
     environment["settings"] |= settings
+    environment["settings"]["launches"][-1] |= launch or {}
     (folder / "environment.json").write_text(json.dumps(environment))
     return folder
 
@@ -186,11 +268,11 @@ def changed(run: Path, tmp_path: Path, **settings) -> Path:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"train_sampling_strategy": "group_by_length"}, "the order of such a run depends on more than its seed"),
-        ({"ignore_data_skip": True}, "ignore_data_skip=True"),
+        ({"launch": {"sampling": "group_by_length"}}, "the order of such a run depends on more than its seed"),
+        ({"launch": {"ignore_data_skip": True}}, "ignore_data_skip=True"),
+        ({"launch": {"begin": 2}}, "step 2 came before the checkpoint of step 2, which does not say how it was made"),
         ({"recipe": "ppo"}, "recipe is 'ppo'; expected one of sft, pretrain, dpo, reward"),
         ({"max_length": 80}, "the rows are not those that .* was trained on"),
-        ({"gradient_accumulation_steps": 3}, "the run was resumed with another batch size"),
     ],
 )
 def test_an_order_that_cannot_be_told_is_refused(run, tmp_path, settings, words):
@@ -206,11 +288,50 @@ def test_data_that_changed_is_refused(corpus, run, tmp_path):
         rows_of_step(changed(run, tmp_path, sources=json.dumps(sources)), 2)
 
 
+MIXED = """
+sources: {texts: {path: TEXTS, weight: 1}, more: {path: MORE, weight: 2}}
+blocklist: BLOCKLIST
+"""
+
+
+@pytest.mark.parametrize("changed", ["texts.jsonl", "blocklist.json", "mixture.yaml"])
+def test_what_a_mixture_names_changed(corpus, tmp_path, changed):
+    """No checkpoint says what the mixture was: the run was killed before the first. All lengths stay as they are."""
+    texts = [json.loads(line) for line in (corpus / "texts.jsonl").read_text().splitlines()]
+    for name, rows in {"texts": texts[:40], "more": texts[40:60]}.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    (tmp_path / "blocklist.json").write_text('{"texts": [3]}')
+    settings = MIXED
+    for name in ("texts.jsonl", "more.jsonl", "blocklist.json"):
+        settings = settings.replace(name.split(".")[0].upper(), str(tmp_path / name))
+    (tmp_path / "mixture.yaml").write_text(settings)
+    given = {"mixture": tmp_path / "mixture.yaml", "max_steps": 7}
+    check(tmp_path / "run", run_until(2, pretrain.main, arguments(corpus, tmp_path / "run", given)))
+    path = tmp_path / changed
+    old, new = ("weight: 2", "weight: 3") if changed == "mixture.yaml" else ("3", "5")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match="the rows are not those"):
+        rows_of_step(tmp_path / "run", 1)
+
+
+def test_names_and_texts_are_printed_as_they_are(corpus, tmp_path, capsys):
+    """Markup of rich and control characters in the name of a source."""
+    sources = json.dumps({"[bold]a[/bold]\x1b[31m": str(corpus / "more.jsonl")})
+    sft.main(arguments(corpus, tmp_path, {"sources": sources, "max_steps": 1, "eval_share": 0}))
+    capsys.readouterr()
+    command(["rows", str(tmp_path), "--step", "1"])
+    assert "[bold]a[/bold]␛[31m" in capsys.readouterr().out
+
+
 def test_a_folder_without_a_recipes_run(tmp_path):
     with pytest.raises(
         FileFormatError, match="no environment.json can be read in .*; expected the output folder of a recipe"
     ):
         rows_of_step(tmp_path / "run", 2)
-    (tmp_path / "environment.json").write_text('{"settings": {}}')
-    with pytest.raises(FileFormatError, match="names no recipe"):
-        rows_of_step(tmp_path, 2)
+    for settings in ({}, {"recipe": "sft"}, {"recipe": "sft", "launches": []}):
+        (tmp_path / "environment.json").write_text(json.dumps({"settings": settings}))
+        with pytest.raises(FileFormatError, match="names no recipe and its launches"):
+            rows_of_step(tmp_path, 2)
+    with pytest.raises(FileFormatError, match="no environment.json"):  # not that of the folder around it
+        rows_of_step(tmp_path / "chekpoint-3", 2)

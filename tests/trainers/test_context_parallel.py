@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from transformers import BambaConfig, BambaForCausalLM
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import BambaConfig, BambaForCausalLM, BartConfig, BartForCausalLM
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError
@@ -159,6 +160,10 @@ def stretched(kind, **options):
 
 MODELS = {
     "a state": (bamba, "BambaForCausalLM carries a state along a row"),
+    "a learned prompt": (
+        lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        "PEFT puts 3 virtual tokens before each part",
+    ),
     "dynamic": (lambda: stretched("dynamic"), "rotary embeddings of type dynamic"),
     "longrope": (
         lambda: stretched(
@@ -181,6 +186,20 @@ def test_models_of_which_parts_are_right():
         refuse_uncuttable(model, compiled=False)
     with pytest.raises(ConfigError, match="torch_compile"):
         refuse_uncuttable(llama(), compiled=True)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_that_counts_places_by_itself(adapted):
+    """Each part would have the places 0, 1, ... of its own."""
+    sizes = {"d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    models = BartForCausalLM(BartConfig(vocab_size=32, **sizes)), llama()
+    if adapted:
+        models = [get_peft_model(model, LoraConfig(target_modules=["q_proj"])) for model in models]
+    refuse_uncuttable(models[1], compiled=False)
+    with pytest.raises(
+        ConfigError, match="BartForCausalLM takes no position_ids, so that each part .*; set cp_size to 1"
+    ):
+        refuse_uncuttable(models[0], compiled=False)
 
 
 def test_the_balance_of_experts_is_refused(tmp_path, monkeypatch):
