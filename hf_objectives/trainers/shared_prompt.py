@@ -31,25 +31,25 @@ def prompt_masks(config: Any, rows: Mapping[str, Tensor], dtype: torch.dtype) ->
 
     Args:
         config: the config of the model, without those of other modalities.
-        rows: `pairs`, `branches` and `position_ids` of `SharedRows`, int64 [rows, length], on the model's device.
+        rows: `pieces`, `branches` and `position_ids` of `SharedRows`, int64 [rows, length], on the model's device.
         dtype: of the model's embeddings.
 
     Returns:
         A mask as the model's attention takes it, [rows, 1, length, length], or one for each type of layer by name. A window
         counts positions of the sequence, not places in the row.
     """
-    pairs, branches, positions = rows["pairs"], rows["branches"], rows["position_ids"]
+    pieces, branches, positions = rows["pieces"], rows["branches"], rows["position_ids"]
 
     def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
         branch = branches[batch, key]
         own = (branch == 0) | (branch == branches[batch, query])
-        return own & (pairs[batch, query] == pairs[batch, key])
+        return own & (pieces[batch, query] == pieces[batch, key])
 
     def near(batch: Any, head: Any, query: Any, key: Any) -> Any:
         distance = positions[batch, query] - positions[batch, key]
         return visible(batch, head, query, key) & (distance < config.sliding_window)
 
-    like = torch.empty((*pairs.shape, 0), dtype=dtype, device=pairs.device)
+    like = torch.empty((*pieces.shape, 0), dtype=dtype, device=pieces.device)
     rules = dict(zip(_LAYERS, (visible, near), strict=True))
     made = {
         kind: create_causal_mask(config, like, None, None, and_mask_function=rules[kind])
@@ -106,7 +106,7 @@ class SharedPrompts:
         ids, config = inputs["input_ids"], model.config
         flash = is_flash_attention_requested(config)
         rows = share_prompts(ids.cpu().numpy(), inputs["attention_mask"].cpu().numpy(), share=not flash)
-        names = ("input_ids", "position_ids", "pairs", "branches", "places")
+        names = ("input_ids", "position_ids", "pieces", "branches", "places")
         there = {name: torch.from_numpy(getattr(rows, name)).to(ids.device) for name in names}
         packed = {name: there[name] for name in ("input_ids", "position_ids")}
         if flash:
@@ -126,36 +126,43 @@ class SharedPrompts:
         trainer = self._trainer
         config = _innermost(model).config
         windowed = "sliding_attention" in layer_types(config)
-        reach = config.sliding_window if windowed else 0
-        longest = trainer.args.max_length
-        beyond = reach + 8 if windowed and (longest is None or longest > reach) else 0
+        window, longest = (config.sliding_window if windowed else 0), trainer.args.max_length
+        beyond = window + 8 if windowed and (longest is None or longest > window) else 0
         full = next(model.parameters()).dtype == torch.float32 and trainer.accelerator.mixed_precision == "no"
         was_training, devices = model.training, [trainer.args.device] if trainer.args.device.type == "cuda" else []
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                self._compare(model, _probe_batch(config.vocab_size, beyond, trainer.args.device), full)
+                if beyond:
+                    self._compare(model, _probe_batch(config.vocab_size, beyond, trainer.args.device), full)
+                batch = _probe_batch(config.vocab_size, 0, trainer.args.device)
+                self._isolate(model, batch, self._compare(model, batch, full))
         finally:
             self._on = True
             model.train(was_training)
         self._proved.add(model)
 
-    def _compare(self, model: nn.Module, batch: dict[str, Tensor], full: bool) -> None:
+    def _compare(self, model: nn.Module, batch: dict[str, Tensor], full: bool) -> float:
+        """Require the log-probabilities of the padded pass; returns the tolerance, in nats."""
         model.eval()
         padded, packed = (self._log_probs(model, batch, on) for on in (False, True))
         bound = (1e-4 if full else 2e-2) * float(padded.abs().max())
         change = float((packed - padded).abs().max())
         if not change <= bound:
             raise self._leak(model, f"differ from padded ones by {change:.3g} nats (tolerance {bound:.3g})")
-        count = len(padded) // 2
+        return bound
+
+    def _isolate(self, model: nn.Module, batch: dict[str, Tensor], bound: float) -> None:
+        """Change one answer after another, and require the others to stay."""
+        count = len(batch["input_ids"])
         for training in (True, False):
             model.train(training)
             before = self._log_probs(model, batch, True)
             # The rejected side of the last pair is the last of all: what it moves is rounding.
-            for side in (2 * count - 1, *range(2 * count - 1)):
-                moved = self._log_probs(model, _other_answer(batch, side, count), True)
-                others = [other for other in range(2 * count) if other != side]
+            for side in reversed(range(count)):
+                moved = self._log_probs(model, _other_answer(batch, side), True)
+                others = [other for other in range(count) if other != side]
                 change = float((moved - before)[others].abs().max())
-                if side == 2 * count - 1:
+                if side == count - 1:
                     tolerance = 0.0 if change == 0 else bound
                 if not change <= tolerance:
                     raise self._leak(model, f"of one answer moved by {change:.3g} nats when another answer changed")
@@ -215,10 +222,11 @@ def _probe_batch(vocabulary: int, beyond: int, device: torch.device) -> dict[str
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _other_answer(batch: dict[str, Tensor], side: int, count: int) -> dict[str, Tensor]:
+def _other_answer(batch: dict[str, Tensor], side: int) -> dict[str, Tensor]:
     """The batch with other tokens in one answer."""
+    count = len(batch["input_ids"])
     ids, answer = batch["input_ids"].clone(), batch["completion_mask"][side] == 1
-    other = batch["input_ids"][(side + count) % (2 * count)]
+    other = batch["input_ids"][(side + count // 2) % count]
     ids[side, answer] = torch.where(ids[side, answer] == 1, 2, 1)
     first = answer.nonzero()[0]
     ids[side, first] = torch.where(other[first] == 3, 4, 3)
@@ -249,6 +257,7 @@ def refuse(trainer: Any, model: Any) -> None:
         "the auxiliary loss of experts counts the tokens of each prompt twice; router_aux_loss_coef=0 leaves it out": (
             trainer.aux_loss_enabled or getattr(config, "output_router_logits", False)
         ),
+        "neftune_noise_alpha scales its noise by the length of a row": args.neftune_noise_alpha,
         "use_liger_kernel has not been proved with it": args.use_liger_kernel,
         "torch_compile would compile each batch anew, whose rows have other lengths": args.torch_compile,
     }

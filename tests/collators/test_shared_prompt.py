@@ -30,18 +30,17 @@ def test_two_pairs_by_hand():
     assert listed(rows) == {
         "input_ids": [[5, 6, 7, 8, 9, 1, 2, 3, 4]],
         "position_ids": [[0, 1, 2, 2, 3, 0, 1, 1, 2]],
-        "pairs": [[0, 0, 0, 0, 0, 1, 1, 1, 1]],
+        "pieces": [[0, 0, 0, 0, 0, 1, 1, 1, 1]],
         "branches": [[0, 0, 1, 2, 2, 0, 1, 2, 2]],
         "places": [[0, 1, 2, -1], [5, 6, -1, -1], [0, 1, 3, 4], [5, 7, 8, -1]],
     }
 
 
 def test_a_row_that_is_not_full():
-    rows = share_prompts(*batch(([1, 2, 3, 4, 5], [1, 2, 6]), ([1, 2, 3, 4], [5, 6])))
-    assert listed(rows)["input_ids"] == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
-    rows = share_prompts(*batch(*[([1] * 3000, [2] * 3000)] * 2, ([1], [2])))  # long rows: no row of 12,000 tokens
-    assert rows.input_ids.shape == (2, 6002) and (rows.pairs == -1).sum() == 6002 - 6000
-    empty = rows.pairs == -1
+    common = [7] * 2000
+    rows = share_prompts(*batch(*[([*common, *[1] * 500], [*common, *[2] * 500])] * 2, ([7, 1], [7, 2])))
+    assert rows.input_ids.shape == (2, 3003) and (rows.pieces == -1).sum() == 3  # no row of 6,003 tokens
+    empty = rows.pieces == -1
     assert not rows.input_ids[empty].any() and not rows.position_ids[empty].any()
 
 
@@ -51,7 +50,6 @@ def test_a_row_that_is_not_full():
         ([1, 2], [1, 2], [1, 2], [[0, 1], [0, 1]]),  # equal answers
         ([1, 2, 3], [1, 2], [1, 2, 3], [[0, 1, 2], [0, 1, -1]]),  # one begins the other
         ([1, 2], [1, 2, 3], [1, 2, 3], [[0, 1, -1], [0, 1, 2]]),
-        ([1, 2], [3, 2], [1, 2, 3, 2], [[0, 1], [2, 3]]),  # nothing in common at the beginning
     ],
 )
 def test_what_the_sides_have_in_common(chosen, rejected, ids, places):
@@ -59,12 +57,26 @@ def test_what_the_sides_have_in_common(chosen, rejected, ids, places):
     assert rows.input_ids.tolist() == [ids] and rows.places.tolist() == places
 
 
+def test_a_pair_without_a_common_beginning_is_two_pieces():
+    rows = share_prompts(*batch(([1, 2], [3, 2])))
+    assert listed(rows) == {
+        "input_ids": [[1, 2], [3, 2]],
+        "position_ids": [[0, 1], [0, 1]],
+        "pieces": [[0, 0], [1, 1]],
+        "branches": [[0, 0], [0, 0]],
+        "places": [[0, 1], [2, 3]],
+    }
+    # 10 common tokens save less than a mask of 4,010 x 4,010 costs more than two of 2,010 x 2,010.
+    rows = share_prompts(*batch(([9] * 10 + [1] * 2000, [9] * 10 + [2] * 2000)))
+    assert rows.input_ids.shape == (2, 2010)
+
+
 def test_without_sharing_by_hand():
     rows = share_prompts(*batch(([5, 6, 7], [5, 6, 8, 9]), ([1, 2], [1, 3, 4])), share=False)
     assert listed(rows) == {
         "input_ids": [[5, 6, 7, 1, 2, 5, 6, 8, 9, 1, 3, 4]],
         "position_ids": [[0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2]],
-        "pairs": [[0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]],
+        "pieces": [[0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]],
         "branches": [[0] * 12],
         "places": [[0, 1, 2, -1], [3, 4, -1, -1], [5, 6, 7, 8], [9, 10, 11, -1]],
     }
@@ -87,7 +99,7 @@ def test_a_token_sees_what_it_sees_in_its_own_sequence(pairs, share):
             seen = [
                 other
                 for other in range(place // length * length, place + 1)
-                if flat["pairs"][other] == flat["pairs"][place]
+                if flat["pieces"][other] == flat["pieces"][place]
                 and flat["branches"][other] in (0, flat["branches"][place])
             ]
             assert seen == places[: at + 1]  # the sequence up to here, in order
@@ -97,12 +109,12 @@ def test_a_token_sees_what_it_sees_in_its_own_sequence(pairs, share):
         next((i for i, (a, b) in enumerate(zip(c, r, strict=False)) if a != b), min(len(c), len(r))) for c, r in pairs
     ]
     tokens = sum(len(c) + len(r) for c, r in pairs) - (sum(in_common) if share else 0)
-    assert sum(pair >= 0 for pair in flat["pairs"]) == tokens == len({*rows.places[rows.places >= 0].tolist()})
+    assert sum(pair >= 0 for pair in flat["pieces"]) == tokens == len({*rows.places[rows.places >= 0].tolist()})
 
 
 def test_other_batches_are_refused():
     ids, mask = batch(([1, 2], [1, 3]))
-    with pytest.raises(FormatError, match="has 1 sequences; expected the chosen sides"):
+    with pytest.raises(FormatError, match="has 1 sequences; expected chosen sides"):
         share_prompts(ids[:1], mask[:1])
     with pytest.raises(FormatError, match="padded on the left or within"):
         share_prompts(ids, np.array([[0, 1], [1, 1]]))

@@ -67,7 +67,13 @@ def model_of(name, attention="sdpa"):
 
 def stub(model, reference=None, **changed):
     """What `SharedPrompts` reads of a trainer."""
-    args = {"max_length": None, "device": torch.device("cpu"), "use_liger_kernel": False, "torch_compile": False}
+    args = {
+        "max_length": None,
+        "device": torch.device("cpu"),
+        "use_liger_kernel": False,
+        "torch_compile": False,
+        "neftune_noise_alpha": None,
+    }
     args |= {name: value for name, value in changed.items() if name in args}
     return SimpleNamespace(
         model=model,
@@ -189,7 +195,7 @@ def test_masks_by_hand():
     """[1, 2 | 3, 4 | 5]: a prompt of two, a chosen answer of two, a rejected one of one."""
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 0]])
     rows = share_prompts(ids.numpy(), (ids != 0).long().numpy())
-    named = {name: torch.from_numpy(getattr(rows, name)) for name in ("pairs", "branches", "position_ids")}
+    named = {name: torch.from_numpy(getattr(rows, name)) for name in ("pieces", "branches", "position_ids")}
     config = LlamaConfig(**SIZES, attn_implementation="sdpa")
     full = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     assert prompt_masks(config, named, torch.float32).int().tolist() == [[full]]
@@ -338,6 +344,7 @@ REFUSED = {
     ),
     "flex": (lambda: LlamaConfig(**SIZES, attn_implementation="flex_attention"), {}, "'flex_attention' takes no mask"),
     "liger": (lambda: LlamaConfig(**SIZES), {"use_liger_kernel": True}, "use_liger_kernel has not been proved"),
+    "noise": (lambda: LlamaConfig(**SIZES), {"neftune_noise_alpha": 5}, "neftune_noise_alpha scales its noise by the length"),
     "compiled": (lambda: LlamaConfig(**SIZES), {"torch_compile": True}, "torch_compile would compile each batch anew"),
 }  # fmt: skip
 
