@@ -239,7 +239,7 @@ def refuse(trainer: Any, model: Any) -> None:
     Raises:
         ConfigError: names the model or the setting, the reason and what to change.
     """
-    inner, args = _innermost(model), trainer.args
+    inner, args, parallelism = _innermost(model), trainer.args, trainer.accelerator.parallelism_config
     config, name = inner.config, type(inner).__name__
     attention = attention_of(inner)
     flash = is_flash_attention_requested(config)
@@ -257,6 +257,7 @@ def refuse(trainer: Any, model: Any) -> None:
         "the auxiliary loss of experts counts the tokens of each prompt twice; router_aux_loss_coef=0 leaves it out": (
             trainer.aux_loss_enabled or getattr(config, "output_router_logits", False)
         ),
+        "tensor parallelism has not been proved with it": (getattr(parallelism, "tp_size", None) or 1) > 1,
         "neftune_noise_alpha scales its noise by the length of a row": args.neftune_noise_alpha,
         "use_liger_kernel has not been proved with it": args.use_liger_kernel,
         "torch_compile would compile each batch anew, whose rows have other lengths": args.torch_compile,

@@ -8,12 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from hf_objectives import PerplexityDPOTrainer
+from hf_objectives import PerplexityDPOConfig, PerplexityDPOTrainer
 from hf_objectives.errors import ConfigError, PackingLeakError
-from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, build, load, ours
+from tests.support.dpo_worlds import BATCH, PAIRS, TOKENIZER, build, load, options, ours
 from tests.support.language_models import mixtral
 from tests.trainers.test_dpo_parent import LOSSES
 
@@ -123,6 +124,37 @@ def test_the_parents_collator_and_arguments(folders, tmp_path):
     for theirs, own in zip(*logs, strict=True):
         for key, value in theirs.items():
             assert own[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_a_real_model(real_model_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(real_model_path)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is the capital of {country}? Answer in one word."}],
+            "chosen": [{"role": "assistant", "content": city}],
+            "rejected": [{"role": "assistant", "content": f"{city}, I think, but who am I to say?"}],
+        }
+        for country, city in (("France", "Paris"), ("the Federal Republic of Germany", "Berlin"))
+    ]
+    found = []
+    for free in (False, True):
+        policy, reference = load(real_model_path), load(real_model_path)
+        with torch.no_grad():
+            reference.model.layers[3].mlp.down_proj.weight.mul_(1.1)
+        run = PerplexityDPOTrainer(
+            policy, reference, PerplexityDPOConfig(**options(tmp_path, padding_free=free)),
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        )  # fmt: skip
+        batch = next(iter(run.get_train_dataloader()))
+        run.model.train()
+        run.model.requires_grad_(False).model.layers[0].requires_grad_(True)
+        loss = run.compute_loss(run.model, batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+        found.append((loss.item(), gradients, dict(run._metrics["train"])))
+    assert_equal_steps(*found)
 
 
 # -- the proof ---------------------------------------------------------------------------------------------------------

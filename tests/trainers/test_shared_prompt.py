@@ -79,7 +79,7 @@ def stub(model, reference=None, **changed):
         model=model,
         ref_model=reference,
         args=SimpleNamespace(**args),
-        accelerator=SimpleNamespace(mixed_precision="no"),
+        accelerator=SimpleNamespace(mixed_precision="no", parallelism_config=changed.get("parallelism")),
         aux_loss_enabled=changed.get("aux_loss_enabled", False),
     )
 
@@ -280,6 +280,19 @@ def test_the_proof_finds_a_model_that_leaks(changed):
         proved(model)
 
 
+@pytest.mark.parametrize("forgotten", ["branches", "pieces", "position_ids"])
+def test_the_proof_finds_a_wrong_mask(forgotten, monkeypatch):
+    """Answers that see each other, pairs that do, and a window over places: each alone is enough."""
+
+    def wrong(config, rows, dtype):
+        places = torch.arange(rows["pieces"].shape[1]).expand_as(rows["pieces"])
+        return prompt_masks(config, {**rows, forgotten: places if forgotten == "position_ids" else 0 * places}, dtype)
+
+    monkeypatch.setattr("hf_objectives.trainers.shared_prompt.prompt_masks", wrong)
+    with pytest.raises(PackingLeakError, match="of packed pairs differ from padded ones"):
+        proved(model_of("mistral, sliding window"))
+
+
 def test_the_proof_finds_a_leak_that_a_tolerance_would_hide():
     """An answer moves those after it by a little: less than rounding between padded and packed rows may."""
     model = model_of("llama")
@@ -344,6 +357,11 @@ REFUSED = {
     ),
     "flex": (lambda: LlamaConfig(**SIZES, attn_implementation="flex_attention"), {}, "'flex_attention' takes no mask"),
     "liger": (lambda: LlamaConfig(**SIZES), {"use_liger_kernel": True}, "use_liger_kernel has not been proved"),
+    "cut": (
+        lambda: LlamaConfig(**SIZES),
+        {"parallelism": SimpleNamespace(tp_size=2)},
+        "tensor parallelism has not been proved",
+    ),
     "noise": (lambda: LlamaConfig(**SIZES), {"neftune_noise_alpha": 5}, "neftune_noise_alpha scales its noise by the length"),
     "compiled": (lambda: LlamaConfig(**SIZES), {"torch_compile": True}, "torch_compile would compile each batch anew"),
 }  # fmt: skip
