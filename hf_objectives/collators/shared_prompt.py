@@ -103,7 +103,9 @@ def _starts(sizes: Ints) -> tuple[int, Ints]:
     """The length of the rows that cost least, and where each piece begins in the rows laid end to end."""
     longest, total = int(sizes.max(initial=1)), int(sizes.sum())
     best: tuple[float, int, Ints] | None = None
-    for capacity in sorted({min(max(total, 1), int(longest * share)) for share in (1, 1.25, 1.5, 2, 3, 4)}):
+    # Rows as short as can be, and few rows with as little padding as can be: best fit is better with a little room.
+    capacities = {max(longest, int(room * total / rows)) for rows in range(1, 9) for room in (1.02, 1.08)}
+    for capacity in sorted(capacities | {longest, longest * 3 // 2}):
         row_of = pack_lengths(sizes, capacity).bin_of
         order = np.argsort(row_of, kind="stable")
         begins = sizes[order].cumsum() - sizes[order]
