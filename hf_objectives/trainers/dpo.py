@@ -52,6 +52,7 @@ class PerplexityDPOConfig(DPOConfig):
         warn_chosen_drop: nats per token since the start; None for no warning, which is given once.
         max_perplexity_increase: a share (0.1: ten per cent); None for no bound.
         train_on, control_tokens: how rows are encoded, see `encode_pair`.
+        padding_free: TRL's setting, which TRL drops: pairs are packed, and each prompt is computed once; docs/alignment.md.
 
     Raises:
         ConfigError: a setting out of its range, or `dpop_lambda` with a loss that it is not defined for.
@@ -125,7 +126,8 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
 
     Raises:
         DataError: a row that cannot be used; names dataset and row.
-        ConfigError: settings that contradict each other, or a dataset without rows.
+        ConfigError: settings that contradict each other, a dataset without rows, or what `padding_free` does not go with.
+        PackingLeakError: under `padding_free`, before a model is used that does not give the numbers of the padded batch.
     """
 
     extra_columns = ("chosen_mask", "rejected_mask", "row")
