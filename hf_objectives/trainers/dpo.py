@@ -31,7 +31,8 @@ from hf_objectives.evaluation import (
 from hf_objectives.labels import CONTROL_TOKENS, SIDES, TRAIN_ON, encode_pair
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.metrics import PairMetrics
-from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks
+from hf_objectives.trainers.shared_prompt import SharedPrompts
+from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding
 from hf_objectives.types import check_one_of, option
 
 # TRL logs the mean of its batches' means under these names. Here they are counted over rows.
@@ -51,6 +52,7 @@ class PerplexityDPOConfig(DPOConfig):
         warn_chosen_drop: nats per token since the start; None for no warning, which is given once.
         max_perplexity_increase: a share (0.1: ten per cent); None for no bound.
         train_on, control_tokens: how rows are encoded, see `encode_pair`.
+        padding_free: TRL's setting, which TRL drops: pairs are packed, and each prompt is computed once; docs/alignment.md.
 
     Raises:
         ConfigError: a setting out of its range, or `dpop_lambda` with a loss that it is not defined for.
@@ -124,7 +126,8 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
 
     Raises:
         DataError: a row that cannot be used; names dataset and row.
-        ConfigError: settings that contradict each other, or a dataset without rows.
+        ConfigError: settings that contradict each other, a dataset without rows, or what `padding_free` does not go with.
+        PackingLeakError: under `padding_free`, before a model is used that does not give the numbers of the padded batch.
     """
 
     extra_columns = ("chosen_mask", "rejected_mask", "row")
@@ -154,11 +157,14 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         if args is not None and any(isinstance(rows, IterableDataset) for rows in sets):
             # As the parent does for training: joined batches of several ranks would have to be of one width.
             args.accelerator_config.dispatch_batches = False
-        super().__init__(
-            *(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics),
-            *(callbacks, optimizers, quantization_config, peft_config),
-        )
+        self._shared = SharedPrompts(self) if getattr(args, "padding_free", False) else None
+        given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics)
+        with asking_for_padding(args):
+            super().__init__(*given, callbacks, optimizers, quantization_config, peft_config)
         self._use_pair_collator()
+        if self._shared is not None:
+            self._shared.install()
+            self.padding_free = True
         self.reference_is_start = self._compare_reference(given=ref_model is not None)
         self.pair_metrics: PairMetrics | None = None
         if self.reference_is_start and not (self.precompute_ref_logps and self.ld_alpha is not None):
@@ -215,10 +221,14 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
     def reference_settings(self) -> str:
         """What the sums under the reference depend on; the parent's cache knows rows and model only."""
         self._use_pair_collator()
+        if self._shared is not None:  # the parent is still in its __init__
+            self._shared.install()
         return f"{type(self.data_collator).__name__} {self.args.max_length} {self.ld_alpha}"
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Compute what the parent does, of a batch that may carry row numbers."""
+        if self._shared is not None:
+            self._shared.prove(model)
         return super().compute_ref_log_probs(
             model, {key: inputs[key] for key in inputs if key not in ("row_ids", "margin")}
         )
@@ -249,6 +259,10 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         inputs = dict(inputs)
         row_ids = inputs.pop("row_ids", None)
         inputs.pop("margin", None)  # of a reward model
+        if self._shared is not None:
+            for used in (model, self.ref_model if not self.precompute_ref_logps else None):
+                if used is not None:
+                    self._shared.prove(used)
         with self.watching_forwards() as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scores = self._scores(seen, inputs)

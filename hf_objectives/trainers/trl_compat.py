@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import textwrap
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -30,6 +33,7 @@ from trl.trainer.utils import is_async_callable as is_async_callable
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers.hf_compat import TrainerHooks
+from hf_objectives.types import IGNORE_INDEX
 
 __all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "place_reference"]
 
@@ -68,6 +72,62 @@ def asking_for_none(args: Any, own: bool) -> Iterator[None]:
         yield
     finally:
         args.beta, args.sync_ref_model = beta, sync
+
+
+@contextmanager
+def asking_for_padding(args: Any) -> Iterator[None]:
+    """Within it, `args` ask TRL for no `padding_free`, which TRL warns of and drops. Afterwards they are the caller's."""
+    wanted = getattr(args, "padding_free", None)
+    if wanted:
+        args.padding_free = False
+    try:
+        yield
+    finally:
+        if wanted:
+            args.padding_free = wanted
+
+
+def pack_fused_forward(
+    model: Any, pack: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Tensor] | None]
+) -> None:
+    """Let a model with TRL's fused head run over packed rows, while its callers give and get the padded batch.
+
+    The head runs only where a label is. What comes back is what the padded pass gives: [batch, width - 1], 0 elsewhere.
+
+    Args:
+        model: a model with TRL's fused head, without wrappers.
+        pack: from the padded inputs to those of the model for packed rows, and the place of each padded token in the rows
+            laid end to end, int64 [batch, width]; or None to run padded.
+    """
+    padded = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        packed = pack(kwargs) if fused_lm_head else None
+        if packed is None or labels is None:
+            return padded(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        inputs, places = packed
+        targets = labels[:, 1:]
+        wanted = targets != IGNORE_INDEX
+        sources = places[:, :-1][wanted]
+
+        def select(module: nn.Module, given: Any, output: Any) -> None:
+            hidden = output.last_hidden_state.flatten(0, 1)
+            output.last_hidden_state = hidden[sources.to(hidden.device)].unsqueeze(0)
+
+        handle = self.base_model.register_forward_hook(select)
+        try:
+            output = padded(**inputs, fused_lm_head=True, shift_labels=targets[wanted].unsqueeze(0))
+        finally:
+            handle.remove()
+        spread = {
+            name: value.new_zeros(wanted.shape).masked_scatter(wanted.to(value.device), value)
+            for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+            if (value := getattr(output, name)) is not None
+        }
+        return dataclasses.replace(output, **spread, label_mask=wanted)
+
+    model.forward = types.MethodType(forward, model)
 
 
 class _TRLHooks(TrainerHooks):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections import deque
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
 from hf_objectives import trainers
 from hf_objectives.diagnostics import callback
-from hf_objectives.trainers.trl_compat import PromptOrder
+from hf_objectives.trainers.trl_compat import PromptOrder, asking_for_padding
 from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, ppo, small_model
 
 VERSION = version("trl")
@@ -243,3 +245,23 @@ def test_the_order_depends_on_the_epoch_and_begins_with_trls():
     unshuffled = PromptOrder.like(RepeatSampler(range(10), **settings, shuffle=False))
     unshuffled.set_epoch(4)
     assert list(unshuffled)[:6] == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_fused_head_is_what_pack_fused_forward_puts_rows_under():
+    output = [field.name for field in dataclasses.fields(FusedCausalLMOutput)]
+    per_token = ["log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"]
+    assert output == ["loss", *per_token, "aux_loss"], MOVED.format(f"the fused head returns {output}")
+    source = inspect.getsource(add_fused_lm_head)
+    for part in ('backbone_attr = "base_model"', "backbone_outputs.last_hidden_state", "labels = shift_labels"):
+        assert part in source, MOVED.format(f"the fused head has no {part}")
+
+
+def test_padding_free_is_still_dropped():
+    source = inspect.getsource(DPOTrainer.__init__)
+    assert "self.padding_free = False" in source, MOVED.format("DPOTrainer packs pairs itself under padding_free")
+    arguments = SimpleNamespace(padding_free=True)
+    with asking_for_padding(arguments):
+        assert arguments.padding_free is False
+    assert arguments.padding_free is True
+    with asking_for_padding(None):
+        pass
