@@ -55,7 +55,10 @@ def document_losses(model: nn.Module, batch: Mapping[str, Any], *, together: boo
     """
     inputs, extra = split_extra_columns(batch)
     ids, labels = inputs["input_ids"], extra["labels"]
-    targets = shifted_columns(extra)["shift_labels"]
+    # Sources may be one a row here, which cannot be shifted.
+    targets = shifted_columns({name: extra[name] for name in ("labels", "shift_labels") if name in extra})[
+        "shift_labels"
+    ]
     trained = targets != IGNORE_INDEX
     nll = _nll(model, inputs, targets, together)
     mask = inputs.get("attention_mask")

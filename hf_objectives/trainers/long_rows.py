@@ -37,7 +37,7 @@ class LongRows:
                         f"{kwargs_of} asks for selective checkpointing, which needs {name}=True, no use_reentrant, and a "
                         "model that is passed, not made by model_init"
                     )
-                from trl.models import enable_selective_activation_checkpointing
+                from hf_objectives.trainers.trl_compat import enable_selective_activation_checkpointing
 
                 enable_selective_activation_checkpointing(model)
             elif "selective" in given:
@@ -58,6 +58,6 @@ def saved_activations(args: Any, model: Any) -> Any:
         return contextlib.nullcontext()
     if args.device.type == "cpu":
         raise ConfigError("activation_offloading moves activations from an accelerator; leave it off on a CPU")
-    from trl.models import get_act_offloading_ctx_manager
+    from hf_objectives.trainers.trl_compat import get_act_offloading_ctx_manager
 
     return get_act_offloading_ctx_manager(model)

@@ -21,6 +21,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOTrainer, RewardTrainer, RLOOTrainer
 from trl.data_utils import get_dataset_column_names as get_dataset_column_names
+from trl.models import enable_selective_activation_checkpointing as enable_selective_activation_checkpointing
+from trl.models import get_act_offloading_ctx_manager as get_act_offloading_ctx_manager
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator

@@ -86,7 +86,7 @@ def test_offloading_takes_trls_context(tmp_path, monkeypatch):
         def __exit__(self, *error):
             entered.append("out")
 
-    monkeypatch.setattr("trl.models.get_act_offloading_ctx_manager", lambda model: Context())
+    monkeypatch.setattr("hf_objectives.trainers.trl_compat.get_act_offloading_ctx_manager", lambda model: Context())
     monkeypatch.setattr(PerplexityTrainingArguments, "device", torch.device("meta"))
 
     arguments = PerplexityTrainingArguments(str(tmp_path), activation_offloading=True, report_to="none")
