@@ -126,8 +126,11 @@ def given_to_head(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterat
 @torch.no_grad()
 def _prove(model: nn.Module, head: nn.Module) -> After | None:
     inner, device = unwrapped(model), next(model.parameters()).device
-    config = inner.config.get_text_config()
-    ids = torch.randint(0, int(config.vocab_size), (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    config: Any = getattr(inner, "config", None)  # a model of one's own may have none
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    weight: Any = head.weight
+    entries = int(getattr(config, "vocab_size", None) or len(weight))
+    ids = torch.randint(0, entries, (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     targets, nats, bound = ids[0].roll(-1), dict[After, Tensor](), 0.0
 
     def enlarge(hidden: Tensor) -> Tensor:
@@ -149,6 +152,11 @@ def _prove(model: nn.Module, head: nn.Module) -> After | None:
     try:
         with given_to_head(head, enlarge):
             logits = model(input_ids=ids, use_cache=False).logits[0, -_TOKENS:].float()
+    except TypeError as error:  # its forward needs more than ids
+        warn_once(
+            f"{type(inner).__name__}: no proof from ids alone ({error}); computing the logits of predicted tokens"
+        )
+        return None
     finally:
         for module, is_training in modes.items():
             module.training = is_training

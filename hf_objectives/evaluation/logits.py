@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_objectives.evaluation.head import after_head, given_to_head, head_of, linear_parts, unwrapped, warn_once
-from hf_objectives.losses import SHIFTED, LossSum, check_targets, next_token_loss, predicted_cross_entropy
+from hf_objectives.losses import SHIFTED, LossSum, check_targets, fused_linear_cross_entropy, next_token_loss
 from hf_objectives.types import IGNORE_INDEX
 
 EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids", *SHIFTED)
@@ -93,7 +93,7 @@ def _head_loss(
     """The loss of hidden states, one for each of the targets that are `predicted`."""
     if not torch.is_grad_enabled() or targets.device.type == "cpu":
         check_targets(targets, len(weight))
-    return predicted_cross_entropy(states, weight, predicted, bias=bias, **options)
+    return fused_linear_cross_entropy(states, weight, predicted, bias=bias, trusted=True, **options)
 
 
 def predicting_places(targets: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         IMPLEMENTATIONS,  # ways to compute the loss below, by name
         check_targets,  # targets are entries of the head, or an error that names row and token
         fused_linear_cross_entropy,  # `next_token_loss` from hidden states and the head's weight, without all logits
-        predicted_cross_entropy,  # the same of targets that are all predicted
     )
     from hf_objectives.losses.next_token import (
         SHIFTED,  # columns of what each position predicts

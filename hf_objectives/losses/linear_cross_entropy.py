@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ def fused_linear_cross_entropy(
     scale: float = 1.0,
     implementation: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    trusted: bool = False,
 ) -> LossSum:
     """Compute `next_token_loss` of the logits `cap(scale * (hidden @ weight.T + bias))`, and its gradients, in chunks.
 
@@ -60,6 +61,8 @@ def fused_linear_cross_entropy(
         scale: factor of the logits.
         implementation: a name of `IMPLEMENTATIONS`; None for the one that was fastest (`benchmarks/RESULTS.md`).
         chunk_bytes: bytes of logits that exist at a time, for "chunked".
+        trusted: whether all targets are known to be entries of the head. Then nothing is read from the device, and a target
+            that is no entry makes its nats and the loss NaN.
 
     Returns:
         The sums of `next_token_loss`; `token_nll` is 0 where the target is -100.
@@ -69,37 +72,11 @@ def fused_linear_cross_entropy(
         ConfigError: an implementation that is not known, not installed, or not made for the device or the options; hidden
             states and weight of different dtypes outside autocast.
     """
-    check_targets(targets, weight.shape[0])
-    kept = targets != IGNORE_INDEX
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "scale": scale}
-    settings: dict[str, Any] = {"bias": bias, "implementation": implementation, "chunk_bytes": chunk_bytes, **options}
-    if kept.all():
-        return predicted_cross_entropy(hidden, weight, targets, weights=weights, **settings)
-    weights = None if weights is None else weights[kept]
-    found = predicted_cross_entropy(hidden[kept], weight, targets[kept], weights=weights, **settings)
-    each = found.token_nll.new_zeros(targets.shape).masked_scatter_(kept, found.token_nll)
-    return found._replace(token_nll=each)
-
-
-@torch.compiler.disable
-def predicted_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    implementation: str | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> LossSum:
-    """`fused_linear_cross_entropy` of targets that are all predicted; nothing is read from their device.
-
-    A target outside the head's entries has the nats NaN, so that the guard against losses that are not finite sees it.
-    """
+    kept = None
+    if not trusted:
+        check_targets(targets, weight.shape[0])
+        kept = targets != IGNORE_INDEX
+        hidden, targets, weights = hidden[kept], targets[kept], None if weights is None else weights[kept]
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -114,7 +91,8 @@ def predicted_cross_entropy(
     lost = torch.where((targets < 0) | (targets >= entries), torch.nan, 0.0).to(nats.dtype)
     nats = nats + lost
     number = nats.new_tensor(float(len(nats))) if weights is None else weights.to(nats.dtype).sum()
-    return LossSum(loss + lost.sum(), nats.sum(), number, nats)
+    each = nats if kept is None else nats.new_zeros(kept.shape).masked_scatter_(kept, nats)
+    return LossSum(loss + lost.sum(), nats.sum(), number, each)
 
 
 def check_targets(targets: Tensor, entries: int) -> None:

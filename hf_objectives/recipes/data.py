@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 from datasets import Dataset, load_from_disk
+from tqdm.auto import tqdm
 
 from hf_objectives import __version__, demo
 from hf_objectives.errors import ConfigError, DataError
@@ -271,7 +272,8 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
     counted, of_part = (Account(), ", held out") if account is None else (account, "")
     made: Rows = []
     with naming_places({} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}):
-        for row in rows:
+        # A bar after five seconds, on terminals alone.
+        for row in tqdm(rows, desc="Encoding", unit="row", delay=5, disable=None):
             counted.rows_in += 1
             try:
                 made.append({**use(row), "source": row["source"], "row": row["row"]})

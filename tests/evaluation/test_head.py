@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,3 +194,31 @@ def test_no_target_still_reaches_the_graph():
     result, _ = next_token_outputs(model, inputs(), torch.full((3, 10), -100))
     result.loss.backward()
     assert result.loss.item() == 0 and model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() == 0
+
+
+class Own(torch.nn.Module):
+    """A model that is none of transformers: no config, and a forward of its own."""
+
+    def __init__(self, *needs: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.needs, self.table, self.head = needs, torch.nn.Embedding(40, 8), torch.nn.Linear(8, 40)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache=None, **more):
+        if missing := [name for name in self.needs if name not in more]:
+            raise TypeError(f"forward() missing {missing}")
+        return SimpleNamespace(logits=self.head(self.table(input_ids)))
+
+
+@pytest.mark.parametrize("needs", [(), ("attention_mask",)])
+def test_a_model_without_a_config(needs, caplog):
+    model, ids = Own(*needs), torch.arange(3, 33).reshape(3, 10)
+    targets = ids.roll(-1, 1)
+    result, _ = next_token_outputs(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, targets)
+    logits = model.head(model.table(ids)).flatten(0, 1).double()
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+    assert result.nll.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ("no proof from ids alone" in caplog.text) == bool(needs)
