@@ -77,14 +77,7 @@ def fused_linear_cross_entropy(
         check_targets(targets, weight.shape[0])
         kept = targets != IGNORE_INDEX
         hidden, targets, weights = hidden[kept], targets[kept], None if weights is None else weights[kept]
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    elif weight.dtype != dtype:
-        raise ConfigError(
-            f"hidden states are {dtype}, the head's weight {weight.dtype}; expected one dtype, or autocast"
-        )
-    options = HeadOptions(label_smoothing, z_loss, softcap, scale, dtype, chunk_bytes)
+    options = HeadOptions(label_smoothing, z_loss, softcap, scale, _products_dtype(hidden, weight), chunk_bytes)
     compute = _chosen(implementation, hidden.device, options).compute
     entries = weight.shape[0]
     loss, nats = compute(hidden, weight, bias, targets.clamp(0, entries - 1), weights, options)
@@ -93,6 +86,17 @@ def fused_linear_cross_entropy(
     number = nats.new_tensor(float(len(nats))) if weights is None else weights.to(nats.dtype).sum()
     each = nats if kept is None else nats.new_zeros(kept.shape).masked_scatter_(kept, nats)
     return LossSum(loss + lost.sum(), nats.sum(), number, each)
+
+
+def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the head's products: that of autocast where it is on, else that of both tensors."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    if weight.dtype != hidden.dtype:
+        raise ConfigError(
+            f"hidden states are {hidden.dtype}, the head's weight {weight.dtype}; expected one dtype, or autocast"
+        )
+    return hidden.dtype
 
 
 def check_targets(targets: Tensor, entries: int) -> None:
