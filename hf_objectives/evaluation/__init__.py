@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         selected_logits,  # logits of chosen positions only
         split_extra_columns,  # the model's inputs, and the columns for loss and evaluation
         target_nll,  # negative log-likelihood of each target
+        token_score_outputs,  # log-probabilities of single tokens, and all outputs, from one forward pass
         virtual_tokens,  # tokens that a model of PEFT learns beside the row
     )
     from hf_objectives.evaluation.pair_rewards import PairRewards  # rewards of preference pairs, and metrics over them

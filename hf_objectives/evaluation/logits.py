@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_objectives.evaluation.head import after_head, given_to_head, head_of, linear_parts, unwrapped, warn_once
-from hf_objectives.losses import SHIFTED, LossSum, check_targets, fused_linear_cross_entropy, next_token_loss
+from hf_objectives.losses import (
+    SHIFTED,
+    LossSum,
+    TokenScores,
+    check_targets,
+    fused_linear_cross_entropy,
+    next_token_loss,
+    scores_of_logits,
+    token_log_probs,
+)
 from hf_objectives.types import IGNORE_INDEX
 
 EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids", *SHIFTED)
@@ -80,6 +90,53 @@ def next_token_outputs(
         # A backward pass through the model's own output, here of no token, is what gathers sharded weights for it.
         losses[0] = losses[0]._replace(loss=losses[0].loss + logits.sum().to(losses[0].loss.dtype))
     return losses[0], output
+
+
+def token_score_outputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    shape: torch.Size,
+    places: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    figures: Sequence[str] = (),
+    run: Callable[..., Any] | None = None,
+) -> tuple[TokenScores, Any]:
+    """Run a causal language model and score single tokens, head and log-probabilities in one where that is proven.
+
+    Args:
+        model: the model, with or without a wrapper for data parallelism.
+        inputs: the model's inputs, without labels.
+        shape: [rows, length] of the inputs.
+        places: int64 [targets], the places in the rows laid end to end that predict; one may predict several targets.
+        targets: int64 [targets], what they predict.
+        temperature, figures: see `token_log_probs`.
+        run: is called in place of the model: a forward pass within that of a wrapper.
+
+    Returns:
+        The scores of the targets, and what else the model returned.
+    """
+    after = after_head(model)
+    options: dict[str, Any] = {"temperature": temperature, "figures": figures}
+    scores: list[TokenScores] = []
+    is_apart = False
+
+    def take(head: nn.Module, chosen: Tensor) -> bool:
+        nonlocal is_apart
+        is_apart = isinstance(head, FSDPModule) or any(hasattr(weight, "ds_id") for weight in head.parameters())
+        parts = None if after is None else linear_parts(head, chosen)
+        if parts is not None and after is not None:
+            states, weight, bias = parts
+            scores.append(token_log_probs(states, weight, targets, bias=bias, **after._asdict(), **options))
+        return parts is not None
+
+    logits, output = _outputs(model, inputs, shape, places, take=take, run=run)
+    if not scores:
+        return scores_of_logits(logits, targets, **options), output
+    if is_apart:  # see `next_token_outputs`: this is what gathers its weight for the backward pass
+        scores[0] = scores[0]._replace(log_probs=scores[0].log_probs + logits.sum().to(scores[0].log_probs.dtype))
+    return scores[0], output
 
 
 def _head_loss(
@@ -155,18 +212,20 @@ def _outputs(
     *,
     full: bool = False,
     take: Callable[[nn.Module, Tensor], bool] = lambda head, chosen: False,
+    run: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Any]:
     """Logits of `places` in rows of `shape` [batch, length], and all that the model returned.
 
     `take` is called where the head runs, with the head and the hidden states of `places`; if it returns True, no logits are
-    made.
+    made. `run` is called in place of the model.
     """
+    run = model if run is None else run
     inputs = {**inputs, "use_cache": False}  # with a cache, transformers treats packed rows as one document
     head, virtual = None if full else head_of(model), virtual_tokens(model)
     if full:
         warn_once("torch.compile is on; computing full logits")
     if head is None:
-        output = model(**inputs)
+        output = run(**inputs)
         return _at(places, shape, output.logits, virtual), output
     selected = False
 
@@ -180,7 +239,7 @@ def _outputs(
         return chosen[: 0 if take(head, chosen) else len(chosen)].unsqueeze(0)
 
     with given_to_head(head, select):
-        output = model(**inputs)
+        output = run(**inputs)
     if selected:
         return output.logits[0], output
     warn_once("the model does not pass all hidden states through its output embeddings; computing full logits")

@@ -33,5 +33,10 @@ if TYPE_CHECKING:
         token_rewards,  # KL penalty of each token, and the score on the last one
         whiten,  # scale values to variance 1
     )
+    from hf_objectives.losses.token_scores import (
+        TokenScores,  # log-probabilities of tokens, entropies and more
+        scores_of_logits,  # the same from all logits
+        token_log_probs,  # log-probabilities of tokens from hidden states and the head's weight, without all logits
+    )
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_objectives.errors import ConfigError, DataError
-from hf_objectives.losses.chunked_head import CHUNK_BYTES, HeadOptions, chunked, sums_dtype
+from hf_objectives.losses.chunked_head import HeadOptions, chunked, products_dtype, sums_dtype
 from hf_objectives.losses.next_token import LossSum
 from hf_objectives.types import IGNORE_INDEX, check_one_of
 
@@ -42,7 +42,7 @@ def fused_linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     implementation: str | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     trusted: bool = False,
 ) -> LossSum:
     """Compute `next_token_loss` of the logits `cap(scale * (hidden @ weight.T + bias))`, and its gradients, in chunks.
@@ -60,7 +60,7 @@ def fused_linear_cross_entropy(
         softcap: c of `cap(x) = c * tanh(x / c)`, as in Gemma 2; None for none.
         scale: factor of the logits.
         implementation: a name of `IMPLEMENTATIONS`; None for the one that was fastest (`benchmarks/RESULTS.md`).
-        chunk_bytes: bytes of logits that exist at a time, for "chunked".
+        chunk_bytes: bytes of logits that exist at a time, for "chunked"; None for 128 MiB, and 1 GiB on an accelerator.
         trusted: whether all targets are known to be entries of the head. Then nothing is read from the device, and a target
             that is no entry makes its nats and the loss NaN.
 
@@ -77,7 +77,8 @@ def fused_linear_cross_entropy(
         check_targets(targets, weight.shape[0])
         kept = targets != IGNORE_INDEX
         hidden, targets, weights = hidden[kept], targets[kept], None if weights is None else weights[kept]
-    options = HeadOptions(label_smoothing, z_loss, softcap, scale, _products_dtype(hidden, weight), chunk_bytes)
+    dtype = products_dtype(hidden, weight)
+    options = HeadOptions(dtype, softcap, scale, label_smoothing, z_loss, chunk_bytes=chunk_bytes)
     compute = _chosen(implementation, hidden.device, options).compute
     entries = weight.shape[0]
     loss, nats = compute(hidden, weight, bias, targets.clamp(0, entries - 1), weights, options)
@@ -86,17 +87,6 @@ def fused_linear_cross_entropy(
     number = nats.new_tensor(float(len(nats))) if weights is None else weights.to(nats.dtype).sum()
     each = nats if kept is None else nats.new_zeros(kept.shape).masked_scatter_(kept, nats)
     return LossSum(loss + lost.sum(), nats.sum(), number, each)
-
-
-def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the head's products: that of autocast where it is on, else that of both tensors."""
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
-    if weight.dtype != hidden.dtype:
-        raise ConfigError(
-            f"hidden states are {hidden.dtype}, the head's weight {weight.dtype}; expected one dtype, or autocast"
-        )
-    return hidden.dtype
 
 
 def check_targets(targets: Tensor, entries: int) -> None:

@@ -122,6 +122,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             self.ref_model = place_reference(reference, self.accelerator, temperature=self.temperature)
             if args.sync_ref_model:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        self.score_tokens()
         self.critic = self._make_critic(critic_model)
         self.critic_optimizer: CriticOptimizer | None = None
         self.add_callback(_CriticSteps(self))
@@ -310,7 +311,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             clip_high=self.epsilon_high,
         )
         entropy = (entropies * mask).sum()
-        loss = policy.loss - self.args.entropy_coef * entropy
+        loss = policy.loss - self.args.entropy_coef * entropy if self.args.entropy_coef else policy.loss
         value = errors = returns = None
         if self.critic is not None:
             values = self._read_values(inputs) if values is None else values

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from hf_objectives.collators import SharedRows, share_prompts
 from hf_objectives.errors import ConfigError, PackingLeakError
-from hf_objectives.evaluation import unwrapped, virtual_tokens
+from hf_objectives.evaluation import after_head, virtual_tokens
 from hf_objectives.trainers.hf_compat import attention_of, is_stateful
-from hf_objectives.trainers.trl_compat import pack_fused_forward
+from hf_objectives.trainers.trl_compat import innermost, score_tokens
 from hf_objectives.types import IGNORE_INDEX
 
 _LAYERS = ("full_attention", "sliding_attention")
@@ -89,11 +89,15 @@ class SharedPrompts:
         for model in (trainer.model, trainer.ref_model):
             if model is None:
                 continue
-            inner = _innermost(model)
+            inner = innermost(model)
             if inner not in self._installed:
                 refuse(trainer, model)
                 self._installed.add(inner)
-                pack_fused_forward(inner, lambda inputs, inner=inner: self._pack(inner, inputs))  # type: ignore[misc]
+                score_tokens(
+                    inner,
+                    figures=functools.partial(trainer.figures_of, model),
+                    pack=functools.partial(self._pack, inner),
+                )
 
     def _pack(self, model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
         if not self._on:
@@ -123,8 +127,9 @@ class SharedPrompts:
         """
         if model in self._proved:
             return
+        after_head(model)  # proven here, where a sharded model runs as a whole
         trainer = self._trainer
-        config = _innermost(model).config
+        config = innermost(model).config
         windowed = "sliding_attention" in layer_types(config)
         window, longest = (config.sliding_window if windowed else 0), trainer.args.max_length
         beyond = window + 8 if windowed and (longest is None or longest > window) else 0
@@ -181,17 +186,11 @@ class SharedPrompts:
             raise self._leak(model, f"cannot be computed: {type(error).__name__}: {error}") from error
 
     def _leak(self, model: nn.Module, what: str) -> PackingLeakError:
-        inner: Any = _innermost(model)
+        inner: Any = innermost(model)
         return PackingLeakError(
             f"padding_free: log-probabilities of packed pairs {what}, under attention {attention_of(inner)!r} of "
             f"{type(inner).__name__}; expected those of the padded batch. Set padding_free to False"
         )
-
-
-def _innermost(model: Any) -> Any:
-    """The model of transformers inside PEFT and wrappers for data parallelism."""
-    inner = unwrapped(model)
-    return inner.get_base_model() if is_peft_model(inner) else inner
 
 
 def _bounds(rows: SharedRows, device: torch.device) -> dict[str, Any]:
@@ -239,7 +238,7 @@ def refuse(trainer: Any, model: Any) -> None:
     Raises:
         ConfigError: names the model or the setting, the reason and what to change.
     """
-    inner, args, parallelism = _innermost(model), trainer.args, trainer.accelerator.parallelism_config
+    inner, args, parallelism = innermost(model), trainer.args, trainer.accelerator.parallelism_config
     config, name = inner.config, type(inner).__name__
     attention = attention_of(inner)
     flash = is_flash_attention_requested(config)

@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,12 +27,13 @@ from trl.models.utils import prepare_fsdp
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 from trl.trainer.reward_trainer import suppress_seqcls_warning as suppress_seqcls_warning
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 from trl.trainer.utils import disable_dropout_in_model as disable_dropout_in_model
 from trl.trainer.utils import get_callable_name as get_callable_name
 from trl.trainer.utils import is_async_callable as is_async_callable
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.evaluation import after_head, token_score_outputs, unwrapped
 from hf_objectives.trainers.hf_compat import TrainerHooks
 from hf_objectives.types import IGNORE_INDEX
 
@@ -89,45 +89,62 @@ def asking_for_padding(args: Any) -> Iterator[None]:
             args.padding_free = wanted
 
 
-def pack_fused_forward(
-    model: Any, pack: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Tensor] | None]
-) -> None:
-    """Let a model with TRL's fused head run over packed rows, while its callers give and get the padded batch.
+def innermost(model: Any) -> Any:
+    """The model of transformers inside PEFT and wrappers for data parallelism."""
+    inner = unwrapped(model)
+    return inner.get_base_model() if is_peft_model(inner) else inner
 
-    The head runs only where a label is. What comes back is what the padded pass gives: [batch, width - 1], 0 elsewhere.
+
+#: From the padded inputs of a forward pass to those of the model for packed rows, and the place of each padded token in the
+#: rows laid end to end, int64 [batch, width]; None for the padded batch as it is.
+Pack = Callable[[dict[str, Any]], tuple[dict[str, Any], Tensor] | None]
+
+
+def score_tokens(
+    model: Any,
+    *,
+    figures: Callable[[], Sequence[str]],
+    temperature: float = 1.0,
+    pack: Pack | None = None,
+) -> None:
+    """Let `token_log_probs` do what TRL's fused head does, over packed rows if wanted.
+
+    Callers give and get what they do with TRL's: the padded batch with `labels` and `fused_lm_head=True`, and values of
+    [batch, width - 1], 0 where no label is. Only tokens with a label pass through the head, on a CPU too.
 
     Args:
         model: a model with TRL's fused head, without wrappers.
-        pack: from the padded inputs to those of the model for packed rows, and the place of each padded token in the rows
-            laid end to end, int64 [batch, width]; or None to run padded.
+        figures: what to compute beside log-probabilities, see `token_log_probs`; called at each pass.
+        temperature: what logits are divided by.
+        pack: see `Pack`.
     """
-    padded = model.forward
+    usual = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        packed = pack(kwargs) if fused_lm_head else None
-        if packed is None or labels is None:
-            return padded(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        inputs, places = packed
-        targets = labels[:, 1:]
+        if not fused_lm_head or labels is None:
+            return usual(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        packed, targets = None if pack is None else pack(kwargs), labels[:, 1:]
         wanted = targets != IGNORE_INDEX
-        sources = places[:, :-1][wanted]
-
-        def select(module: nn.Module, given: Any, output: Any) -> None:
-            hidden = output.last_hidden_state.flatten(0, 1)
-            output.last_hidden_state = hidden[sources.to(hidden.device)].unsqueeze(0)
-
-        handle = self.base_model.register_forward_hook(select)
-        try:
-            output = padded(**inputs, fused_lm_head=True, shift_labels=targets[wanted].unsqueeze(0))
-        finally:
-            handle.remove()
+        if packed is None:
+            inputs, shape = kwargs, labels.shape
+            places = torch.arange(labels.numel(), device=labels.device).view(shape)
+        else:
+            inputs, places = packed
+            shape = inputs["input_ids"].shape
+        scores, output = token_score_outputs(
+            *(self, inputs, shape, places[:, :-1][wanted], targets[wanted]),
+            temperature=temperature,
+            figures=figures(),
+            run=usual,
+        )
         spread = {
             name: value.new_zeros(wanted.shape).masked_scatter(wanted.to(value.device), value)
-            for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-            if (value := getattr(output, name)) is not None
+            for name, value in scores._asdict().items()
+            if value is not None
         }
-        return dataclasses.replace(output, **spread, label_mask=wanted)
+        loss, aux = -scores.log_probs.sum() / wanted.sum().clamp(min=1), getattr(output, "aux_loss", None)
+        return FusedCausalLMOutput(loss=loss, label_mask=wanted, aux_loss=aux, **spread)
 
     model.forward = types.MethodType(forward, model)
 
@@ -178,6 +195,12 @@ class DPOHooks(_TRLHooks, DPOTrainer):
     """`trl.DPOTrainer` with hooks."""
 
     hooks: ClassVar = {"prepare_dataset": "_prepare_dataset"}
+
+    def figures_of(self, model: nn.Module) -> tuple[str, ...]:
+        """What TRL logs of a model, and weighs its loss by; see `token_log_probs`."""
+        if model is self.ref_model:
+            return ()
+        return "entropy", "mean_logits", "is_top1", *["log_sum_sq_probs"] * bool(self.use_weighting)
 
     def reference_settings(self) -> str:
         """What the cache of reference log-probabilities depends on, beside rows and model."""
@@ -264,6 +287,17 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
     }
     #: The last forward pass of the "policy" and of the "reference".
     forwards: dict[str, Forward]
+    scores_tokens = False
+    _figures: tuple[str, ...] = ()
+
+    def score_tokens(self) -> None:
+        """From now on compute log-probabilities by `score_tokens`. Not under `torch.compile`, whose graph it would break."""
+        if self.args.torch_compile:
+            return
+        self.scores_tokens = True
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                score_tokens(innermost(model), figures=lambda: self._figures, temperature=self.temperature)
 
     def answers_made(self, batches: list[dict[str, Any]]) -> None:
         """Told the micro-batches of answers that the next steps are trained on."""
@@ -294,6 +328,9 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
         **kwargs: Any,
     ) -> Any:
         role = "reference" if is_reference(model, self) else "policy"
+        if self.scores_tokens:
+            after_head(model)  # proven here, where a sharded model runs as a whole
+        self._figures = ("entropy",) if kwargs.get("compute_entropy") else ()
         with self.reading_values(role, logits_to_keep) as values:
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs

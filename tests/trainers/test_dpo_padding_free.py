@@ -30,12 +30,12 @@ def step(run):
     return loss.item(), gradients, dict(run._metrics["train"])
 
 
-def assert_equal_steps(padded, packed):
+def assert_equal_steps(padded, packed, share=1e-5):
     (loss, gradients, metrics), (our_loss, our_gradients, our_metrics) = padded, packed
     assert our_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert our_gradients.keys() == gradients.keys() and gradients
     for name, value in gradients.items():
-        assert torch.allclose(our_gradients[name], value, atol=1e-5 * float(value.abs().max()) + 1e-12), name
+        assert torch.allclose(our_gradients[name], value, atol=share * float(value.abs().max()) + 1e-12), name
     assert our_metrics.keys() == metrics.keys() and "rewards/margins" in metrics and "entropy" in metrics
     for name, values in metrics.items():
         assert our_metrics[name] == pytest.approx(values, rel=1e-5, abs=1e-5), name
@@ -55,7 +55,10 @@ def test_loss_gradient_and_metrics_are_trls(name, folders, tmp_path):
     named = {"trainer": {"ref_model": load(folders[1])}, **LOSSES[name]}
     padded = step(build(DPOTrainer, load(folders[0]), tmp_path, **named))
     named["trainer"] = {"ref_model": load(folders[1])}
-    assert_equal_steps(padded, step(ours(load(folders[0]), tmp_path, padding_free=True, **named)))
+    # Sums of hundreds of nats are rounded by 1e-5, which DiscoPOP multiplies (it divides margins by 0.05), and forward KL
+    # (it takes exp of log ratios).
+    share = 1e-4 if name in ("discopop", "forward_kl") else 1e-5
+    assert_equal_steps(padded, step(ours(load(folders[0]), tmp_path, padding_free=True, **named)), share)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from hf_objectives.collators import share_prompts
 from hf_objectives.errors import ConfigError, PackingLeakError
+from hf_objectives.evaluation import after_head
 from hf_objectives.trainers.shared_prompt import SharedPrompts, prompt_masks
 
 WINDOW = 5
@@ -81,6 +82,7 @@ def stub(model, reference=None, **changed):
         args=SimpleNamespace(**args),
         accelerator=SimpleNamespace(mixed_precision="no", parallelism_config=changed.get("parallelism")),
         aux_loss_enabled=changed.get("aux_loss_enabled", False),
+        figures_of=lambda model: ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"),
     )
 
 
@@ -116,6 +118,7 @@ def packed(model, **changed):
     add_fused_lm_head(inner, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
     shared = SharedPrompts(stub(model, **changed))
     shared.install()
+    after_head(inner)  # its own pass is not counted
     shapes = []
     inner.get_input_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape[:2]))
     given = batch()
@@ -221,7 +224,7 @@ def test_flash_attention_gets_sequences_end_to_end(monkeypatch):
     model.model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
     found, shapes, _ = packed(model)
     lengths = [17, 5, 4, 14, 4, 7]
-    assert shapes == [(1, sum(lengths))] and "attention_mask" not in given
+    assert shapes == [(1, sum(lengths))] and given["attention_mask"] is None
     for side in ("q", "k"):
         assert given[f"cu_seq_lens_{side}"].tolist() == [0, 17, 22, 26, 40, 44, 51]
         assert given[f"cu_seq_lens_{side}"].dtype == torch.int32 and given[f"max_length_{side}"] == 17
@@ -255,7 +258,7 @@ def test_the_proof_finds_a_model_that_leaks(changed):
         forward = model.model.forward
 
         def narrow(attention_mask=None, position_ids=None, **kwargs):
-            if attention_mask.ndim == 2:
+            if attention_mask is not None and attention_mask.ndim == 2:
                 model.config.sliding_window = WINDOW
             try:
                 return forward(attention_mask=attention_mask, position_ids=position_ids, **kwargs)
@@ -314,7 +317,7 @@ def test_a_model_that_breaks_on_the_masks_is_refused():
     forward = model.model.forward
 
     def two_dimensions(attention_mask=None, position_ids=None, **kwargs):
-        if attention_mask.ndim != 2:
+        if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("a mask of two dimensions, please")
         return forward(attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 

@@ -247,12 +247,16 @@ def test_the_order_depends_on_the_epoch_and_begins_with_trls():
     assert list(unshuffled)[:6] == [0, 0, 1, 1, 2, 2]
 
 
-def test_the_fused_head_is_what_pack_fused_forward_puts_rows_under():
+def test_the_fused_head_returns_what_score_tokens_does():
     output = [field.name for field in dataclasses.fields(FusedCausalLMOutput)]
     per_token = ["log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"]
     assert output == ["loss", *per_token, "aux_loss"], MOVED.format(f"the fused head returns {output}")
     source = inspect.getsource(add_fused_lm_head)
-    for part in ('backbone_attr = "base_model"', "backbone_outputs.last_hidden_state", "labels = shift_labels"):
+    for part in (
+        "if not fused_lm_head:",
+        "hidden_states = backbone_outputs.last_hidden_state[:, :-1]",
+        "labels[:, 1:]",
+    ):
         assert part in source, MOVED.format(f"the fused head has no {part}")
 
 
