@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainingArguments
 
 from hf_objectives.errors import ConfigError
@@ -54,10 +56,13 @@ class PerplexityTrainingArguments(TrainingArguments):
         activation_offloading: TRL's, see `LongRows`.
         head_implementation: how head and loss are computed in one, see `fused_linear_cross_entropy`; None for the default.
         check_isolation: see `probe_isolation`; before the first step and the first evaluation.
+        cp: number of processes that share each row (context parallelism, with FSDP2); the rest are data parallel. It makes
+            `parallelism_config`.
+        tp: refused but for 1.
 
     Raises:
-        ConfigError: a negative `z_loss`, or a setting of the parent that would make numbers wrong, or would be passed over
-            (`docs/compatibility.md` lists them).
+        ConfigError: a negative `z_loss`, sizes that the processes cannot be divided into, or a setting of the parent that
+            would make numbers wrong, or would be passed over (`docs/compatibility.md` lists them).
     """
 
     z_loss: float = option(0.0, "Weight of the squared log-partition (PaLM: 1e-4); 0 for none.")
@@ -65,12 +70,15 @@ class PerplexityTrainingArguments(TrainingArguments):
     activation_offloading: bool = option(
         False, "Move activations to the host's memory until the backward pass needs them."
     )
+    cp: int = option(1, "Processes that share each row (context parallelism); needs FSDP2.")
+    tp: int = option(1, "Refused but for 1: tensor parallelism.")
     check_isolation: bool = option(True, "Prove on the live model that packed documents do not see each other.")
     stop_on_non_finite: bool = option(True, "Stop all ranks before a step whose loss or gradient norm is not finite.")
     remove_unused_columns: bool = option(False, "Collators take whole rows; leave this off.")
     logging_nan_inf_filter: bool = option(False, "Would hide a loss that is not finite; leave this off.")
 
     def __post_init__(self) -> None:
+        self._make_parallelism()
         super().__post_init__()
         for name, (is_bad, reason) in _REFUSED.items():
             if is_bad(value := getattr(self, name)):
@@ -83,3 +91,18 @@ class PerplexityTrainingArguments(TrainingArguments):
                 f"optim is {optimizer!r}, which changes weights during the backward pass, so that no check can stop before "
                 "that; take another optimizer, or set stop_on_non_finite=False"
             )
+
+    def _make_parallelism(self) -> None:
+        if self.tp != 1:
+            raise ConfigError(
+                f"tp is {self.tp}; expected 1: an evaluation would give the processes of one model different rows. Shard "
+                "the model by FSDP2, and its rows by cp"
+            )
+        if self.cp == 1:
+            return
+        processes = int(os.environ.get("WORLD_SIZE", 1))  # no group is there yet
+        if self.cp < 1 or processes % self.cp:
+            raise ConfigError(f"cp is {self.cp} on {processes} processes; expected a divisor of their number")
+        if self.parallelism_config is not None:
+            raise ConfigError(f"cp is {self.cp} and parallelism_config is given too; expected one of the two")
+        self.parallelism_config = ParallelismConfig(cp_size=self.cp, dp_shard_size=processes // self.cp)
