@@ -1,9 +1,10 @@
-"""Perplexity of the same texts: compute_perplexity against evaluate's metric, interleaved; and what the exact figures cost
-an evaluation of preference pairs.
+"""Perplexity of the same texts: compute_perplexity against evaluate's metric, interleaved; what the exact figures cost an
+evaluation of preference pairs; and an evaluation of rows against bare forward passes over the same batches.
 
     python benchmarks/evaluation.py --model FOLDER_OR_ID [--rows alpaca.json] [--texts 24] [--rounds 5]
         [--metric perplexity.py]
     python benchmarks/evaluation.py --model FOLDER_OR_ID --dpo [--rows pairs.json] [--texts 64] [--rounds 5]
+    python benchmarks/evaluation.py --model FOLDER_OR_ID --forward [--texts 16] [--rounds 5]    # one thread, CPU time
 
 evaluate loads its metric from the Hub. `--metric` names a copy of it (metrics/perplexity/perplexity.py of
 huggingface/evaluate), which is then run as it is; without one the metric is loaded by name.
@@ -23,13 +24,15 @@ import evaluate
 import torch
 from _machine import describe, table
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from hf_objectives import (
     DataCollatorForPreferencePairs,
     PerplexityDPOConfig,
     PerplexityDPOTrainer,
+    PerplexityTrainer,
+    PerplexityTrainingArguments,
     compute_perplexity,
     demo,
 )
@@ -95,6 +98,50 @@ def preference_pairs(options: argparse.Namespace) -> None:
           f"({min(against):.3f} to {max(against):.3f})")  # fmt: skip
 
 
+def forward_passes(options: argparse.Namespace) -> None:
+    """`PerplexityTrainer.evaluate` of rows of 64 to 320 tokens, all trained, against forward passes without a loss."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    chance = torch.Generator().manual_seed(0)
+    lengths = torch.randint(64, 321, (options.texts,), generator=chance).tolist()
+    ids = [torch.randint(1000, len(tokenizer), (length,), generator=chance).tolist() for length in lengths]
+    rows = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids]
+    lines = []
+    for size in (1, 4, 16):
+        arguments = PerplexityTrainingArguments(
+            tempfile.mkdtemp(), use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=size
+        )
+        trainer = PerplexityTrainer(model, arguments, eval_dataset=rows, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        batches = [
+            {name: batch[name] for name in ("input_ids", "attention_mask")} for batch in trainer.get_eval_dataloader()
+        ]
+        times: dict[str, list[float]] = {"bare": [], "ours": []}
+        for turn in range(options.rounds + 1):  # the first warms up
+            for name in [*times] if turn % 2 else [*times][::-1]:
+                begin = time.process_time()
+                if name == "ours":
+                    loss = trainer.evaluate()["eval_loss"]
+                else:
+                    with torch.no_grad():
+                        for batch in batches:
+                            model(**batch, use_cache=False)
+                if turn:
+                    times[name].append(time.process_time() - begin)
+        against = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
+        bare, ours = (statistics.median(times[name]) for name in ("bare", "ours"))
+        ratio = f"{statistics.median(against):.2f} ({min(against):.2f} to {max(against):.2f})"
+        lines.append([str(size), f"{bare:.2f}", f"{ours:.2f}", ratio, f"{loss:.6f}"])
+    print(describe(), "\n")
+    print(
+        f"{len(rows)} rows, {sum(lengths):,} tokens, all trained; {options.rounds} rounds in turn, one thread, CPU time\n"
+    )
+    print(
+        table(["batch size", "bare forward, s", "evaluate, s", "ratio, round by round: median (range)", "loss"], lines)
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -104,7 +151,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--metric", default="perplexity")
     parser.add_argument("--dpo", action="store_true", help="time an evaluation of preference pairs")
+    parser.add_argument("--forward", action="store_true", help="time an evaluation of rows against bare forward passes")
     options = parser.parse_args()
+    if options.forward:
+        forward_passes(options)
+        return
     if options.dpo:
         preference_pairs(options)
         return

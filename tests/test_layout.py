@@ -203,3 +203,43 @@ def test_imports_that_the_policy_refuses(room, source):
 def test_code_that_the_policy_refuses(source):
     assert code_against_policy(source)
     assert undocumented(source)
+
+
+#: What these files unpickle was written by the same launch: answers of its own workers, blocks in a folder of its own.
+OWN_PICKLES = {"hf_objectives/preparation/workers.py", "hf_objectives/mixture/blocks.py"}
+
+
+def unsafe_reads(source: str) -> list[str]:
+    """Calls that would run code of what they read."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, settings = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if name.endswith(("pickle.load", "pickle.loads", "Unpickler", "joblib.load", "yaml.load", "yaml.unsafe_load")):
+            found.append(name)
+        if name == "torch.load" and settings.get("weights_only") != "True":
+            found.append(name)
+        if name in ("np.load", "numpy.load") and settings.get("allow_pickle", "False") != "False":
+            found.append(name)
+    return found
+
+
+def test_nothing_that_is_read_back_can_run_code():
+    found = {short(path): reads for path in PROGRAMS if (reads := unsafe_reads(path.read_text(encoding="utf-8")))}
+    assert found.keys() == OWN_PICKLES, found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("pickle.loads(path.read_bytes())", ["pickle.loads"]),
+        ("torch.load(path)", ["torch.load"]),
+        ("torch.load(path, weights_only=False)", ["torch.load"]),
+        ("torch.load(path, map_location='cpu', weights_only=True)", []),
+        ("np.load(path, allow_pickle=True)", ["np.load"]),
+        ("yaml.safe_load(text)", []),
+    ],
+)
+def test_reads_that_run_code_are_found(source, expected):
+    assert unsafe_reads(source) == expected

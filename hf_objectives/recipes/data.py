@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +49,7 @@ from hf_objectives.types import Row, check_one_of, option
 
 logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
-_READY, _SPLITS = "ready.pickle", ("train", "evaluation")
+_READY, _SPLITS = "ready.json", ("train", "evaluation")
 _OVERFLOW = "split"  # texts longer than a packed row
 MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
 _ON_ERROR = "A row that cannot be used: raise its error, or skip and count it."
@@ -111,17 +110,17 @@ class Prepared:
             if (rows := getattr(self, name)) is not None:
                 rows.save_to_disk(str(folder / name))
         draft = folder / f"{_READY}.draft"
-        draft.write_bytes(pickle.dumps((self.examples, self.ledger)))
+        draft.write_text(json.dumps({"examples": self.examples, "ledger": self.ledger.to_dict()}), encoding="utf-8")
         draft.replace(folder / _READY)
 
     @classmethod
     def load(cls, folder: Path) -> Prepared:
         """Read what `save` wrote; the rows are mapped from disk."""
-        examples, ledger = pickle.loads((folder / _READY).read_bytes())
+        kept = json.loads((folder / _READY).read_text(encoding="utf-8"))
         train, evaluation = (
             load_from_disk(str(folder / name)) if (folder / name).exists() else None for name in _SPLITS
         )
-        return cls(train, evaluation, examples, ledger)
+        return cls(train, evaluation, kept["examples"], Ledger.from_dict(kept["ledger"]))
 
 
 def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) -> Prepared:

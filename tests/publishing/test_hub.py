@@ -52,7 +52,7 @@ def test_licence_is_read_from_the_base_and_a_local_base_is_not_called_a_hub_id(t
 
 
 def test_what_was_trained_on_and_checkpoints_are_not_pushed(tmp_path, monkeypatch):
-    for name in ("model.safetensors", "prepared/0a1b/ready.pickle", "prepared/0a1b/train/data.arrow",
+    for name in ("model.safetensors", "prepared/0a1b/ready.json", "prepared/0a1b/train/data.arrow",
                  "prepared/.lock", "checkpoint-3/model.safetensors"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")

@@ -116,15 +116,15 @@ def test_two_processes_report_what_one_reports(corpus, tmp_path, monkeypatch):
     assert "2 (DDP over gloo)" in done.stdout
     # The rows were prepared once: in one folder, by the one process that held its lock.
     (folder,) = (tmp_path / "two" / "prepared").iterdir()
-    assert (folder / "ready.pickle").exists() and two["ledger"] == one["ledger"]
+    assert (folder / "ready.json").exists() and two["ledger"] == one["ledger"]
     # A process of the next launch takes what is there.
-    before = (folder / "ready.pickle").stat().st_mtime_ns
+    before = (folder / "ready.json").stat().st_mtime_ns
     monkeypatch.setenv("WORLD_SIZE", "2")
     data = DataArguments(sources=words[words.index("--sources") + 1], max_length=256)
     tokenizer = AutoTokenizer.from_pretrained(corpus / "model")
     found = prepare(data, tokenizer, seed=42, output_dir=str(tmp_path / "two"))
     assert found.ledger.to_dict() == one["ledger"]
-    assert [path.stat().st_mtime_ns for path in folder.parent.rglob("ready.pickle")] == [before]
+    assert [path.stat().st_mtime_ns for path in folder.parent.rglob("ready.json")] == [before]
 
 
 @pytest.mark.real_model
