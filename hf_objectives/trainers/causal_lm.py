@@ -188,11 +188,11 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         self.token_metrics.add(result.nll, targets != IGNORE_INDEX, model_inputs, extra.get("source_ids"), aux, share)
         if sources is not None:
             self.source_losses.add(result.token_nll, sources.flatten()[places], extra["source_names"])
-        if num_items_in_batch is None:
-            loss = result.loss / result.weight.clamp(min=1)
-        else:
+        divisor = result.weight if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        divisor = divisor.to(result.loss.device)
+        loss = result.loss / divisor.where(divisor > 0, 1)  # weights may sum to less than 1, or to nothing
+        if num_items_in_batch is not None:
             # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
-            loss = result.loss / torch.as_tensor(num_items_in_batch, device=result.loss.device).clamp(min=1)
             loss = loss * self.accelerator.num_processes
         # The balance of experts is a mean over a micro-batch, of which a step takes the mean over micro-batches and ranks.
         return loss if aux is None else loss + weight * aux.to(loss.device) * share
