@@ -128,12 +128,13 @@ def token_score_outputs(
         parts = None if after is None else linear_parts(head, chosen)
         if parts is not None and after is not None:
             states, weight, bias = parts
-            scores.append(token_log_probs(states, weight, targets, bias=bias, **after._asdict(), **options))
+            own = targets.to(states.device)  # a model may lie on several devices
+            scores.append(token_log_probs(states, weight, own, bias=bias, **after._asdict(), **options))
         return parts is not None
 
     logits, output = _outputs(model, inputs, shape, places, take=take, run=run)
     if not scores:
-        return scores_of_logits(logits, targets, **options), output
+        return scores_of_logits(logits, targets.to(logits.device), **options), output
     if is_apart:  # see `next_token_outputs`: this is what gathers its weight for the backward pass
         scores[0] = scores[0]._replace(log_probs=scores[0].log_probs + logits.sum().to(scores[0].log_probs.dtype))
     return scores[0], output
@@ -249,7 +250,7 @@ def _outputs(
 def _at(places: Tensor, shape: torch.Size, values: Tensor, virtual: int) -> Tensor:
     """Values [batch, length, size] at places. Prompt tuning puts its tokens before those of the row."""
     is_longer = virtual and values.shape[1] == shape[1] + virtual
-    return (values[:, virtual:] if is_longer else values).flatten(0, 1)[places]
+    return (values[:, virtual:] if is_longer else values).flatten(0, 1)[places.to(values.device)]
 
 
 def _is_sharded(model: nn.Module) -> bool:

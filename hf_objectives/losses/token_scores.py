@@ -105,9 +105,8 @@ class _TokenScores(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.wants, ctx.kept = options, wants, None
-        alone = wants[0] and not any(
-            wants[1:]
-        )  # then the gradient of a token's nats is its own upstream one times a vector
+        # Under a head that is not trained, a token's gradient is a vector that is known here, times the one that comes.
+        alone = wants[0] and not any(wants[1:])
         parts: list[tuple[Tensor, dict[str, Tensor]]] = []
         with torch.autocast(hidden.device.type, enabled=False):
             head = ChunkedHead(hidden, weight, bias, options, wants if alone else [False] * 3)

@@ -122,7 +122,7 @@ def score_tokens(
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if not fused_lm_head or labels is None:
+        if not fused_lm_head or labels is None or args:
             return usual(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         packed, targets = None if pack is None else pack(kwargs), labels[:, 1:]
         wanted = targets != IGNORE_INDEX

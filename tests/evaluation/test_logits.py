@@ -16,7 +16,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from hf_objectives.evaluation.logits import selected_logits
+from hf_objectives.evaluation.logits import selected_logits, token_score_outputs
 
 SMALL = {
     "vocab_size": 99,
@@ -59,6 +59,33 @@ def test_selected_are_the_full_forwards(name, lora):
         full = model(**inputs(), use_cache=False).logits[positions]
         assert torch.allclose(selected_logits(model, inputs(), positions), full, atol=1e-6)
         assert torch.allclose(selected_logits(model, inputs(), positions, full=True), full, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "unknown"])
+def test_token_scores_are_those_of_the_models_logits(name):
+    """Two targets of one place too, as the answers of a pair have; a head that does something of its own gives its logits."""
+    model = build("llama" if name == "unknown" else name)
+    if name == "unknown":
+        model.lm_head.register_forward_hook(lambda module, args, output: output.sin())
+    places, targets = torch.tensor([3, 9, 9, 25]), torch.tensor([5, 7, 98, 0])
+    figures = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    logits = model(**inputs(), use_cache=False).logits.double().flatten(0, 1)[places] / 0.7
+    every = logits.log_softmax(dim=-1)
+    own, entropy = every[range(4), targets], -(every.exp() * every).sum(dim=-1)
+    (own.sum() + 2 * entropy.sum()).backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    found, _ = token_score_outputs(
+        model, inputs(), torch.Size((3, 10)), places, targets, temperature=0.7, figures=figures
+    )
+    (found.log_probs.sum() + 2 * found.entropy.sum()).backward()
+    assert torch.allclose(found.log_probs.double(), own, atol=1e-5)
+    assert torch.allclose(found.entropy.double(), entropy, atol=1e-5)
+    assert torch.allclose(found.log_sum_sq_probs.double(), (2 * every).logsumexp(dim=-1), atol=1e-5)
+    assert torch.allclose(found.mean_logits.double(), logits.mean(dim=-1), atol=1e-5)
+    assert found.is_top1.tolist() == (logits.argmax(dim=-1) == targets).tolist()
+    for name, weight in model.named_parameters():
+        assert torch.allclose(weight.grad, expected[name], atol=1e-5 * float(expected[name].abs().max()) + 1e-9), name
 
 
 def test_the_head_sees_no_other_position():
