@@ -80,6 +80,7 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         ConfigError: `compute_metrics`, `preprocess_logits_for_metrics` and `compute_loss_func`, which would never be called;
             `args` that are not `PerplexityTrainingArguments`; a model that is no causal language model; parallelism under
             which the loss would be another (`docs/compatibility.md`).
+        TokenizerError: a tokenizer with tokens that the model has no embedding for.
     """
 
     args: PerplexityTrainingArguments
@@ -103,7 +104,7 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         settle_batches(args, kwargs.get("train_dataset"))
         super().__init__(model, args, data_collator, **kwargs)
         refuse_data_parallel(self.args)
-        refuse_other_models(self.model)
+        refuse_other_models(self.model, tokenizer)
         if self.get_cp_size() > 1:
             refuse_uncuttable(self.model, compiled=self._compiled)
             self.data_collator = collator_of_parts(self.data_collator, self.get_cp_size())

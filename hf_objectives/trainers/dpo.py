@@ -31,6 +31,7 @@ from hf_objectives.evaluation import (
 from hf_objectives.labels import CONTROL_TOKENS, SIDES, TRAIN_ON, encode_pair
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.metrics import PairMetrics
+from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.shared_prompt import SharedPrompts
 from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding
 from hf_objectives.types import check_one_of, option
@@ -127,6 +128,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
     Raises:
         DataError: a row that cannot be used; names dataset and row.
         ConfigError: settings that contradict each other, a dataset without rows, or what `padding_free` does not go with.
+        TokenizerError: a tokenizer with tokens that the model has no embedding for.
         PackingLeakError: under `padding_free`, before a model is used that does not give the numbers of the padded batch.
     """
 
@@ -161,6 +163,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics)
         with asking_for_padding(args):
             super().__init__(*given, callbacks, optimizers, quantization_config, peft_config)
+        check_vocabulary(self.text_tokenizer, self.model)
         self._use_pair_collator()
         if self._shared is not None:
             self._shared.install()

@@ -29,6 +29,7 @@ from hf_objectives.losses import (
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
 from hf_objectives.trainers.metrics import PolicyMetrics
 from hf_objectives.trainers.ppo_config import PPOConfig
+from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
 from hf_objectives.trainers.trl_compat import (
     RLOOHooks,
@@ -71,6 +72,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     Raises:
         ConfigError: settings that contradict each other, a reward model with another model's tokenizer, a prompt that is too
             long for the model.
+        TokenizerError: a tokenizer with tokens that the model has no embedding for.
         FormatError: a row without a prompt.
         RewardError: a reward function that fails, or returns something else than rewards.
     """
@@ -138,6 +140,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             raise ConfigError("no parameter of the policy requires a gradient; nothing would be trained")
         if self.is_multimodal:
             raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
+        check_vocabulary(self.text_tokenizer, self.model)
         needed = self.args.generation_batch_size // self.args.num_generations
         rows: Any = self.train_dataset
         if hasattr(rows, "__len__") and len(rows) < needed:

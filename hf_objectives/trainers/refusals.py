@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_objectives.errors import ConfigError
+from hf_objectives.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:  # `hf_compat` needs this file, and a program that shows labels needs `hf_compat`, but no model
     from transformers import PreTrainedModel
@@ -99,14 +99,16 @@ def refuse_data_parallel(args: Any) -> None:
         )
 
 
-def refuse_other_models(model: Any) -> None:
-    """Refuse a model that does not predict each token from those before it.
+def refuse_other_models(model: Any, tokenizer: Any = None) -> None:
+    """Refuse a model that does not predict each token from those before it, or has no embedding for one of the tokenizer.
 
     A model of one's own is taken if its forward returns logits of all positions; nothing is known of it.
 
     Raises:
         ConfigError: says what the model is.
+        TokenizerError: see `check_vocabulary`.
     """
+    check_vocabulary(tokenizer, model)
     from transformers import PreTrainedModel
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -144,3 +146,29 @@ def _has_head(model: PreTrainedModel) -> bool:
 
     inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     return any(module.get_output_embeddings() is not None for module in inside)
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Refuse a model without an embedding for a token that text or padding can produce.
+
+    Control tokens that neither frame texts nor stand in the chat template may be without one: some text models have the
+    tokenizer of a vision model of their family.
+
+    Raises:
+        TokenizerError: names the first such token.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    number = getattr(find() if callable(find) else None, "num_embeddings", None)
+    if number is None or not hasattr(tokenizer, "added_tokens_decoder") or len(tokenizer) <= number:
+        return
+    template = str(getattr(tokenizer, "chat_template", None))
+    added = tokenizer.added_tokens_decoder.items()
+    unused = {i for i, token in added if token.special and str(token) not in template}
+    unused -= {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    without = {i: token for token, i in tokenizer.get_vocab().items() if i >= number and i not in unused}
+    if without:
+        first = min(without)
+        raise TokenizerError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {number} embeddings: {without[first]!r} is "
+            f"{first}; expected the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)) before training"
+        )

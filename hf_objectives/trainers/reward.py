@@ -23,7 +23,8 @@ from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.evaluation import PairRewards
 from hf_objectives.labels import encode_pair
 from hf_objectives.trainers.guards import map_numbered
-from hf_objectives.trainers.score_position import check_batch, check_vocabulary, read_past_end, spare_pad_token
+from hf_objectives.trainers.refusals import check_vocabulary
+from hf_objectives.trainers.score_position import check_batch, read_past_end, spare_pad_token
 from hf_objectives.trainers.trl_compat import RewardCollator, RewardHooks, get_dataset_column_names
 from hf_objectives.types import check_one_of, option
 
@@ -144,7 +145,7 @@ class RewardModelTrainer(RewardHooks):
         self._num_embeddings = getattr(embeddings, "num_embeddings", config.get_text_config().vocab_size)
         self._allow_eos_padding = getattr(self.args, "allow_eos_padding", False)
         self._own_pad_token()
-        check_vocabulary(self.processing_class, self._num_embeddings)
+        check_vocabulary(self.processing_class, self.model)
         made_as = config.architectures or []
         if not any("SequenceClassification" in name for name in made_as):
             logger.info(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_objectives.errors import ConfigError, FormatError, TokenizerError
+from hf_objectives.errors import ConfigError, FormatError
 
 
 def spare_pad_token(tokenizer: Any, num_embeddings: int) -> str | None:
@@ -40,23 +40,6 @@ def spare_pad_token(tokenizer: Any, num_embeddings: int) -> str | None:
     unknown = [token for token in free if token == tokenizer.unk_token]
     reserved = [token for token in free if any(word in token.lower() for word in ("reserved", "unused"))]
     return next(iter([*named, *unknown, *reserved]), None)
-
-
-def check_vocabulary(tokenizer: Any, num_embeddings: int) -> None:
-    """Refuse a model without an embedding for a token that text or padding can produce.
-
-    Unused control tokens may be without one: some text models have the tokenizer of a vision model of their family.
-    """
-    if len(tokenizer) <= num_embeddings:
-        return
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.pad_token_id}
-    without = {i: token for token, i in tokenizer.get_vocab().items() if i >= num_embeddings and i not in control}
-    if without:
-        first = min(without)
-        raise TokenizerError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {num_embeddings} embeddings: {without[first]!r} is "
-            f"{first}; expected the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)) before training"
-        )
 
 
 def read_past_end(token: str, text: str) -> str:

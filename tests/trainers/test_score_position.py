@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from hf_objectives.errors import ConfigError, FormatError, TokenizerError
-from hf_objectives.trainers.score_position import check_batch, check_vocabulary, spare_pad_token
+from hf_objectives.errors import ConfigError, FormatError
+from hf_objectives.trainers.score_position import check_batch, spare_pad_token
 from tests.support.chat_corpus import byte_tokenizer
 
 
@@ -30,18 +30,6 @@ def test_a_token_of_the_template_does_not_pad():
     own = tokenizer("<|pad|>")
     own.chat_template += "{{ '<|pad|>' }}"
     assert spare_pad_token(own, 1000) is None
-
-
-def test_tokens_without_an_embedding():
-    own = tokenizer("<|image|>")
-    check_vocabulary(own, len(own))
-    check_vocabulary(own, len(own) - 1)  # <|image|>, which no text asks for
-    own.add_tokens(["word"])
-    with pytest.raises(TokenizerError, match=f"'word' is {len(own) - 1}; expected the model's own tokenizer"):
-        check_vocabulary(own, len(own) - 1)
-    padded = tokenizer("<|pad|>", pad_token="<|pad|>")
-    with pytest.raises(TokenizerError, match="'<|pad|>' is"):
-        check_vocabulary(padded, padded.pad_token_id)
 
 
 def held(ids, mask=None, *, rows=(4, 9), **options):
