@@ -43,6 +43,7 @@ bench: $(STAMP)  ## measure against the peers; MODEL=folder of a chat model, ROW
 	$(BIN)/python benchmarks/training_step.py --model $(MODEL)
 	$(BIN)/python benchmarks/linear_cross_entropy.py --model $(MODEL)
 	$(BIN)/python benchmarks/dpo_step.py --model $(MODEL) --answer 50
+	$(BIN)/python benchmarks/reward_step.py --model $(MODEL) --answer 50
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --rows $(ROWS)
 	$(BIN)/python benchmarks/evaluation.py --model $(MODEL) --dpo
 	$(BIN)/python benchmarks/faulty_runs.py --out runs/faulty --seed 1

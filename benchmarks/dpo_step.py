@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 CONTENDERS = ("hf_objectives", "trl")
@@ -68,8 +69,37 @@ def build(name: str, model, reference, tokenizer, folder: str):
     )
 
 
+def time_steps(options, trainer, collate: Callable, pairs: list[dict]) -> None:
+    """Warm up, time the steps, print seconds, losses, tokens computed in the layers, and peak memory."""
+    model = trainer.model
+    short = [{key: value[-8:] for key, value in pair.items()} for pair in pairs[:2]]
+    batches = [pairs[i : i + options.batch] for i in range(0, len(pairs), options.batch)]
+    tokens, seconds, losses = 0, 0.0, []
+
+    def count(module, args):
+        nonlocal tokens
+        tokens += args[0].shape[0] * args[0].shape[1]
+
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    handle = None
+    for rows in (short, *batches):
+        batch = collate(rows)
+        begin = time.process_time()
+        loss = trainer.training_step(model, batch)
+        trainer.optimizer.step()
+        model.zero_grad()
+        if handle is not None:
+            seconds += time.process_time() - begin
+            losses.append(loss.item())
+        else:
+            handle = model.model.layers[0].register_forward_pre_hook(count)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print("RESULT" + json.dumps({"seconds": seconds, "losses": losses, "tokens": tokens, "peak": peak}))
+
+
 def work(options) -> None:
-    """One process: warm up, time the steps, print seconds, losses, tokens computed in the layers, and peak memory."""
+    """One process of DPO."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,38 +109,14 @@ def work(options) -> None:
     torch.manual_seed(0)
     model, reference = (AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    collate, pairs = DataCollatorForPreferencePairs(tokenizer), pairs_of(options, tokenizer)
-    short = [{key: value[-8:] for key, value in pair.items()} for pair in pairs[:2]]
-    batches = [pairs[i : i + options.batch] for i in range(0, len(pairs), options.batch)]
-    tokens, seconds, losses = 0, 0.0, []
-
-    def count(module, args):
-        nonlocal tokens
-        tokens += args[0].shape[0] * args[0].shape[1]
-
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(options.worker, model, reference, tokenizer, folder)
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
-        handle = None
-        for rows in (short, *batches):
-            batch = collate(rows)
-            begin = time.process_time()
-            loss = trainer.training_step(model, batch)
-            trainer.optimizer.step()
-            model.zero_grad()
-            if handle is not None:
-                seconds += time.process_time() - begin
-                losses.append(loss.item())
-            else:
-                handle = model.model.layers[0].register_forward_pre_hook(count)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print("RESULT" + json.dumps({"seconds": seconds, "losses": losses, "tokens": tokens, "peak": peak}))
+        time_steps(options, trainer, DataCollatorForPreferencePairs(tokenizer), pairs_of(options, tokenizer))
 
 
-def main() -> None:
+def main(description: str | None = __doc__, work: Callable = work) -> None:
     """Run the rounds and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", help="a JSON file of preference rows")
     parser.add_argument("--answer", type=int, help="tokens of each answer of random pairs, in place of --pairs")
@@ -130,7 +136,7 @@ def main() -> None:
     results: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
     for _ in range(options.rounds):
         for name in CONTENDERS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+            command = [sys.executable, *sys.argv, "--worker", name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)

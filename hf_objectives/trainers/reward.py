@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hf_objectives.labels import encode_pair
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.score_position import check_batch, read_past_end, spare_pad_token
+from hf_objectives.trainers.shared_prompt_scores import SharedPromptScores
 from hf_objectives.trainers.trl_compat import RewardCollator, RewardHooks, get_dataset_column_names
 from hf_objectives.types import check_one_of, option
 
@@ -85,6 +87,7 @@ class RewardModelConfig(RewardConfig):
         control_tokens: see `encode_chat`.
         allow_eos_padding: where EOS is the only token to pad with, read the score of a text that ends with EOS before it, as
             TRL does. Without it, such a text is an error.
+        padding_free: pairs are packed, and each prompt is computed once; docs/alignment.md.
 
     Raises:
         ConfigError: an unknown `control_tokens`.
@@ -94,6 +97,7 @@ class RewardModelConfig(RewardConfig):
     allow_eos_padding: bool = option(
         False, "Pad with EOS where there is nothing else, and read scores before a closing EOS."
     )
+    padding_free: bool = option(False, "Pack pairs, and compute each prompt once.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,9 +133,10 @@ class RewardModelTrainer(RewardHooks):
         args: `RewardModelConfig`, or TRL's `RewardConfig`.
 
     Raises:
-        ConfigError: the padding token would end texts, and there is no other.
+        ConfigError: the padding token would end texts, and there is no other; or what `padding_free` does not go with.
         TokenizerError: tokens without an embedding.
         DataError: a row that cannot be used.
+        PackingLeakError: under `padding_free`, before a model is used that does not give the numbers of the padded batch.
     """
 
     extra_columns = (*_LENGTHS, _ROW)
@@ -140,6 +145,9 @@ class RewardModelTrainer(RewardHooks):
         self.pair_rewards: PairRewards | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
         super().__init__(model, args, *rest, **kwargs)
+        self._shared = SharedPromptScores(self) if getattr(self.args, "padding_free", False) else None
+        if self._shared is not None:
+            self._shared.install()
         config = self.model.config
         embeddings = self.model.get_input_embeddings()
         self._num_embeddings = getattr(embeddings, "num_embeddings", config.get_text_config().vocab_size)
@@ -206,7 +214,10 @@ class RewardModelTrainer(RewardHooks):
     ) -> Any:
         """Compute the parent's loss; an evaluation keeps the rewards of each row."""
         rows = inputs.pop(_BATCH, None)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self._shared is not None:
+            self._shared.prove(model)
+        with nullcontext() if self._shared is None else self._shared.packing(model):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if rows is not None and not self.model.training:
             self._seen.append((rows, outputs.logits.detach().squeeze(-1).float(), inputs.get("margin")))
         return (loss, outputs) if return_outputs else loss

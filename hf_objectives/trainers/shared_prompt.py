@@ -23,7 +23,7 @@ from hf_objectives.types import IGNORE_INDEX
 _LAYERS = ("full_attention", "sliding_attention")
 _DENSE = ("sdpa", "eager", "flex_attention")
 #: Inputs of a forward pass that say nothing of a token.
-_SETTINGS = ("input_ids", "attention_mask", "use_cache")
+_SETTINGS = ("input_ids", "attention_mask", "use_cache", "margin")
 
 
 def prompt_masks(config: Any, rows: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -73,6 +73,11 @@ class SharedPrompts:
     `install` puts it between TRL's loss and the models, `prove` compares it with the padded pass on the live model.
     """
 
+    #: What the proof compares, and its unit.
+    compared, unit = "log-probabilities", " nats"
+    #: What a batch has.
+    columns = "input_ids, attention_mask and completion_mask"
+
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._on = True
@@ -86,26 +91,26 @@ class SharedPrompts:
             ConfigError: the model or a setting does not go with it; names what and why.
         """
         trainer = self._trainer
-        for model in (trainer.model, trainer.ref_model):
+        for model in (trainer.model, getattr(trainer, "ref_model", None)):
             if model is None:
                 continue
             inner = innermost(model)
             if inner not in self._installed:
                 refuse(trainer, model)
                 self._installed.add(inner)
-                score_tokens(
-                    inner,
-                    figures=functools.partial(trainer.figures_of, model),
-                    pack=functools.partial(self._pack, inner),
-                )
+                self._wrap(model, inner)
+
+    def _wrap(self, model: Any, inner: Any) -> None:
+        figures = functools.partial(self._trainer.figures_of, model)
+        score_tokens(inner, figures=figures, pack=functools.partial(self._pack, inner))
 
     def _pack(self, model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
         if not self._on:
             return None
         if strange := [name for name, value in inputs.items() if value is not None and name not in _SETTINGS]:
             raise ConfigError(
-                f"a batch of pairs has {', '.join(strange)}, which cannot be packed; expected input_ids, attention_mask and "
-                "completion_mask. Set padding_free to False"
+                f"a batch of pairs has {', '.join(strange)}, which cannot be packed; expected {self.columns}. "
+                "Set padding_free to False"
             )
         ids, config = inputs["input_ids"], model.config
         flash = is_flash_attention_requested(config)
@@ -123,11 +128,10 @@ class SharedPrompts:
         """Compare packed and padded passes of random pairs once for each model, before it is used.
 
         Raises:
-            PackingLeakError: log-probabilities differ, or depend on what they must not see.
+            PackingLeakError: what is compared differs, or depends on what it must not see.
         """
         if model in self._proved:
             return
-        after_head(model)  # proven here, where a sharded model runs as a whole
         trainer = self._trainer
         config = innermost(model).config
         windowed = "sliding_attention" in layer_types(config)
@@ -147,13 +151,13 @@ class SharedPrompts:
         self._proved.add(model)
 
     def _compare(self, model: nn.Module, batch: dict[str, Tensor], full: bool) -> float:
-        """Require the log-probabilities of the padded pass; returns the tolerance, in nats."""
+        """Require the figures of the padded pass; returns the tolerance."""
         model.eval()
-        padded, packed = (self._log_probs(model, batch, on) for on in (False, True))
+        padded, packed = (self._measured(model, batch, on) for on in (False, True))
         bound = (1e-4 if full else 2e-2) * float(padded.abs().max())
         change = float((packed - padded).abs().max())
         if not change <= bound:
-            raise self._leak(model, f"differ from padded ones by {change:.3g} nats (tolerance {bound:.3g})")
+            raise self._leak(model, f"differ from padded ones by {change:.3g}{self.unit} (tolerance {bound:.3g})")
         return bound
 
     def _isolate(self, model: nn.Module, batch: dict[str, Tensor], bound: float) -> None:
@@ -161,25 +165,31 @@ class SharedPrompts:
         count = len(batch["input_ids"])
         for training in (True, False):
             model.train(training)
-            before = self._log_probs(model, batch, True)
+            before = self._measured(model, batch, True)
             # The rejected side of the last pair is the last of all: what it moves is rounding.
             for side in reversed(range(count)):
-                moved = self._log_probs(model, _other_answer(batch, side), True)
+                moved = self._measured(model, _other_answer(batch, side), True)
                 others = [other for other in range(count) if other != side]
                 change = float((moved - before)[others].abs().max())
                 if side == count - 1:
                     tolerance = 0.0 if change == 0 else bound
                 if not change <= tolerance:
-                    raise self._leak(model, f"of one answer moved by {change:.3g} nats when another answer changed")
+                    moved_by = f"{change:.3g}{self.unit}"
+                    raise self._leak(model, f"of one answer moved by {moved_by} when another answer changed")
 
-    def _log_probs(self, model: nn.Module, batch: dict[str, Tensor], on: bool) -> Tensor:
+    def _figures(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Log-probabilities of the answers, float32 [sequences, width - 1]."""
-        self._on = on
-        torch.manual_seed(0)  # dropout draws the same numbers
+        after_head(model)  # proven here, where a sharded model runs as a whole
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model(**inputs, use_cache=False, labels=labels, fused_lm_head=True).log_probs.float()
+
+    def _measured(self, model: nn.Module, batch: dict[str, Tensor], on: bool) -> Tensor:
+        """The figures of each sequence, float32 [sequences, ...], of the packed pass or of the padded one."""
+        self._on = on
+        torch.manual_seed(0)  # dropout draws the same numbers
         try:
-            return model(**inputs, use_cache=False, labels=labels, fused_lm_head=True).log_probs.float()
+            return self._figures(model, batch)
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             if not on:
                 raise
@@ -188,7 +198,7 @@ class SharedPrompts:
     def _leak(self, model: nn.Module, what: str) -> PackingLeakError:
         inner: Any = innermost(model)
         return PackingLeakError(
-            f"padding_free: log-probabilities of packed pairs {what}, under attention {attention_of(inner)!r} of "
+            f"padding_free: {self.compared} of packed pairs {what}, under attention {attention_of(inner)!r} of "
             f"{type(inner).__name__}; expected those of the padded batch. Set padding_free to False"
         )
 
@@ -254,7 +264,8 @@ def refuse(trainer: Any, model: Any) -> None:
             not flash and (attention not in _DENSE or (attention == "flex_attention" and args.device.type == "cpu"))
         ),
         "the auxiliary loss of experts counts the tokens of each prompt twice; router_aux_loss_coef=0 leaves it out": (
-            trainer.aux_loss_enabled or getattr(config, "output_router_logits", False)
+            hasattr(trainer, "aux_loss_enabled")  # a reward model has no such loss
+            and (trainer.aux_loss_enabled or getattr(config, "output_router_logits", False))
         ),
         "tensor parallelism has not been proved with it": (getattr(parallelism, "tp_size", None) or 1) > 1,
         "neftune_noise_alpha scales its noise by the length of a row": args.neftune_noise_alpha,

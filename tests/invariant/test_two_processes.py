@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from tests.support import dpo_worlds
+from tests.support import dpo_worlds, reward_worlds
 from tests.support.language_models import TOKENIZER, by_autograd, chats, llama, mixtral, trainer
 from tests.support.ppo_acts import ppo_steps
 
@@ -116,6 +116,23 @@ def test_evaluation_and_training_logs_of_pairs(two_processes, tmp_path):
         for side in ("chosen", "rejected"):
             assert both[f"logps_change/{side}"] == pytest.approx(log[f"logps_change/{side}"], rel=1e-4, abs=1e-7)
     assert first["logs"][1]["logps_change/chosen"] == second["logs"][1]["logps_change/chosen"] != 0
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_packed_and_of_padded_pairs(two_processes, tmp_path):
+    """Two ranks of four rows log what one process of eight does, with each prompt computed once or twice."""
+    run = reward_worlds.trainer(tmp_path)
+    run.train()
+    expected = run.state.log_history
+    assert [log["eval_num_pairs"] for log in expected if "eval_num_pairs" in log] == [7, 7]
+    assert abs(expected[-2]["eval_loss"] - expected[1]["eval_loss"]) > 1e-4  # it learns
+    for outcome in two_processes.of("rewards"):
+        for found in outcome.values():
+            assert len(outcome) == 2 and len(found) == len(expected)
+            for log, both in zip(expected, found, strict=True):
+                for key, value in log.items():
+                    if not any(word in key for word in ("time", "per_second", "flos")):
+                        assert both[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollator
 from hf_objectives.distributed import gather_objects, leave_group, rank
 from hf_objectives.errors import NonFiniteError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
-from tests.support import dpo_worlds
+from tests.support import dpo_worlds, reward_worlds
 from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
 from tests.support.ppo_acts import ppo_steps
@@ -163,6 +163,16 @@ def dpo(folder: Path) -> dict:
     return found
 
 
+def rewards(folder: Path) -> dict:
+    """What a reward model logs of packed and of padded pairs: two steps of eight rows, evaluations of seven."""
+    logs = {}
+    for free in (False, True):
+        run = reward_worlds.trainer(folder / str(free), padding_free=free, per_device_train_batch_size=4)
+        run.train()
+        logs[f"padding_free={free}"] = run.state.log_history
+    return logs
+
+
 def skip(folder: Path) -> dict:
     """A monitor that leaves out the step of a bad batch; the sums of the weights on all ranks."""
     run = trainer_of("ours", folder, stop_on_non_finite=False, per_device_train_batch_size=1)
@@ -172,7 +182,7 @@ def skip(folder: Path) -> dict:
 
 
 # Those on shards come last: they change what accelerate takes the group for.
-ACTS = (evaluate, gradient, experts, not_finite, dpo, ppo_steps, skip, sharded, not_finite_sharded)
+ACTS = (evaluate, gradient, experts, not_finite, dpo, rewards, ppo_steps, skip, sharded, not_finite_sharded)
 
 
 @dataclass(frozen=True)
