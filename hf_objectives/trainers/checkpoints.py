@@ -274,11 +274,12 @@ def _checkpoints_in(run: Path) -> list[str]:
 
 
 def _chosen(folder: Path, passed: dict[str, str]) -> WholeCheckpoint:
+    states = gather_objects(None if (folder / _random_states()).exists() else _random_states())
     lines = [f"passed over{_listed(passed)}"] if passed else []
     if lacking := lacks(folder):
         lines.append(f"it has no {' and no '.join(lacking)}. {_ANEW.replace('A resume would', 'The resume will')}")
-    elif not (folder / _random_states()).exists():
-        lines.append(f"it has no {_random_states()}: another number of processes saved it. Random states begin anew")
+    elif missing := [*filter(None, states)]:
+        lines.append(f"it has no {', '.join(missing)}: other processes saved it. Random states begin anew there")
     if lines and rank() == 0:
         logger.warning("resuming from %s; %s", folder, "; ".join(lines))
     return WholeCheckpoint(folder)
