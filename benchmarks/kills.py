@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py --runs 10 --seed 1
 
-Each run is a process of its own, killed by SIGKILL at a random moment: most often while it saves, for the model is tiny and
-saves at every step. It is resumed and killed again until it ends. Kinds: conversations with dropout, a mixture as a stream,
+Each run is a process of its own, killed by SIGKILL up to 100 ms after it began a save: in it or in the steps after it. It is
+resumed and killed again, up to `--kills` times, until it ends. Kinds: conversations with dropout, a mixture as a stream,
 PPO with a critic. `save_total_limit` is 1, 2 or none.
 """
 
@@ -54,7 +54,6 @@ def train(kind: str, folder: Path, limit: int | None) -> None:
 
     torch.set_num_threads(1)
     run = make(kind, folder, limit)
-    (folder / "begun").touch()
     try:
         run.train(resume_from_checkpoint=True)
     except CheckpointError as error:
@@ -68,57 +67,55 @@ def train(kind: str, folder: Path, limit: int | None) -> None:
     (folder / "losses.json").write_text(json.dumps([losses, weights]))
 
 
-def life(kind: str, folder: Path, limit: int | None, kill_after: float | None) -> bool:
-    """Start a run and kill it so many seconds after its trainer stands; returns whether it ended by itself."""
-    (folder / "begun").unlink(missing_ok=True)
+def life(kind: str, folder: Path, limit: int | None, saves: int | None, delay: float = 0.0) -> bool:
+    """Start a run, and kill it so many seconds after it began so many saves; returns whether it ended by itself."""
     command = [sys.executable, __file__, "--life", kind, str(folder), str(limit or 0)]
+    before, begun = {*folder.glob("_tmp-checkpoint-*")}, set()
     with (folder / "output.txt").open("ab") as output:
         started = subprocess.Popen(command, stdout=output, stderr=output)
-    while not (folder / "begun").exists() and started.poll() is None:
-        time.sleep(0.01)
-    try:
-        code = started.wait(kill_after)
-    except subprocess.TimeoutExpired:
-        os.kill(started.pid, signal.SIGKILL)
-        started.wait()
-        if [*folder.glob("checkpoint-*/manifest.json")]:
-            (folder / "saved").touch()
-        return False
-    if code:
+    while started.poll() is None:
+        begun |= {*folder.glob("_tmp-checkpoint-*")} - before
+        if saves is not None and len(begun) >= saves:
+            time.sleep(delay)
+            os.kill(started.pid, signal.SIGKILL)
+            break
+        time.sleep(0.0005)
+    code = started.wait()
+    if [*folder.glob("checkpoint-*/manifest.json")]:
+        (folder / "saved").touch()
+    if code not in (0, -signal.SIGKILL):
         sys.exit(f"{kind} ended with {code}: " + (folder / "output.txt").read_text()[-3000:])
-    return True
+    return code == 0
 
 
-def measure(runs: int, seed: int) -> None:
+def measure(runs: int, kills: int, seed: int) -> None:
     """Kill and resume; prints a line a run."""
     draws = random.Random(seed)
-    kills = half_written = 0
+    killed = half_written = 0
     with tempfile.TemporaryDirectory() as place:
         expected = {}
         for kind in KINDS:
             folder = Path(place) / kind
             folder.mkdir()
-            began = time.perf_counter()
             life(kind, folder, None, None)
-            expected[kind] = (json.loads((folder / "losses.json").read_text()), time.perf_counter() - began)
+            expected[kind] = json.loads((folder / "losses.json").read_text())
         for number in range(runs):
             kind, limit = KINDS[number % len(KINDS)], draws.choice([1, 2, None])
             folder = Path(place) / f"run-{number}"
             folder.mkdir()
-            lives = 1
-            while not life(kind, folder, limit, draws.uniform(0, 0.3) * expected[kind][1]):
-                lives += 1
+            own = 0
+            while not life(
+                kind, folder, limit, draws.choice([1, 2, 3]) if own < kills else None, draws.uniform(0, 0.1)
+            ):
+                own += 1
                 half_written += bool([*folder.glob("_tmp-checkpoint-*")])
-            if json.loads((folder / "losses.json").read_text()) != expected[kind][0]:
-                sys.exit(
-                    f"run {number} ({kind}, save_total_limit {limit}): other losses or weights after {lives - 1} kills"
-                )
-            kills += lives - 1
+            if json.loads((folder / "losses.json").read_text()) != expected[kind]:
+                sys.exit(f"run {number} ({kind}, save_total_limit {limit}): other losses or weights after {own} kills")
+            killed += own
             print(
-                f"run {number:3}: {kind:8} save_total_limit {limit!s:4} {lives - 1:3} kills, the same to the bit",
-                flush=True,
+                f"run {number:3}: {kind:8} save_total_limit {limit!s:4} {own:3} kills, the same to the bit", flush=True
             )
-    print(f"{runs} runs, {kills} kills, {half_written} of them in the middle of a save: no checkpoint lost, all equal")
+    print(f"{runs} runs, {killed} kills, {half_written} of them in the middle of a save: no checkpoint lost, all equal")
 
 
 def main() -> None:
@@ -129,9 +126,10 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=4, help="the most of a run")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    measure(arguments.runs, arguments.seed)
+    measure(arguments.runs, arguments.kills, arguments.seed)
 
 
 if __name__ == "__main__":

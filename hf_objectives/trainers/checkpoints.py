@@ -101,9 +101,14 @@ def publish(staged: Path, run: Path, *, saves: bool, together: bool) -> None:
     for path in (manifest, *(path for path in staged.rglob("*") if path.is_dir()), staged):
         _sync(path)
     final, replaced = run / staged.name, staged.with_name("replaced")
-    if final.exists():
-        final.rename(replaced)
-    staged.rename(final)
+    try:
+        if final.exists():
+            final.rename(replaced)
+        staged.rename(final)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise
     _sync(run)
     shutil.rmtree(staged.parent)
 

@@ -95,6 +95,21 @@ def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path):
     assert not (tmp_path / "checkpoint-4" / "old").exists() and fault_of(tmp_path / "checkpoint-4") is None
 
 
+def test_a_checkpoint_that_was_to_be_replaced_comes_back(tmp_path, monkeypatch):
+    published(tmp_path, 4)
+    staged, rename = written(staging_folder(tmp_path, 4)), Path.rename
+
+    def renamed(path, target):
+        if path == staged:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(staged, tmp_path, **ALONE)
+    assert fault_of(tmp_path / "checkpoint-4") is None
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
