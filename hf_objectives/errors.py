@@ -32,6 +32,10 @@ class ConfigError(HFObjectivesError, ValueError):
     """A setting that cannot work: an unknown name, a value out of range, two settings that contradict each other."""
 
 
+class CheckpointError(ConfigError):
+    """A checkpoint that a run cannot go on from: unfinished, damaged, or without optimizer, scheduler or random states."""
+
+
 class DataError(HFObjectivesError, ValueError):
     """A piece of data that cannot be used.
 
@@ -100,7 +104,7 @@ class WorkerError(HFObjectivesError, RuntimeError):
 
 
 class DiskFullError(HFObjectivesError, OSError):
-    """No space is left to write a shard; what was finished stays, and a second run goes on from there."""
+    """No space is left to write a shard or a checkpoint; what was finished stays, and a second run goes on from there."""
 
 
 class PreparedDataError(HFObjectivesError, ValueError):

@@ -28,7 +28,7 @@ _SETTINGS = (
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
 # Files of a run's folder that are not pushed: checkpoints, and the training data, which is not ours to publish.
-_NOT_PUSHED = ["checkpoint-*", "prepared/*", "ref/*"]
+_NOT_PUSHED = ["checkpoint-*", "_tmp-checkpoint-*", "prepared/*", "ref/*"]
 
 
 def write_card(

@@ -15,13 +15,14 @@ from transformers import set_seed
 from hf_objectives import demo
 from hf_objectives.diagnostics import DiagnosticsCallback, plot_mixture, plot_training_metrics
 from hf_objectives.distributed import leave_group, rank
-from hf_objectives.errors import ConfigError, HFObjectivesError
+from hf_objectives.errors import CheckpointError, ConfigError, HFObjectivesError
 from hf_objectives.mixture import DatasetMixture
 from hf_objectives.publishing import push, write_card
 from hf_objectives.recipes.arguments import parse_config
 from hf_objectives.recipes.launch import LaunchRecord, launches_in, state_of
 from hf_objectives.recipes.plan import Line, check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
+from hf_objectives.trainers import find_checkpoint
 
 
 class Recipe:
@@ -151,29 +152,41 @@ class Recipe:
 
 
 def resume_point(args: Any) -> str | None:
-    """The checkpoint to go on from: the one that is named, or the newest whole one for `--resume_from_checkpoint true`."""
+    """The checkpoint to go on from: the one that is named, or the newest whole one for `--resume_from_checkpoint true`.
+
+    Raises:
+        ConfigError: the folder holds checkpoints of other runs only.
+        CheckpointError: see `find_checkpoint`.
+    """
     asked = str(args.resume_from_checkpoint or "false")
-    if asked.lower() == "false":
-        return None
-    if asked.lower() != "true":
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ConfigError(
-                f"resume_from_checkpoint: {asked} holds no trainer_state.json; expected a checkpoint's folder"
-            )
-        return asked
-    # The state is written last, so a checkpoint that was being written when the run was killed has none.
-    written = {path.parent.name: path.parent for path in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")}
-    steps = [int(name[11:]) for name in written if name[11:].isdigit()]
-    launches = launches_in(Path(args.output_dir))
-    own = [s for s in steps if not launches or state_of(written[f"checkpoint-{s}"] / "trainer_state.json", launches)]
-    if steps and not own:
-        raise ConfigError(
-            f"no checkpoint of the last run in {args.output_dir}, only of others before it; name the one to go on from with "
-            "resume_from_checkpoint"
+    folder = Path(args.output_dir)
+    launches = launches_in(folder)
+    others: set[Path] = set()
+
+    def stranger(checkpoint: Path) -> str | None:
+        state = checkpoint / "trainer_state.json"
+        try:
+            if not launches or not state.exists() or state_of(state, launches):
+                return None
+        except (ValueError, TypeError):  # half a file; find_checkpoint names it
+            return None
+        others.add(checkpoint)
+        return "another run left it"
+
+    try:
+        return find_checkpoint(
+            {"true": True, "false": False}.get(asked.lower(), asked),
+            folder,
+            incomplete=getattr(args, "resume_incomplete", False),
+            stranger=stranger,
         )
-    if not own:
-        raise ConfigError(f"no checkpoint to resume from in {args.output_dir}")
-    return str(written[f"checkpoint-{max(own)}"])
+    except CheckpointError:
+        if others and others == {*folder.glob("checkpoint-*")}:
+            raise ConfigError(
+                f"no checkpoint of the last run in {args.output_dir}, only of others before it; name the one to go on from "
+                "with resume_from_checkpoint"
+            ) from None
+        raise
 
 
 def on_main() -> bool:

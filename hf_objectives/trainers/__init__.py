@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from hf_objectives.trainers.causal_lm_config import (
         PerplexityTrainingArguments,  # its arguments
     )
+    from hf_objectives.trainers.checkpoints import (
+        CheckpointSettings,  # settings of all trainers that save checkpoints
+        find_checkpoint,  # the whole checkpoint to go on from
+    )
     from hf_objectives.trainers.dpo import (
         PerplexityDPOConfig,  # `trl.DPOConfig` with settings of what is measured
         PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures and two cures for falling answers

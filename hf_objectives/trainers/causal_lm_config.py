@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.losses import IMPLEMENTATIONS
+from hf_objectives.trainers.checkpoints import CheckpointSettings
 from hf_objectives.types import check_one_of, option
 
 #: Settings that would make numbers wrong or would be passed over: which values, and why and what to do.
@@ -45,7 +46,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 @dataclass
-class PerplexityTrainingArguments(TrainingArguments):
+class PerplexityTrainingArguments(CheckpointSettings, TrainingArguments):
     """`transformers.TrainingArguments` with the settings that exact objectives need.
 
     Two defaults differ from the parent's: `remove_unused_columns=False`, because collators take whole rows, and

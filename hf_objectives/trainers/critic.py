@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from transformers import Trainer, get_scheduler
 
 from hf_objectives.distributed import average_gradients
 from hf_objectives.errors import ConfigError
-
-_FILE = "critic.pt"
 
 
 class Critic(nn.Module):
@@ -109,6 +107,8 @@ class CriticOptimizer:
     Optimizer, schedule and clipping are those of the policy, with `critic_learning_rate`.
     """
 
+    file: ClassVar[str] = "critic.pt"  # in a checkpoint
+
     def __init__(self, critic: Critic, args: Any, policy: nn.Module, num_training_steps: int) -> None:
         self.critic, self.args = critic, args
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, policy)  # type: ignore[arg-type]
@@ -135,14 +135,14 @@ class CriticOptimizer:
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and schedule to a file in the folder."""
         parts = {"critic": self.critic, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / _FILE)
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / self.file)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
-        if not (folder / _FILE).exists():
-            raise ConfigError(f"{folder} has no {_FILE}; it is no checkpoint of a PPO run with a critic")
+        if not (folder / self.file).exists():
+            raise ConfigError(f"{folder} has no {self.file}; it is no checkpoint of a PPO run with a critic")
         device = self.critic.head.weight.device
-        state = torch.load(folder / _FILE, map_location=device, weights_only=True)
+        state = torch.load(folder / self.file, map_location=device, weights_only=True)
         missing, unexpected = self.critic.load_state_dict(state["critic"], strict=False)
         if missing or unexpected:
             raise ConfigError(

@@ -29,6 +29,7 @@ from hf_objectives.evaluation import (
     unique_rows,
 )
 from hf_objectives.labels import CONTROL_TOKENS, SIDES, TRAIN_ON, encode_pair
+from hf_objectives.trainers.checkpoints import CheckpointSettings
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.metrics import PairMetrics
 from hf_objectives.trainers.refusals import check_vocabulary
@@ -41,7 +42,7 @@ _COUNTED = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/
 
 
 @dataclasses.dataclass
-class PerplexityDPOConfig(DPOConfig):
+class PerplexityDPOConfig(CheckpointSettings, DPOConfig):
     """`trl.DPOConfig` with settings of what is measured, and two cures for chosen answers that become less likely.
 
     Args:

@@ -1,4 +1,4 @@
-"""Every contact with private parts of transformers' Trainer and of accelerate.
+"""Every contact with private parts of transformers' Trainer and of accelerate; `hf_checkpoints.py` has those of checkpoints.
 
 `tests/trainers/test_hf_compat.py` holds these contacts against the installed releases.
 """
@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.trainers.hf_checkpoints import WholeCheckpoints
 from hf_objectives.trainers.refusals import refuse_cut_rows
 
 
@@ -100,14 +100,13 @@ def watch_steps(trainer: Any, watch: StepWatch) -> Callable[[], None]:
     return end
 
 
-class TrainerHooks:
+class TrainerHooks(WholeCheckpoints):
     """Public hooks in the place of a Trainer's private methods; a mixin that stands before the Trainer.
 
     A subclass that defines one of `hooks` overrides the private method as well. For example, with
     `hooks = {"answers_loss": "_compute_loss"}` the Trainer calls `answers_loss` where it would call `_compute_loss`.
     """
 
-    state: Any
     _signature_columns: Any
     #: Private methods, by the public names under which subclasses override them.
     hooks: ClassVar[dict[str, str]] = {}
@@ -142,12 +141,6 @@ class TrainerHooks:
         """
         raise NotImplementedError
 
-    def save_extra_state(self, folder: Path) -> None:
-        """Write state of the subclass into a checkpoint that is about to be saved with its optimizer."""
-
-    def load_extra_state(self, folder: Path) -> None:
-        """Read what `save_extra_state` wrote, when a run is resumed."""
-
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> float | None:
         """Count what the loss of a step is divided by, over its micro-batches and all ranks; None: the Trainer counts."""
         return None
@@ -179,24 +172,6 @@ class TrainerHooks:
         if count is None:
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         return torch.tensor(count, device=device)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        trainer: Any = self
-        if not trainer.args.save_only_model:
-            folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.save_extra_state(folder)
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # writes the Trainer's state last
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None:
-            # The Trainer loads the weights first, and begins at step 0 where the state has gone since.
-            if not self.state.global_step:
-                raise ConfigError(
-                    f"{checkpoint} lost its trainer_state.json while it was read; end the run that still writes there"
-                )
-            self.load_extra_state(Path(checkpoint))
 
 
 def count_shifted_labels(trainer: Any) -> None:

@@ -364,6 +364,10 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         }
         torch.save(state, folder / _STATE.format(rank=rank()))
 
+    def extra_state_files(self) -> list[str]:
+        """Names of the files that `load_extra_state` reads on this rank."""
+        return [_STATE.format(rank=rank()), *([] if self.critic is None else [CriticOptimizer.file])]
+
     def load_extra_state(self, folder: Path) -> None:
         """Read what `save_extra_state` wrote."""
         if self.critic_optimizer is not None:

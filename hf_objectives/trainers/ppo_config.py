@@ -9,6 +9,7 @@ from trl import RLOOConfig
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.losses import KL_ESTIMATORS
+from hf_objectives.trainers.checkpoints import CheckpointSettings
 from hf_objectives.types import check_one_of, option
 
 _CHOICES = {
@@ -23,7 +24,7 @@ _POSITIVE = (
 
 
 @dataclass
-class PPOConfig(RLOOConfig):
+class PPOConfig(CheckpointSettings, RLOOConfig):
     """`trl.RLOOConfig` with the settings of PPO. Generation, rewards, batches and logs are the parent's.
 
     Some settings of the parent in PPO's words: `num_iterations` is the number of epochs over a batch of answers (4 here),

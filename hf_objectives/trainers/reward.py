@@ -23,6 +23,7 @@ from hf_objectives.distributed import gather_objects
 from hf_objectives.errors import ConfigError, FormatError
 from hf_objectives.evaluation import PairRewards
 from hf_objectives.labels import encode_pair
+from hf_objectives.trainers.checkpoints import CheckpointSettings
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.score_position import check_batch, read_past_end, spare_pad_token
@@ -77,7 +78,7 @@ def encode_reward_row(
 
 
 @dataclasses.dataclass
-class RewardModelConfig(RewardConfig):
+class RewardModelConfig(CheckpointSettings, RewardConfig):
     """`trl.RewardConfig` with the settings of encoding.
 
     `max_length` has another meaning than for the parent, which drops longer rows: here their prompt is shortened, see

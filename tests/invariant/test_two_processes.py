@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -151,3 +153,25 @@ def test_ppo_steps(two_processes, tmp_path):
     for logs in expected_logs.values():
         figures = [log for log in logs if "kl_coef" in log]
         assert figures[0]["rewards/missing"] == 1 and figures[1]["kl_coef"] != figures[0]["kl_coef"]
+
+
+def test_checkpoints_of_two_processes(two_processes):
+    """Whole on both or on none: half a random state of rank 1, and no space there while rank 0 has written."""
+    folder = two_processes.folder / "checkpoints"
+    for outcome in two_processes.of("checkpoints"):
+        assert outcome["best"] == str(folder / "whole" / "checkpoint-6")
+        assert outcome["resumed"] == outcome["losses"] and len({*outcome["losses"]}) == 6
+        manifest = json.loads(outcome["manifest"])
+        assert manifest["processes"] == 2 and {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
+        assert outcome["full"].startswith(f"no space left to write checkpoint-4 in {folder / 'full'} ([Errno 28]")
+        assert outcome["left"] == ["checkpoint-2"]
+    assert "checkpoint-4; passed over: checkpoint-6 (rng_state_1.pth has 1000 bytes" in two_processes.stderr
+
+
+def test_checkpoints_in_shards(two_processes):
+    for outcome in two_processes.of("sharded_checkpoints"):
+        assert {f"{part}_0/__{rank}_0.distcp" for part in ("optimizer", "pytorch_model_fsdp") for rank in (0, 1)} < {
+            *outcome["listed"]
+        }
+        assert outcome["resumed"] == outcome["losses"] and len({*outcome["losses"]}) == 4
+    assert "checkpoint-2; passed over: checkpoint-4 (optimizer_0/__1_0.distcp has" in two_processes.stderr

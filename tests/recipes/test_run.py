@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError
@@ -24,16 +26,23 @@ def test_the_checkpoint_to_go_on_from(tmp_path):
         return resume_point(SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(tmp_path)))
 
     assert [point(asked) for asked in (None, "", "false", "False", False)] == [None] * 5
-    with pytest.raises(ConfigError, match="runs/a/checkpoint-3 holds no trainer_state.json"):
+    with pytest.raises(ConfigError, match="runs/a/checkpoint-3 is no checkpoint to resume from: no such folder"):
         point("runs/a/checkpoint-3")
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
         point("true")
     for step in (2, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
+        save_file({"weight": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-12 \(it has no trainer_state.json.*checkpoint-10.*checkpoint-2 "
+    ):
         point("true")
     for step in (2, 10):  # the run was killed while it wrote the third
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_step')
     assert point(str(tmp_path / "checkpoint-2")) == str(tmp_path / "checkpoint-2")
     assert [point(asked) for asked in ("true", "True", True)] == [str(tmp_path / "checkpoint-10")] * 3
 

@@ -78,6 +78,11 @@ def test_resume_is_the_uninterrupted_run(corpus, tmp_path):
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
     assert whole is not None
+    # A finished run is evaluated, without a step.
+    finished = main(arguments(corpus, tmp_path / "run", *saving, "--resume_from_checkpoint", "true"))
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), third.parameters(), strict=True))
+    assert finished["after"]["eval_loss"] != finished["before"]["eval_loss"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from hf_objectives import DiagnosticsCallback, demo
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import gather_objects, leave_group, rank
-from hf_objectives.errors import NonFiniteError
+from hf_objectives.errors import DiskFullError, NonFiniteError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
-from tests.support import dpo_worlds, reward_worlds
+from tests.support import dpo_worlds, language_models, reward_worlds
 from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
 from tests.support.ppo_acts import ppo_steps
@@ -102,13 +103,13 @@ def not_finite(folder: Path, make_arguments: Callable = arguments) -> dict:
     return {"stopped": ""}
 
 
-def on_shards(folder: Path, **options) -> PerplexityTrainingArguments:
+def on_shards(folder: Path, kind: str = "FULL_STATE_DICT", **options) -> PerplexityTrainingArguments:
     """Arguments of an FSDP2 run. Accelerate shards on accelerators alone, torch on a CPU as well: so the group is called
     one of GPUs, after the device was chosen."""
     fsdp = {
         "version": 2,
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-        "state_dict_type": "FULL_STATE_DICT",
+        "state_dict_type": kind,
     }
     args = arguments(folder, fsdp=True, fsdp_config=fsdp, **options)
     assert args.device.type == "cpu"
@@ -181,8 +182,81 @@ def skip(folder: Path) -> dict:
     return {"weights": gather_objects(float(sum(p.double().sum() for p in run.model.parameters())))}
 
 
+def checkpoints(folder: Path) -> dict:
+    """A run with dropout that saves twice; resumed with half a random state of rank 1, and with no space there."""
+
+    def make(name: str, **options) -> PerplexityTrainer:
+        steps = {"max_steps": 6, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+        model = llama(attention_dropout=0.1)
+        return language_models.trainer(folder / name, model=model, **{**steps, **options})
+
+    best = make("whole", eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_total_limit=2)
+    best.train()
+    found = {"best": best.state.best_model_checkpoint, "losses": losses(best)}
+    if rank() == 1:
+        cut = folder / "whole" / "checkpoint-6" / "rng_state_1.pth"
+        cut.write_bytes(cut.read_bytes()[:1000])
+    torch.manual_seed(9)
+    resumed = make("whole", save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    found |= {"resumed": losses(resumed), "manifest": (folder / "whole" / "checkpoint-4" / "manifest.json").read_text()}
+
+    full = make("full")
+    save = full._save_rng_state
+
+    def saved(output_dir: str) -> None:
+        if rank() == 1 and full.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(output_dir)
+
+    full._save_rng_state = saved
+    try:
+        full.train()
+    except DiskFullError as error:
+        found["full"] = str(error)
+    gather_objects(None)  # rank 0 removes what was half written
+    return {**found, "left": sorted(path.name for path in (folder / "full").iterdir())}
+
+
+def losses(run: PerplexityTrainer) -> list[float]:
+    return [log["loss"] for log in run.state.log_history if "loss" in log]
+
+
+def sharded_checkpoints(folder: Path) -> dict:
+    """Shards in folders of a checkpoint: listed in its manifest, and gone on from; a shard that is cut is found."""
+
+    def make() -> PerplexityTrainer:
+        steps = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+        args = on_shards(folder, "SHARDED_STATE_DICT", **steps)
+        return PerplexityTrainer(llama(), args, None, train_dataset=chats(), processing_class=TOKENIZER)
+
+    whole = make()
+    whole.train()
+    listed = sorted(json.loads((folder / "checkpoint-2" / "manifest.json").read_text())["files"])
+    gather_objects(None)
+    if rank() == 1:
+        (shard,) = (folder / "checkpoint-4" / "optimizer_0").glob("__1_*.distcp")
+        shard.write_bytes(shard.read_bytes()[:-1])
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    return {"listed": listed, "losses": losses(whole), "resumed": losses(resumed)}
+
+
 # Those on shards come last: they change what accelerate takes the group for.
-ACTS = (evaluate, gradient, experts, not_finite, dpo, rewards, ppo_steps, skip, sharded, not_finite_sharded)
+ACTS = (
+    evaluate,
+    gradient,
+    experts,
+    not_finite,
+    dpo,
+    rewards,
+    ppo_steps,
+    skip,
+    checkpoints,
+    sharded,
+    not_finite_sharded,
+    sharded_checkpoints,
+)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import ParallelismConfig
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer, TrainerState
+from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer
 from trl import SFTTrainer
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM
@@ -33,9 +32,6 @@ METHODS = {
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_num_items_in_batch": ["self", "batch_samples", "device"],
     "_set_signature_columns_if_needed": ["self"],
-    "_save_checkpoint": ["self", "model", "trial"],
-    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-    "_get_output_dir": ["self", "trial"],
     "_prepare_input": ["self", "data"],
     "create_accelerator_and_postprocess": ["self"],
     "_prepare_context_parallel_inputs": ["self", "model", "inputs"],
@@ -116,36 +112,6 @@ def test_a_router_whose_weight_is_not_known_is_refused():
             router_loss(model, SimpleNamespace(aux_loss=aux))
     with pytest.raises(ConfigError, match="Module returns an auxiliary loss without a known weight"):
         router_loss(torch.nn.Module(), SimpleNamespace(aux_loss=torch.ones(())))
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_another_run_deletes_while_it_is_read(tmp_path, monkeypatch):
-    trainer(tmp_path, save_strategy="steps", save_steps=1).train()
-    read = TrainerState.load_from_json
-
-    def read_once(path):
-        state = read(path)
-        Path(path).unlink()
-        return state
-
-    monkeypatch.setattr(TrainerState, "load_from_json", read_once)
-    with pytest.raises(ConfigError, match="checkpoint-1 lost its trainer_state.json while it was read"):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-@pytest.mark.slow
-def test_a_checkpoint_with_the_trainers_state_is_whole(tmp_path, monkeypatch):
-    run, there = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1), []
-    save = TrainerState.save_to_json
-
-    def saved(self, path):
-        there.append((Path(path).parent / "extra").exists())
-        save(self, path)
-
-    monkeypatch.setattr(TrainerState, "save_to_json", saved)
-    run.save_extra_state = lambda folder: (folder / "extra").touch()
-    run.train()
-    assert there == [True]
 
 
 class Seen(StepWatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -233,7 +234,13 @@ def test_checkpoints_that_cannot_go_on(tmp_path):
     resumed = ppo(tmp_path, **{**RUN, "max_steps": 4})
     with pytest.raises(ConfigError, match=r"has no critic\.pt"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    (tmp_path / "checkpoint-2" / "ppo_state_rank_0.pt").unlink()
+    folder = tmp_path / "checkpoint-2"
+    (folder / "ppo_state_rank_0.pt").unlink()
+    with pytest.raises(ConfigError, match=r"ppo_state_rank_0\.pt is missing"):
+        ppo(tmp_path, **{**RUN, "critic": "none"}).train(resume_from_checkpoint=str(folder))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["ppo_state_rank_0.pt"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match=r"has no ppo_state_rank_0\.pt; it was saved by another trainer"):
         ppo(tmp_path, **{**RUN, "critic": "none"}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -334,3 +341,17 @@ def test_evaluation_of_several_sets(tmp_path):
     assert {"eval_one_loss", "eval_two_loss"} <= metrics.keys()
     for name in ("one", "two"):  # TRL calls both `eval_`
         assert len(logged(run, f"eval_{name}_reward")) == len(logged(run, f"eval_{name}_policy_loss")) == 1
+
+
+@pytest.mark.slow
+def test_a_ppo_checkpoint_without_its_critic_is_passed_over(tmp_path, caplog):
+    """Also one that was made before checkpoints had a manifest."""
+    run = ppo(tmp_path, rows_of_letters(), **{**RUN, "max_steps": 4})
+    run.train()
+    for step, name in ((4, "critic.pt"), (3, "ppo_state_rank_0.pt")):
+        for file in (name, "manifest.json"):
+            (tmp_path / f"checkpoint-{step}" / file).unlink()
+    resumed = ppo(tmp_path, rows_of_letters(), **{**RUN, "max_steps": 4})
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 (critic.pt is missing); checkpoint-3 (ppo_state_rank_0.pt is missing)" in caplog.text
+    assert logs_of(resumed) == logs_of(run)

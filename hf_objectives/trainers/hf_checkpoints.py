@@ -1,0 +1,193 @@
+"""Contacts with private parts of transformers' Trainer that save a checkpoint and go on from one.
+
+`tests/trainers/test_hf_checkpoints.py` holds these contacts against the installed release.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import SaveStrategy
+
+from hf_objectives.distributed import any_rank, gather_objects, rank
+from hf_objectives.errors import ConfigError, DiskFullError
+from hf_objectives.trainers.checkpoints import clear_staging, find_checkpoint, publish, rotate, staging_folder
+
+logger = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WholeCheckpoints:
+    """Checkpoints that are whole or not there; a mixin that stands before the Trainer.
+
+    The Trainer writes into a staging folder. When all ranks have written, the folder is renamed; then come rotation and push.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    _staging: Path | None = None
+    _is_finished = False
+
+    # -- for subclasses ------------------------------------------------------------------------------------------
+
+    def save_extra_state(self, folder: Path) -> None:
+        """Write state of the subclass into a checkpoint that is about to be saved with its optimizer."""
+
+    def load_extra_state(self, folder: Path) -> None:
+        """Read what `save_extra_state` wrote, when a run is resumed."""
+
+    def extra_state_files(self) -> list[str]:
+        """Names of the files that `load_extra_state` reads on this rank."""
+        return []
+
+    # -- going on ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
+        """Train as the parent does, from the beginning or from a whole checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir`; a warning names
+                those that were passed over, and why. A finished run takes no step; it is evaluated if `eval_strategy` is set.
+            trial, ignore_keys_for_eval: see the parent.
+
+        Raises:
+            CheckpointError: a checkpoint that is unfinished or damaged, or has no optimizer, scheduler or random states while
+                `resume_incomplete` is off; names file and reason.
+            DiskFullError: no space is left for a checkpoint. Those before it are kept.
+        """
+        found = find_checkpoint(
+            resume_from_checkpoint,
+            Path(self.args.output_dir),
+            incomplete=getattr(self.args, "resume_incomplete", False),
+            own_files=self.extra_state_files(),
+        )
+        self._is_finished = False
+        parent: Any = super()
+        result = parent.train(found, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        if self._is_finished and self.args.eval_strategy != "no":
+            trainer: Any = self
+            trainer.evaluate(ignore_keys=ignore_keys_for_eval)
+        return result
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        # The Trainer loads the weights first, and begins at step 0 where the state has gone since.
+        if not self.state.global_step:
+            raise ConfigError(
+                f"{checkpoint} lost its trainer_state.json while it was read; end the run that still writes there"
+            )
+        self.load_extra_state(Path(checkpoint))
+        self._is_finished = self.state.global_step >= self.state.max_steps
+        if self._is_finished and rank() == 0:
+            logger.warning(
+                "%s is of step %d of %d: the run is finished, and no step is taken. Raise max_steps or num_train_epochs to "
+                "train on",
+                *(checkpoint, self.state.global_step, self.state.max_steps),
+            )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_finished:  # the Trainer looks for the end after a step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run, saves = Path(self._get_output_dir(trial)), self.args.should_save
+        staged = staging_folder(run, self.state.global_step)
+        if saves:
+            clear_staging(run)
+        any_rank(False)  # nobody writes before
+        self._staging = staged.parent  # in which the Trainer makes its `checkpoint-N`
+        # The Trainer's save may wait for all ranks inside; a rank that failed there does not find the others again.
+        trainer: Any = self
+        waits = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or self.state.best_global_step
+        together = not self.args.save_on_each_node
+        try:
+            self._on_all_ranks(lambda: self._write(model, trial, staged, run), staged, agree=not waits)
+            self._on_all_ranks(lambda: publish(staged, run, saves=saves, together=together), staged, agree=True)
+        finally:
+            self._staging = None
+        final = run / staged.name
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if saves:
+            best = self.state.best_model_checkpoint
+            rotate(run, self.args.save_total_limit, [final, *([Path(best)] if best else [])])
+
+    def _write(self, model: Any, trial: Any, staged: Path, run: Path) -> None:
+        staged.mkdir(parents=True, exist_ok=True)
+        if not self.args.save_only_model:
+            self.save_extra_state(staged)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # it does not push, and finds nothing to rotate
+        # The Trainer looked for the best checkpoint in the staging folder. What it wrote is to name the final one.
+        best = self.state.best_global_step
+        if best and self.args.save_strategy != SaveStrategy.NO:
+            folder = run / f"checkpoint-{best}"
+            if best == self.state.global_step or folder.exists():
+                self.state.best_model_checkpoint = str(folder)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def _on_all_ranks(self, work: Callable[[], Any], staged: Path, *, agree: bool) -> None:
+        """Do a part of a save on every rank. No space on one ends the run on all; other errors stay as they are."""
+        error, reason = None, None
+        try:
+            work()
+        except BaseException as caught:
+            error, reason = caught, no_space(caught)
+            if reason is None:
+                self._discard(staged)
+                raise
+        if error is None or agree:
+            reason = next(filter(None, gather_objects(reason)), None)
+        if reason is not None:
+            self._discard(staged)
+            run = staged.parent.parent
+            steps = [int(path.name[11:]) for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
+            kept = f"checkpoint-{max(steps)} is kept" if steps else "there is no checkpoint before it"
+            raise DiskFullError(
+                f"no space left to write {staged.name} in {run} ({reason}; {shutil.disk_usage(run).free >> 20} MiB are "
+                f"free); {kept}. Make space there, or set another output_dir, and resume"
+            ) from error
+
+    def _discard(self, staged: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def no_space(error: BaseException) -> str | None:
+    """The words of the error by which writing ended for want of space, among those behind an error; None: it was none."""
+    for origin in _origins(error):
+        words = str(origin).splitlines()[0] if str(origin) else ""
+        is_full = isinstance(origin, OSError) and origin.errno in _FULL
+        # safetensors gives the number in words, and the writer of torch.save only says that it did not write.
+        is_full = is_full or any(f"(os error {number})" in words for number in _FULL)
+        if is_full or "PytorchStreamWriter" in words or "inline_container.cc" in words:
+            return words
+    return None
+
+
+def _origins(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        for failure, _ in (getattr(error, "_failures", None) or {}).values():  # torch.distributed.checkpoint, by ranks
+            yield from _origins(failure)
+        error = error.__cause__ or error.__context__
