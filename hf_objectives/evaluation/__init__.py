@@ -34,10 +34,11 @@ if TYPE_CHECKING:
         token_score_outputs,  # log-probabilities of single tokens, and all outputs, from one forward pass
         virtual_tokens,  # tokens that a model of PEFT learns beside the row
     )
+    from hf_objectives.evaluation.pair_losses import PairLoss  # the losses of DPO over a whole set of pairs
     from hf_objectives.evaluation.pair_rewards import PairRewards  # rewards of preference pairs, and metrics over them
     from hf_objectives.evaluation.pair_scores import (
-        COLUMNS,  # columns of the figures of a pair
         PairScores,  # log-probabilities of a batch of pairs under policy and reference
+        by_column,  # figures of pairs by their names
         nats_per_token,  # mean loss of the tokens of both sides
         pair_figures,  # metrics of an evaluation over pairs
         unique_rows,  # the pairs of all ranks, each once

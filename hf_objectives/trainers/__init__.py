@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         find_checkpoint,  # the whole checkpoint to go on from
     )
     from hf_objectives.trainers.dpo import (
-        PerplexityDPOConfig,  # `trl.DPOConfig` with settings of what is measured
         PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures and two cures for falling answers
+    )
+    from hf_objectives.trainers.dpo_config import (
+        PerplexityDPOConfig,  # `trl.DPOConfig` with settings of what is measured
     )
     from hf_objectives.trainers.hf_compat import (
         StepWatch,  # what `watch_steps` calls

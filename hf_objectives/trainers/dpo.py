@@ -7,104 +7,41 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import ProcessorMixin, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
-from trl import DPOConfig
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from hf_objectives.collators import DataCollatorForPreferencePairs
 from hf_objectives.distributed import gather_objects
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import (
-    COLUMNS,
     EvaluatesLanguageModels,
+    PairLoss,
     PairScores,
+    by_column,
     nats_per_token,
     pair_figures,
     unique_rows,
 )
-from hf_objectives.labels import CONTROL_TOKENS, SIDES, TRAIN_ON, encode_pair
-from hf_objectives.trainers.checkpoints import CheckpointSettings
+from hf_objectives.labels import SIDES, encode_pair
+from hf_objectives.trainers.dpo_config import DEFAULTS
 from hf_objectives.trainers.guards import map_numbered
+from hf_objectives.trainers.hf_compat import copies_of_rows
 from hf_objectives.trainers.metrics import PairMetrics
 from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.shared_prompt import SharedPrompts
 from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding
-from hf_objectives.types import check_one_of, option
 
-# TRL logs the mean of its batches' means under these names. Here they are counted over rows.
-_COUNTED = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-
-
-@dataclasses.dataclass
-class PerplexityDPOConfig(CheckpointSettings, DPOConfig):
-    """`trl.DPOConfig` with settings of what is measured, and two cures for chosen answers that become less likely.
-
-    Args:
-        nll_weight: adds this many times the negative log-likelihood per chosen token to the loss (RPO, Pang et al., arXiv
-            2404.19733, equations 1 and 2). The mean is over the tokens of the micro-batch; the paper divides each answer
-            by its own length.
-        dpop_lambda: penalty on a chosen answer that is less likely than under the reference (DPO-Positive, Pal et al., arXiv
-            2402.13228, equation 3): −log σ(β (Δw − Δl − λ max(0, −Δw))), Δ the log ratio of an answer to the reference.
-        warn_chosen_drop: nats per token since the start; None for no warning, which is given once.
-        max_perplexity_increase: a share (0.1: ten per cent); None for no bound.
-        train_on, control_tokens: how rows are encoded, see `encode_pair`.
-        padding_free: TRL's setting, which TRL drops: pairs are packed, and each prompt is computed once; docs/alignment.md.
-
-    Raises:
-        ConfigError: a setting out of its range, or `dpop_lambda` with a loss that it is not defined for.
-    """
-
-    nll_weight: float = option(0.0, "Weight of the NLL of chosen answers (RPO); 0 for none.")
-    dpop_lambda: float = option(0.0, "Penalty of DPO-Positive; 0 for none.")
-    warn_chosen_drop: float | None = option(
-        0.1, "Warn when chosen answers lose more nats per token than this while the margin grows."
-    )
-    max_perplexity_increase: float | None = option(
-        None, "Stop when a dataset of eval_lm_datasets is this share over its start."
-    )
-    train_on: str = option("assistant", "Turns of the answers that are compared.")
-    control_tokens: str = option("plain", "How control tokens in texts are read.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_one_of("train_on", self.train_on, TRAIN_ON)
-        check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
-        for name, at_least in (
-            ("nll_weight", "0 or more"),
-            ("dpop_lambda", "0 or more"),
-            ("warn_chosen_drop", "0 or more, or None"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name} is {value}; expected {at_least}")
-        if self.max_perplexity_increase is not None and not self.max_perplexity_increase > 0:
-            raise ConfigError(
-                f"max_perplexity_increase is {self.max_perplexity_increase}; expected more than 0, or None"
-            )
-        if self.dpop_lambda:
-            self._check_dpop()
-
-    def _check_dpop(self) -> None:
-        settings: dict[str, tuple[Any, Any]] = {
-            "loss_type": (self.loss_type, ["sigmoid"]),
-            "f_divergence_type": (self.f_divergence_type, "reverse_kl"),
-            "use_weighting": (self.use_weighting, False),
-            "ld_alpha": (self.ld_alpha, None),
-        }
-        for name, (value, needed) in settings.items():
-            if value != needed:
-                raise ConfigError(
-                    f"dpop_lambda changes the sigmoid loss of DPO alone: {name} is {value!r}; expected {needed!r}"
-                )
-
-
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(PerplexityDPOConfig)}
+# TRL logs the mean of its batches' means under these names. Here they are counted over pairs or tokens.
+_COUNTED = (
+    *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
+    *("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
+)
+_TOKENS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
@@ -115,12 +52,17 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
     A bad row is an error, and no row is dropped. A row that is too long loses the beginning of its prompt first, whatever
     `truncation_mode` says. The parent keeps rows of vision datasets and rows that a processor encodes.
 
-    `evaluate` adds figures over all rows and ranks, each row once: `eval_chosen_perplexity` and
-    `eval_rejected_perplexity`, also as `eval_reference_...`, exp(nats / tokens); `eval_num_pairs`,
-    `eval_num_chosen_tokens` and `eval_num_rejected_tokens`; the parent's `eval_rewards/...` counted over rows, with a 95 %
-    interval of the accuracy (`..._low`, `..._high`); and `eval_logps_change/chosen` and `/rejected`, nats per token since
-    step 0. Training logs have the last two as well, where the reference is the model that training started from. They cost
-    no further forward pass.
+    The figures of `evaluate` are sums over all pairs or tokens of all ranks, each row once, whatever the batch size and the
+    number of processes. `eval_loss` is the loss of one batch that holds every pair, in float64: the mean over pairs; for
+    `sft` and `nll_weight` over tokens; `aot` and `aot_unpaired` sort all pairs. It has no auxiliary loss of experts, whose
+    `eval_aux_loss` is the parent's mean over batches. A subclass that overrides the loss keeps the parent's `eval_loss`, a
+    mean over batches. Pairs without numbers (vision, a collator of the parent) are counted once where their dataset has a
+    length. The parent's other figures keep their names. Added are
+    `eval_chosen_perplexity` and `eval_rejected_perplexity`, also as `eval_reference_...`, exp(nats / tokens);
+    `eval_num_pairs`, `eval_num_chosen_tokens` and `eval_num_rejected_tokens`; a 95 % interval of `eval_rewards/accuracies`
+    (`..._low`, `..._high`); and `eval_logps_change/chosen` and `/rejected`, nats per token since step 0. Training logs
+    have the last two as well, where the reference is the model that training started from. They cost no further forward
+    pass.
 
     Args:
         eval_lm_datasets: rows of texts or chats, or several by name, whose perplexity every evaluation measures; see
@@ -153,7 +95,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         eval_lm_datasets: Any = None,
     ) -> None:
         self._collator_is_ours = data_collator is None
-        self._pairs: list[Tensor] | None = None
+        self._pairs: list[Tensor] | None = None  # of an evaluation, the figures of each batch
         if isinstance(data_collator, DataCollatorForPreferencePairs):
             data_collator = dataclasses.replace(data_collator, return_rows=True)
         sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -165,6 +107,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         with asking_for_padding(args):
             super().__init__(*given, callbacks, optimizers, quantization_config, peft_config)
         check_vocabulary(self.text_tokenizer, self.model)
+        self._whole_loss = self._loss_of_a_set()
         self._use_pair_collator()
         if self._shared is not None:
             self._shared.install()
@@ -185,7 +128,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
 
     def _setting(self, name: str) -> Any:
         """A setting of `PerplexityDPOConfig`, or its default where `args` are the parent's."""
-        return getattr(self.args, name, _DEFAULTS[name])
+        return getattr(self.args, name, DEFAULTS[name])
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -200,8 +143,8 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
             return map_numbered(dataset, _number, dataset_name, args)
         settings = {
             "max_length": args.max_length,
-            "train_on": getattr(args, "train_on", _DEFAULTS["train_on"]),
-            "control_tokens": getattr(args, "control_tokens", _DEFAULTS["control_tokens"]),
+            "train_on": getattr(args, "train_on", DEFAULTS["train_on"]),
+            "control_tokens": getattr(args, "control_tokens", DEFAULTS["control_tokens"]),
             "source": dataset_name,
         }
         arguments = {"tokenizer": self.text_tokenizer, "settings": settings}
@@ -273,20 +216,23 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         added = self._added(scores)
         if not self.model.training:
             if self._pairs is not None:
-                self._pairs.append(scores.rows(self.beta, row_ids))
+                self._pairs.append(scores.rows(row_ids))
         elif self.pair_metrics is not None:
             self.pair_metrics.add(scores.drift())
         if added is None:
             return result
         return (result[0] + added, result[1]) if return_outputs else result + added
 
-    def _scores(self, seen: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> PairScores:
+    def _scores(self, seen: Mapping[str, Any], inputs: Mapping[str, Any]) -> PairScores:
         mask = inputs["completion_mask"][:, 1:]
-        own = {role: logps[:, -mask.shape[1] :] for role, logps in seen.items()}  # prompt tuning puts tokens before
+        width = mask.shape[1]  # prompt tuning puts tokens before
+        own = {role: output.log_probs[:, -width:] for role, output in seen.items()}
         sums = None
         if self.precompute_ref_logps:
             sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        return PairScores(own["policy"], own.get("reference"), mask, sums, self.ld_alpha)
+        tokens = {name: value[:, -width:] for name in _TOKENS if (value := getattr(seen["policy"], name)) is not None}
+        lengths = inputs["completion_mask"].sum(dim=1)
+        return PairScores(own["policy"], own.get("reference"), mask, sums, self.ld_alpha, lengths, tokens)
 
     def _added(self, scores: PairScores) -> Tensor | None:
         """What is added to the parent's loss; None for nothing."""
@@ -301,6 +247,13 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
             added = term if added is None else added + term
         return added
 
+    def _loss_of_a_set(self) -> PairLoss | None:
+        """The loss over all pairs; None where a subclass has another loss."""
+        if type(self).compute_loss is not PerplexityDPOTrainer.compute_loss or not self.has_trls_loss:
+            return None
+        names = [field.name for field in dataclasses.fields(PairLoss)][2:]
+        return PairLoss(tuple(self.loss_types), tuple(self.loss_weights), *map(self._setting, names))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does; training logs add how far the answers have moved since step 0."""
         if "loss" in logs and self.pair_metrics is not None:
@@ -309,18 +262,24 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as the parent does; the figures of pairs are gathered once at the end and counted row by row."""
         self._pairs = []
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            own = torch.cat(self._pairs).cpu().numpy() if self._pairs else np.empty((0, len(COLUMNS)))
+            output: EvalLoopOutput = super().evaluation_loop(
+                dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+            parts = gather_objects([rows.cpu().numpy() for rows in self._pairs])
         finally:
             self._pairs = None
-        rows = unique_rows(gather_objects(own))
+        dataset = getattr(dataloader, "dataset", None)
+        rows = unique_rows(parts[:: copies_of_rows()], len(dataset) if has_length(dataset) else None)
         if len(rows):
-            figures = pair_figures(rows) | self._change(rows, metric_key_prefix)
-            self.add_figures(output, figures, metric_key_prefix, _COUNTED)
+            figures = pair_figures(rows, self.beta)
+            counted = [name for name in _COUNTED if name in figures]
+            if self._whole_loss is not None:
+                figures["loss"] = self._whole_loss.of(by_column(rows))
+            self.add_figures(output, figures | self._change(rows, metric_key_prefix), metric_key_prefix, counted)
         return output
 
     def _change(self, rows: Any, prefix: str) -> dict[str, float]:

@@ -196,6 +196,11 @@ class DPOHooks(_TRLHooks, DPOTrainer):
 
     hooks: ClassVar = {"prepare_dataset": "_prepare_dataset"}
 
+    @property
+    def has_trls_loss(self) -> bool:
+        """Whether no subclass computes another loss of a batch."""
+        return type(self)._compute_loss is DPOTrainer._compute_loss
+
     def figures_of(self, model: nn.Module) -> tuple[str, ...]:
         """What TRL logs of a model, and weighs its loss by; see `token_log_probs`."""
         if model is self.ref_model:
@@ -220,15 +225,15 @@ class DPOHooks(_TRLHooks, DPOTrainer):
         super()._set_signature_columns_if_needed()
 
     @contextmanager
-    def watching_forwards(self) -> Iterator[dict[str, Tensor]]:
-        """Within it: the log-probabilities of each token, [2n, length], of "policy" and "reference"."""
-        seen: dict[str, Tensor] = {}
+    def watching_forwards(self) -> Iterator[dict[str, FusedCausalLMOutput]]:
+        """Within it: what "policy" and "reference" gave of each token, [2n, length], as TRL's fused head does."""
+        seen: dict[str, FusedCausalLMOutput] = {}
         passes: list[str] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if (logps := getattr(output, "log_probs", None)) is not None:
+            if getattr(output, "log_probs", None) is not None:
                 passes.append("reference" if is_reference(module, self) else "policy")
-                seen[passes[-1]] = logps
+                seen[passes[-1]] = output
 
         models = [model for model in (self.model, self.ref_model) if model is not None]
         handles = [model.register_forward_hook(keep) for model in models]

@@ -153,11 +153,20 @@ def not_finite_sharded(folder: Path) -> dict:
 def dpo(folder: Path) -> dict:
     """Metrics of seven pairs on two ranks, from rows and from a stream, and what training logs of eight."""
     rows = Dataset.from_list(dpo_worlds.PAIRS[:7])
-    named = {"trainer": {"ref_model": dpo_worlds.load(folder / "other")}, "per_device_eval_batch_size": 2}
-    found = {
-        name: dpo_worlds.ours(dpo_worlds.load(folder / "model"), folder / name, tests=tests, **named).evaluate()
-        for name, tests in (("rows", rows), ("stream", rows.to_iterable_dataset()))
-    }
+    sets = {"rows": rows, "stream": rows.to_iterable_dataset(), "packed": rows, "unnumbered": rows}
+    found = {}
+    for name, tests in sets.items():
+        run = dpo_worlds.ours(
+            dpo_worlds.load(folder / "model"),
+            folder / name,
+            tests=tests,
+            trainer={"ref_model": dpo_worlds.load(folder / "other")},
+            per_device_eval_batch_size=2,
+            padding_free=name == "packed",
+        )
+        if name == "unnumbered":
+            run.data_collator.return_rows = False
+        found[name] = run.evaluate()
     run = dpo_worlds.ours(str(folder / "model"), folder / "run", max_steps=2, per_device_train_batch_size=2)
     run.train()
     found["logs"] = [log for log in run.state.log_history if "loss" in log]
