@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import sort_checkpoints
@@ -56,6 +57,22 @@ class CheckpointSettings:
     )
 
 
+class StepRows(NamedTuple):
+    """How many rows an optimizer step takes: those of a batch, batches of a process, processes with rows of their own."""
+
+    batch: int
+    accumulation: int
+    processes: int
+
+    @property
+    def total(self) -> int:
+        """Rows of all processes."""
+        return self.batch * self.accumulation * self.processes
+
+    def __str__(self) -> str:
+        return f"{' x '.join(map(str, self))} = {self.total} rows a step"
+
+
 class WholeCheckpoint(str):
     """The folder of a checkpoint that was found whole, so that nobody reads it all a second time."""
 
@@ -74,7 +91,7 @@ def clear_staging(run: Path) -> None:
         shutil.rmtree(folder)
 
 
-def publish(staged: Path, run: Path, *, saves: bool, together: bool) -> None:
+def publish(staged: Path, run: Path, *, saves: bool, together: bool, step_rows: StepRows | None = None) -> None:
     """List a checkpoint that is written in its manifest, sync it to the disk, and give it its name; all ranks call it.
 
     Args:
@@ -82,6 +99,7 @@ def publish(staged: Path, run: Path, *, saves: bool, together: bool) -> None:
         run: the folder of the run.
         saves: whether this rank renames.
         together: whether all ranks see the same folder, so that each reads a share of the files.
+        step_rows: what the manifest tells of the batches of the run, see `step_rows_of`.
     """
     names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()) if saves else []
     sums: dict[str, str] = {}
@@ -97,7 +115,8 @@ def publish(staged: Path, run: Path, *, saves: bool, together: bool) -> None:
         crc = sums.get(name) or _checksum(staged / name)
         listed[name] = {"size": (staged / name).stat().st_size, "crc32": crc}
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "processes": world_size(), "files": listed}, indent=1))
+    facts = {} if step_rows is None else {"step_rows": step_rows._asdict()}
+    manifest.write_text(json.dumps({"version": 1, "processes": world_size(), **facts, "files": listed}, indent=1))
     for path in (manifest, *(path for path in staged.rglob("*") if path.is_dir()), staged):
         _sync(path)
     final, replaced = run / staged.name, staged.with_name("replaced")
@@ -111,6 +130,14 @@ def publish(staged: Path, run: Path, *, saves: bool, together: bool) -> None:
         raise
     _sync(run)
     shutil.rmtree(staged.parent)
+
+
+def step_rows_of(folder: Path) -> StepRows | None:
+    """The rows of a step of the run that saved a checkpoint; None where its manifest does not say, or is not there."""
+    if not (folder / MANIFEST).exists():
+        return None
+    facts = json.loads((folder / MANIFEST).read_text()).get("step_rows")
+    return None if facts is None else StepRows(**facts)
 
 
 def rotate(run: Path, limit: int | None, keep: Iterable[Path]) -> None:

@@ -12,11 +12,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from hf_objectives.distributed import any_rank, gather_objects, rank
 from hf_objectives.errors import ConfigError, DiskFullError
-from hf_objectives.trainers.checkpoints import clear_staging, find_checkpoint, publish, rotate, staging_folder
+from hf_objectives.trainers.checkpoints import (
+    StepRows,
+    clear_staging,
+    find_checkpoint,
+    publish,
+    rotate,
+    staging_folder,
+    step_rows_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +68,8 @@ class WholeCheckpoints:
         Raises:
             CheckpointError: a checkpoint that is unfinished or damaged, or has no optimizer, scheduler or random states while
                 `resume_incomplete` is off; names file and reason.
+            ConfigError: a step takes another number of rows than in the run that saved the checkpoint, so that rows would be
+                skipped or trained twice. Data that keep their own place (`OrderedStream`) go on by rows.
             DiskFullError: no space is left for a checkpoint. Those before it are kept.
         """
         found = find_checkpoint(
@@ -75,6 +85,63 @@ class WholeCheckpoints:
             trainer: Any = self
             trainer.evaluate(ignore_keys=ignore_keys_for_eval)
         return result
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        parent: Any = super()
+        places = parent._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        if checkpoint is not None and self.state.global_step and not self.args.ignore_data_skip:
+            self._refuse_other_rows(Path(checkpoint), num_update_steps_per_epoch)
+        return places
+
+    def _step_rows(self) -> StepRows:
+        """The rows of a step of this run."""
+        trainer: Any = self
+        batch, accumulation = trainer._train_batch_size, self.args.gradient_accumulation_steps
+        total = trainer.get_total_train_batch_size(self.args)
+        processes = 1 if self.args.accelerator_config.split_batches else total // (batch * accumulation)
+        return StepRows(batch, accumulation, processes)
+
+    def _refuse_other_rows(self, checkpoint: Path, steps: int) -> None:
+        """Refuse a checkpoint whose step does not stand for the same rows here: transformers skips rows by steps.
+
+        Args:
+            checkpoint: its folder; `state` has been read from there.
+            steps: steps of an epoch in this run.
+        """
+        step, epoch, now = self.state.global_step, float(self.state.epoch or 0), self._step_rows()
+        by_steps = self.args.max_steps > 0
+        if step >= self.state.max_steps and (by_steps or epoch >= self.args.num_train_epochs):
+            return  # finished
+        epochs, beyond = divmod(step, steps)
+        if not beyond and epoch.is_integer() and (by_steps or epoch == epochs):
+            return  # no row of an epoch is left out
+        saved = step_rows_of(checkpoint)
+        if saved is not None:
+            # Other samplers order rows by batches, `drop_last` drops batches, and PPO keeps answers by batches.
+            by_rows = self.args.train_sampling_strategy in ("random", "sequential")
+            by_rows = by_rows and not self.args.dataloader_drop_last and not hasattr(self.args, "steps_per_generation")
+            if saved == now or (by_rows and saved.total == now.total):
+                return
+            told = f"{saved}, this run with {now} (batch x accumulation x processes)"
+        else:
+            # Without a manifest a state tells the batch, and which share of an epoch its steps were.
+            batch, share = self.state.train_batch_size, epoch - epochs
+            batches = beyond * now.accumulation / share if share > 0 else 0.0  # of an epoch
+            fits = beyond > 0 and (steps - 1) * now.accumulation + 0.5 < batches < steps * now.accumulation + 0.5
+            if batch in (None, now.batch) and (fits or not has_length(getattr(self, "train_dataset", None))):
+                return
+            told = (
+                f"batches of {batch} rows, and step {step} was at epoch {epoch:.6g}; this run takes {now} "
+                f"(batch x accumulation x processes), and {steps} steps an epoch"
+            )
+        raise ConfigError(
+            f"{checkpoint} was trained with {told}: the rest of the epoch would have other rows, some twice and some never. "
+            "Set per_device_train_batch_size, gradient_accumulation_steps and the number of processes as they were"
+            f"{'' if saved is None or saved.total == now.total else f', or to a product of {saved.total}'}; or begin the "
+            "epoch anew with ignore_data_skip=True"
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -122,7 +189,8 @@ class WholeCheckpoints:
         together = not self.args.save_on_each_node
         try:
             self._on_all_ranks(lambda: self._write(model, trial, staged, run), staged, agree=not waits)
-            self._on_all_ranks(lambda: publish(staged, run, saves=saves, together=together), staged, agree=True)
+            facts: dict[str, Any] = {"saves": saves, "together": together, "step_rows": self._step_rows()}
+            self._on_all_ranks(lambda: publish(staged, run, **facts), staged, agree=True)
         finally:
             self._staging = None
         final = run / staged.name

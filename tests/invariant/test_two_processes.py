@@ -13,6 +13,7 @@ from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollator
 from tests.support import dpo_worlds, reward_worlds
 from tests.support.language_models import TOKENIZER, by_autograd, chats, llama, mixtral, trainer
 from tests.support.ppo_acts import ppo_steps
+from tests.support.two_processes import steps_of
 
 pytestmark = pytest.mark.distributed
 
@@ -166,6 +167,21 @@ def test_checkpoints_of_two_processes(two_processes):
         assert outcome["full"].startswith(f"no space left to write checkpoint-4 in {folder / 'full'} ([Errno 28]")
         assert outcome["left"] == ["checkpoint-2"]
     assert "checkpoint-4; passed over: checkpoint-6 (rng_state_1.pth has 1000 bytes" in two_processes.stderr
+
+
+def test_rows_after_a_resume(two_processes, tmp_path):
+    """With eight rows a step two processes and one go on with the same rows, however they are split."""
+    outcomes = two_processes.of("resumed_rows")
+
+    def steps(name: str) -> list[list]:
+        return [sorted(both[0] + both[1]) for both in zip(*(outcome[name] for outcome in outcomes), strict=True)]
+
+    whole, checkpoint = steps("whole"), two_processes.folder / "resumed_rows" / "checkpoint-4"
+    assert len(whole) == 6 and whole[4] != whole[5] and steps("resumed") == whole[4:]
+    one = trainer(tmp_path, max_steps=6, per_device_train_batch_size=8)
+    assert [sorted(step) for step in steps_of(one, str(checkpoint))][:1] == whole[4:5]
+    for outcome in outcomes:
+        assert "4 x 1 x 2 = 8 rows a step, this run with 8 x 1 x 2 = 16 rows a step" in outcome["refused"]
 
 
 def test_checkpoints_in_shards(two_processes):

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from hf_objectives import DiagnosticsCallback, demo
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import gather_objects, leave_group, rank
-from hf_objectives.errors import DiskFullError, NonFiniteError
-from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+from hf_objectives.errors import ConfigError, DiskFullError, NonFiniteError
+from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, StepWatch, watch_steps
 from tests.support import dpo_worlds, language_models, reward_worlds
 from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
@@ -227,6 +227,36 @@ def checkpoints(folder: Path) -> dict:
     return {**found, "left": sorted(path.name for path in (folder / "full").iterdir())}
 
 
+def steps_of(run: PerplexityTrainer, checkpoint: str | None = None) -> list[list[list[int]]]:
+    """The rows of this rank in each step."""
+    steps: list[list[list[int]]] = []
+
+    class Rows(StepWatch):
+        def step_ends(self, batches, grad_norm):
+            ids = [
+                row for inputs, _ in batches for row in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            ]
+            steps.append([row[mask == 1].tolist() for row, mask in ids])
+
+    watch_steps(run, Rows())
+    run.train(resume_from_checkpoint=checkpoint)
+    return steps
+
+
+def resumed_rows(folder: Path) -> dict:
+    """A run of eight rows a step, and one that takes half the rows of a process from its checkpoint on; the refused one."""
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6}
+    whole = steps_of(language_models.trainer(folder, **options, per_device_train_batch_size=4))
+    checkpoint = str(folder / "checkpoint-4")
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    resumed = steps_of(language_models.trainer(folder / "again", max_steps=6, **halves), checkpoint)
+    try:
+        language_models.trainer(folder, max_steps=6, per_device_train_batch_size=8).train(checkpoint)
+    except ConfigError as error:
+        return {"whole": whole, "resumed": resumed, "refused": str(error)}
+    return {}
+
+
 def losses(run: PerplexityTrainer) -> list[float]:
     return [log["loss"] for log in run.state.log_history if "loss" in log]
 
@@ -262,6 +292,7 @@ ACTS = (
     ppo_steps,
     skip,
     checkpoints,
+    resumed_rows,
     sharded,
     not_finite_sharded,
     sharded_checkpoints,

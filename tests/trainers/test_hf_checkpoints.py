@@ -27,11 +27,14 @@ MOVED = (
 )
 METHODS = {
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "_init_training_state": [
+        "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
+    ],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_get_output_dir": ["self", "trial"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
-}
+}  # fmt: skip
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 1e-2}
 
 
