@@ -249,7 +249,8 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
 
     def _loss_of_a_set(self) -> PairLoss | None:
         """The loss over all pairs; None where a subclass has another loss."""
-        if type(self).compute_loss is not PerplexityDPOTrainer.compute_loss or not self.has_trls_loss:
+        own: Any = type(self)
+        if own.compute_loss is not PerplexityDPOTrainer.compute_loss or own.batch_loss is not DPOHooks.batch_loss:
             return None
         names = [field.name for field in dataclasses.fields(PairLoss)][2:]
         return PairLoss(tuple(self.loss_types), tuple(self.loss_weights), *map(self._setting, names))

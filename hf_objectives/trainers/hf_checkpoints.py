@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.trainer_utils import SaveStrategy, has_length
 
@@ -28,6 +28,7 @@ from hf_objectives.trainers.checkpoints import (
 
 logger = logging.getLogger(__name__)
 
+_COUNTERS = "counters"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,6 +43,8 @@ class WholeCheckpoints:
     control: Any
     _staging: Path | None = None
     _is_finished = False
+    #: Attributes that count over a whole run, which the Trainer's state keeps in checkpoints; JSON values.
+    counters: ClassVar[tuple[str, ...]] = ()
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
@@ -152,6 +155,9 @@ class WholeCheckpoints:
             raise ConfigError(
                 f"{checkpoint} lost its trainer_state.json while it was read; end the run that still writes there"
             )
+        for name, value in self.state.stateful_callbacks.get(_COUNTERS, {}).items():
+            if name in self.counters:
+                setattr(self, name, value)
         self.load_extra_state(Path(checkpoint))
         self._is_finished = self.state.global_step >= self.state.max_steps
         if self._is_finished and rank() == 0:
@@ -204,6 +210,8 @@ class WholeCheckpoints:
         staged.mkdir(parents=True, exist_ok=True)
         if not self.args.save_only_model:
             self.save_extra_state(staged)
+        if self.counters:
+            self.state.stateful_callbacks[_COUNTERS] = {name: getattr(self, name) for name in self.counters}
         super()._save_checkpoint(model, trial)  # type: ignore[misc]  # it does not push, and finds nothing to rotate
         # The Trainer looked for the best checkpoint in the staging folder. What it wrote is to name the final one.
         best = self.state.best_global_step

@@ -158,6 +158,7 @@ class _TRLHooks(TrainerHooks):
     _metrics: Any
     _precompute_model_hash: Any
     _tokenizer: Any
+    counters = ("_total_train_tokens",)  # logged as num_tokens
 
     @property
     def mode(self) -> str:
@@ -194,12 +195,7 @@ class _TRLHooks(TrainerHooks):
 class DPOHooks(_TRLHooks, DPOTrainer):
     """`trl.DPOTrainer` with hooks."""
 
-    hooks: ClassVar = {"prepare_dataset": "_prepare_dataset"}
-
-    @property
-    def has_trls_loss(self) -> bool:
-        """Whether no subclass computes another loss of a batch."""
-        return type(self)._compute_loss is DPOTrainer._compute_loss
+    hooks: ClassVar = {"prepare_dataset": "_prepare_dataset", "batch_loss": "_compute_loss"}
 
     def figures_of(self, model: nn.Module) -> tuple[str, ...]:
         """What TRL logs of a model, and weighs its loss by; see `token_log_probs`."""

@@ -136,8 +136,14 @@ class _OtherLoss(PerplexityDPOTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) + 7
 
 
-def test_a_loss_of_a_subclass_stays(folders, tmp_path):
-    run = build(_OtherLoss, load(folders[0]), tmp_path, tests=SETS, trainer={"ref_model": load(folders[0])})
+class _OtherBatchLoss(PerplexityDPOTrainer):
+    def _compute_loss(self, model, inputs, return_outputs):
+        return super()._compute_loss(model, inputs, return_outputs) + 7
+
+
+@pytest.mark.parametrize("kind", [_OtherLoss, _OtherBatchLoss])
+def test_a_loss_of_a_subclass_stays(kind, folders, tmp_path):
+    run = build(kind, load(folders[0]), tmp_path, tests=SETS, trainer={"ref_model": load(folders[0])})
     assert run.evaluate()["eval_loss"] == pytest.approx(7 + math.log(2), abs=1e-5)
 
 

@@ -85,6 +85,19 @@ def test_another_product_within_an_epoch_is_refused(make, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [preferences, reward_model])
+def test_tokens_are_counted_on(make, tmp_path):
+    """TRL's count of tokens, also where the checkpoint is of a step between two logs."""
+    options = {**EIGHT, "logging_steps": 3, "save_steps": 2}
+    whole = make(tmp_path, **options)
+    whole.train()
+    again = make(tmp_path / "again", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    counts = [[log["num_tokens"] for log in run.state.log_history if "loss" in log] for run in (whole, again)]
+    assert counts[0] == counts[1] and len(counts[0]) == 2 and 0 < counts[0][0] < counts[0][1]
+
+
+@pytest.mark.slow
 def test_an_epochs_end(tmp_path):
     """23 rows in batches of 4 are six steps, and in batches of 8 three: where steps are counted, both begin an epoch."""
     four = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 6}
