@@ -44,14 +44,6 @@ def real_model_path() -> str:
     return path
 
 
-@pytest.fixture(scope="session")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The outcomes of all acts of trainers on two processes, see `tests/support/two_processes.py`."""
-    from tests.support.two_processes import start
-
-    return start(tmp_path_factory.mktemp("two_processes"))
-
-
 LOCAL = ("file:", "data:", "blob:", "about:")
 
 
