@@ -39,6 +39,13 @@ def sharegpt(row: dict) -> dict:
     return {"system": system, "conversations": [{"from": "human", "value": question}], **answers}
 
 
+def few_built_in(monkeypatch: Any, rows: int) -> None:
+    """At most so many rows and questions of the built-in corpus."""
+    for name in ("texts", "chats", "preferences", "questions"):
+        whole = getattr(demo, name)
+        monkeypatch.setattr(demo, name, lambda n, *, of=whole, **given: of(min(n, rows), **given))
+
+
 def command_line(given: Mapping[str, Any], *more: str) -> list[str]:
     """Options as a command line, and what follows them."""
     return [*(str(word) for name, value in given.items() for word in (f"--{name}", value)), *more]
