@@ -176,6 +176,11 @@ def test_checkpoints_of_two_processes(two_processes):
     assert "checkpoint-4; passed over: checkpoint-6 (rng_state_1.pth has 1000 bytes" in two_processes.stderr
 
 
+def test_sigterm_to_one_ends_both_with_a_checkpoint(two_processes):
+    for outcome in two_processes.of("terminated"):
+        assert outcome == {"code": 75, "step": 3, "left": ["checkpoint-3"]}
+
+
 def test_checkpoints_in_shards(two_processes):
     for outcome in two_processes.of("sharded_checkpoints"):
         assert {f"{part}_0/__{rank}_0.distcp" for part in ("optimizer", "pytorch_model_fsdp") for rank in (0, 1)} < {

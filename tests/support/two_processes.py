@@ -19,12 +19,13 @@ from hf_objectives import DiagnosticsCallback, demo
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import gather_objects, leave_group, rank
 from hf_objectives.errors import DiskFullError, NonFiniteError
-from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
+from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, RunTerminated
 from tests.support import dpo_worlds, language_models, reward_worlds
 from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
 from tests.support.ppo_acts import ppo_steps
 from tests.support.ranks import run_ranks
+from tests.support.terminations import Terminate
 
 
 def evaluate(folder: Path) -> dict:
@@ -218,6 +219,25 @@ def checkpoints(folder: Path) -> dict:
     return {**found, "left": sorted(path.name for path in (folder / "full").iterdir())}
 
 
+def terminated(folder: Path) -> dict:
+    """SIGTERM to rank 1 alone."""
+    options = {"max_steps": 6, "learning_rate": 1e-2, "save_strategy": "no"}
+    run = language_models.trainer(folder, model=llama(), **options)
+    if rank() == 1:
+        run.add_callback(Terminate(3))
+    code = None
+    try:
+        run.train()
+    except RunTerminated as error:
+        code = error.code
+    gather_objects(None)
+    return {
+        "code": code,
+        "step": run.state.global_step,
+        "left": sorted(path.name for path in folder.glob("*checkpoint*")),
+    }
+
+
 def losses(run: PerplexityTrainer) -> list[float]:
     return [log["loss"] for log in run.state.log_history if "loss" in log]
 
@@ -253,6 +273,7 @@ ACTS = (
     ppo_steps,
     skip,
     checkpoints,
+    terminated,
     sharded,
     not_finite_sharded,
     sharded_checkpoints,
