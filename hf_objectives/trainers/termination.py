@@ -55,6 +55,7 @@ class SaveOnTermination(TrainerCallback):
         self._is_asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask all ranks, and end training with a save where one of them was told to."""
         if not any_rank(self._is_asked):
             return
         self.has_ended = state.global_step < state.max_steps
