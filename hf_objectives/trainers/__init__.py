@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from hf_objectives.trainers.stream_callback import (
         OrderedStreamCallback,  # keeps a stream's place in the checkpoints of any Trainer
     )
+    from hf_objectives.trainers.termination import (
+        RunTerminated,  # ends a program at SIGTERM, when its checkpoint is saved
+    )
     from hf_objectives.trainers.trl_compat import (
         suppress_seqcls_warning,  # a context in which a new score head is no warning
     )

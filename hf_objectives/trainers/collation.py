@@ -93,6 +93,7 @@ def evaluation_loader(rows: Any, collate: Any, args: Any) -> DataLoader:
         num_workers=args.dataloader_num_workers,
         **workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        generator=torch.Generator(),  # without one it draws from the run's, and training goes another way
     )
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from hf_objectives.distributed import any_rank, gather_objects, rank
@@ -25,6 +28,7 @@ from hf_objectives.trainers.checkpoints import (
     staging_folder,
     step_rows_of,
 )
+from hf_objectives.trainers.termination import RunTerminated, SaveOnTermination
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,7 @@ class WholeCheckpoints:
             ConfigError: a step takes another number of rows than in the run that saved the checkpoint, so that rows would be
                 skipped or trained twice. Data that keep their own place (`OrderedStream`) go on by rows.
             DiskFullError: no space is left for a checkpoint. Those before it are kept.
+            RunTerminated: SIGTERM came; a checkpoint of the step that was running is saved. It ends the program.
         """
         found = find_checkpoint(
             resume_from_checkpoint,
@@ -83,9 +88,12 @@ class WholeCheckpoints:
         )
         self._is_finished = False
         parent: Any = super()
-        result = parent.train(found, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        trainer: Any = self
+        with terminating(trainer) as termination:
+            result = parent.train(found, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        if termination.has_ended:
+            raise RunTerminated
         if self._is_finished and self.args.eval_strategy != "no":
-            trainer: Any = self
             trainer.evaluate(ignore_keys=ignore_keys_for_eval)
         return result
 
@@ -247,6 +255,23 @@ class WholeCheckpoints:
     def _discard(self, staged: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+@contextmanager
+def terminating(trainer: Any) -> Iterator[SaveOnTermination]:
+    """Within it, SIGTERM ends the trainer's run with a checkpoint; `enable_jit_checkpoint` asks for the same.
+
+    Transformers' own handler would make the checkpoint's folder before it saves, and each rank would decide alone.
+    """
+    theirs = trainer.pop_callback(JITCheckpointCallback)
+    if theirs is not None and theirs.jit_manager is not None:
+        signal.signal(signal.SIGTERM, theirs.jit_manager._original_sigterm_handler)
+    with SaveOnTermination() as termination:
+        trainer.add_callback(termination)
+        try:
+            yield termination
+        finally:
+            trainer.remove_callback(termination)
 
 
 def no_space(error: BaseException) -> str | None:

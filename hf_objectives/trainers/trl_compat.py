@@ -160,6 +160,12 @@ class _TRLHooks(TrainerHooks):
     _tokenizer: Any
     counters = ("_total_train_tokens",)  # logged as num_tokens
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the parent does. Its loader, and the sampling of answers, leave training's random state as it was."""
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
     @property
     def mode(self) -> str:
         """ "train" or "eval", by the mode of the model."""

@@ -1,10 +1,9 @@
-"""Acts of trainers on two processes, all in one start of torchrun; each rank writes the outcomes of its acts as JSON."""
+"""Acts of trainers on two processes, all in one launch; each rank writes the outcomes of its acts as JSON."""
 
 from __future__ import annotations
 
 import errno
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,19 @@ from hf_objectives import DiagnosticsCallback, demo
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.distributed import gather_objects, leave_group, rank
 from hf_objectives.errors import ConfigError, DiskFullError, NonFiniteError
-from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, StepWatch, watch_steps
+from hf_objectives.trainers import (
+    PerplexityTrainer,
+    PerplexityTrainingArguments,
+    RunTerminated,
+    StepWatch,
+    watch_steps,
+)
 from tests.support import dpo_worlds, language_models, reward_worlds
 from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
 from tests.support.ppo_acts import ppo_steps
+from tests.support.ranks import run_ranks
+from tests.support.terminations import Terminate
 
 
 def evaluate(folder: Path) -> dict:
@@ -257,6 +264,25 @@ def resumed_rows(folder: Path) -> dict:
     return {}
 
 
+def terminated(folder: Path) -> dict:
+    """SIGTERM to rank 1 alone."""
+    options = {"max_steps": 6, "learning_rate": 1e-2, "save_strategy": "no"}
+    run = language_models.trainer(folder, model=llama(), **options)
+    if rank() == 1:
+        run.add_callback(Terminate(3))
+    code = None
+    try:
+        run.train()
+    except RunTerminated as error:
+        code = error.code
+    gather_objects(None)
+    return {
+        "code": code,
+        "step": run.state.global_step,
+        "left": sorted(path.name for path in folder.glob("*checkpoint*")),
+    }
+
+
 def losses(run: PerplexityTrainer) -> list[float]:
     return [log["loss"] for log in run.state.log_history if "loss" in log]
 
@@ -293,6 +319,7 @@ ACTS = (
     skip,
     checkpoints,
     resumed_rows,
+    terminated,
     sharded,
     not_finite_sharded,
     sharded_checkpoints,
@@ -316,8 +343,7 @@ def start(folder: Path) -> Outcomes:
     for seed, name in enumerate(("model", "other")):
         model = demo.build_model(dpo_worlds.TOKENIZER, hidden_size=32, num_layers=2, seed=seed)
         model.save_pretrained(folder / "dpo" / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, __file__, str(folder)], capture_output=True, text=True, timeout=600)
+    done = run_ranks(__file__, [str(folder)])
     assert done.returncode == 0, done.stderr[-6000:]
     return Outcomes(folder, done.stderr)
 
