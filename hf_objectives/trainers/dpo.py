@@ -31,6 +31,7 @@ from hf_objectives.evaluation import (
 from hf_objectives.labels import CONTROL_TOKENS, SIDES, TRAIN_ON, encode_pair
 from hf_objectives.trainers.checkpoints import CheckpointSettings
 from hf_objectives.trainers.guards import map_numbered
+from hf_objectives.trainers.hf_compat import free_of_trainers
 from hf_objectives.trainers.metrics import PairMetrics
 from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.shared_prompt import SharedPrompts
@@ -161,6 +162,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
             # As the parent does for training: joined batches of several ranks would have to be of one width.
             args.accelerator_config.dispatch_batches = False
         self._shared = SharedPrompts(self) if getattr(args, "padding_free", False) else None
+        free_of_trainers(model, ref_model)
         given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics)
         with asking_for_padding(args):
             super().__init__(*given, callbacks, optimizers, quantization_config, peft_config)
@@ -169,6 +171,8 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         if self._shared is not None:
             self._shared.install()
             self.padding_free = True
+        else:
+            self.let_copies_run()
         self.reference_is_start = self._compare_reference(given=ref_model is not None)
         self.pair_metrics: PairMetrics | None = None
         if self.reference_is_start and not (self.precompute_ref_logps and self.ld_alpha is not None):
