@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,21 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the corpus; every digit is a token, EOS is `<|im_end|>`, and padding a token of its own."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(vocab_size)),
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>", "<tool_call>", "</tool_call>"],
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@functools.cache
+def _trained(vocab_size: int) -> str:
+    """The BPE as JSON, of which each tokenizer is made anew."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -49,16 +65,7 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
     )
     corpus = [row["text"] for row in texts(2000)] + [SYSTEM, "system user assistant tool Tools: calculator"] * 50
     backend.train_from_iterator([*corpus, *(str(tool) for tool in TOOLS)], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>", "<tool_call>", "</tool_call>"],
-        model_max_length=512,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return backend.to_str()
 
 
 def build_model(tokenizer: Any, *, hidden_size: int = 128, num_layers: int = 4, seed: int = 0) -> LlamaForCausalLM:

@@ -74,10 +74,15 @@ def test_dataset_map_of_pairs(processes):
 # -- workers ---------------------------------------------------------------------------------------------------------------
 
 
+def several(context):
+    """Two workers; one where it is spawned, which takes seconds: two that are spawned are in the tests of mixtures."""
+    return {"num_workers": 2 if context == "fork" else 1, "multiprocessing_context": context}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("context", "collator"), [("fork", PADDING), ("fork", PACKING), ("spawn", PACKING)])
 def test_a_plain_loader_with_workers(collator, context):
-    check(DataLoader(RAW, 4, collate_fn=collator, num_workers=2, multiprocessing_context=context))
+    check(DataLoader(RAW, 4, collate_fn=collator, **several(context)))
 
 
 def mixture():
@@ -98,7 +103,7 @@ def taken(n):
 @pytest.mark.parametrize(("context", "as_dataset"), [("fork", False), ("fork", True), ("spawn", False)])
 def test_a_mixture_in_a_loader_with_workers(as_dataset, context):
     data = mixture().to_iterable_dataset() if as_dataset else mixture()
-    loader = DataLoader(data, 4, collate_fn=ids, num_workers=2, multiprocessing_context=context)
+    loader = DataLoader(data, 4, collate_fn=ids, **several(context))
     assert list(itertools.chain.from_iterable(itertools.islice(loader, 5))) == taken(20)
 
 

@@ -109,7 +109,8 @@ def test_every_row_once_with_its_loss(host, kind, setting, tmp_path):
 
 
 def test_spawned_workers_collate_raw_rows(tmp_path):
-    options = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "spawn"}
+    # One worker, here and below: it is pickling and importing anew that is tried, and importing takes seconds.
+    options = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
     trainer, seen = make("ours", "packed", tmp_path, raw=True, **options)
     trainer.train()
     check_steps(trainer, seen)
@@ -243,9 +244,9 @@ def test_our_trainer_has_no_predictions(tmp_path):
 @pytest.mark.parametrize(
     ("host", "workers", "context"),
     [
-        *(("transformers", *how) for how in ((0, None), (2, "fork"), (2, "spawn"))),
+        *(("transformers", *how) for how in ((0, None), (1, "fork"), (1, "spawn"))),
         ("ours", 0, None),
-        ("ours", 2, "spawn"),
+        ("ours", 1, "spawn"),
     ],
 )
 def test_weights_of_tokens_where_nobody_applies_them(host, workers, context, tmp_path):

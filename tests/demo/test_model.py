@@ -36,6 +36,15 @@ def test_tokenizer_and_model():
         assert trained == expected
 
 
+def test_a_tokenizer_is_nobody_elses():
+    changed = demo.build_tokenizer()
+    changed.add_tokens(["of its own"])
+    changed.chat_template = None
+    tokenizer = demo.build_tokenizer()
+    assert len(tokenizer) == 640 and tokenizer.chat_template is not None
+    assert "of its own" in changed.get_vocab() and "of its own" not in tokenizer.get_vocab()
+
+
 def test_exact_match_counts_letters():
     tokenizer = demo.build_tokenizer()
     model = demo.build_model(tokenizer)

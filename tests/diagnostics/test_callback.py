@@ -178,14 +178,3 @@ def test_no_more_events_than_asked_are_written(tmp_path, caplog):
 def test_settings_that_cannot_be_are_refused(options, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
         DiagnosticsCallback(trainer_of("ours", tmp_path), **options)
-
-
-@pytest.mark.distributed
-def test_two_processes_leave_out_the_same_step(two_processes):
-    first, second = two_processes.of("skip")[0]["weights"]
-    assert first == second
-    assert f"step {BAD}: left out" in two_processes.stderr
-    folder = two_processes.folder / "skip"
-    assert {f"step_{BAD}_rank_0", f"step_{BAD}_rank_1"} == set(events(folder))
-    blocked = json.loads((folder / "diagnostics" / "blocklist.json").read_text())
-    assert blocked == {"web": [2 * (BAD - 1), 2 * BAD - 1]}  # of both ranks, in the one file that a mixture reads

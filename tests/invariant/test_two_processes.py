@@ -12,9 +12,17 @@ from transformers import AutoModelForCausalLM
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from tests.support import dpo_worlds, reward_worlds
 from tests.support.language_models import TOKENIZER, by_autograd, chats, llama, mixtral, trainer
+from tests.support.monitored_runs import BAD, events
 from tests.support.ppo_acts import ppo_steps
+from tests.support.two_processes import start
 
 pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The outcomes of all acts, see `tests/support/two_processes.py`."""
+    return start(tmp_path_factory.mktemp("two_processes"))
 
 
 def test_evaluation(two_processes, tmp_path):
@@ -175,3 +183,13 @@ def test_checkpoints_in_shards(two_processes):
         }
         assert outcome["resumed"] == outcome["losses"] and len({*outcome["losses"]}) == 4
     assert "checkpoint-2; passed over: checkpoint-4 (optimizer_0/__1_0.distcp has" in two_processes.stderr
+
+
+def test_a_monitor_leaves_out_the_same_step(two_processes):
+    first, second = two_processes.of("skip")[0]["weights"]
+    assert first == second
+    assert f"step {BAD}: left out" in two_processes.stderr
+    folder = two_processes.folder / "skip"
+    assert {f"step_{BAD}_rank_0", f"step_{BAD}_rank_1"} == set(events(folder))
+    blocked = json.loads((folder / "diagnostics" / "blocklist.json").read_text())
+    assert blocked == {"web": [2 * (BAD - 1), 2 * BAD - 1]}  # of both ranks, in the one file that a mixture reads

@@ -14,7 +14,7 @@ from hf_objectives import PPOConfig, demo
 from hf_objectives.errors import ConfigError, DataError
 from hf_objectives.recipes.ppo import as_config, main, read_reward
 from hf_objectives.trainers.reward_functions import RewardError
-from tests.support.recipes import QUIET, command_line, save_small_model
+from tests.support.recipes import QUIET, command_line, few_built_in, save_small_model
 
 REWARDS = """
 def short(prompts, completions, **_):
@@ -88,7 +88,8 @@ def test_from_files_to_a_policy_with_two_rewards(corpus, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-def test_trls_own_trainers_run_from_the_same_config(corpus, tmp_path, algorithm):
+def test_trls_own_trainers_run_from_the_same_config(corpus, tmp_path, monkeypatch, algorithm):
+    few_built_in(monkeypatch, 24)
     results = main(arguments(corpus, tmp_path / "run", "--algorithm", algorithm))
     assert results["algorithm"] == algorithm and "eval_reward" in results["after"]
     assert f"- {algorithm}" in (tmp_path / "run" / "README.md").read_text()
@@ -118,7 +119,8 @@ def test_reward_functions_are_found_or_their_absence_named(corpus):
 
 
 @pytest.mark.slow
-def test_bad_settings(corpus, tmp_path):
+def test_bad_settings(corpus, tmp_path, monkeypatch):
+    few_built_in(monkeypatch, 24)
     with pytest.raises(ConfigError, match="algorithm is 'pp'.*did you mean 'ppo'"):
         main(arguments(corpus, tmp_path, "--algorithm", "pp"))
     with pytest.raises(ConfigError, match="unknown option --critc; did you mean"):
@@ -140,7 +142,8 @@ def test_a_row_without_a_prompt_is_left_out_on_request(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_an_algorithm_has_no_setting_for_is_said(corpus, tmp_path, capsys):
+def test_what_an_algorithm_has_no_setting_for_is_said(corpus, tmp_path, monkeypatch, capsys):
+    few_built_in(monkeypatch, 24)
     main(arguments(corpus, tmp_path / "run", "--algorithm", "rloo", "--missing_eos_penalty", "0.5", "--max_steps", "1"))
     said = " ".join(capsys.readouterr().out.split())
     assert "Left out, since rloo has no such setting:" in said and "missing_eos_penalty=0.5" in said

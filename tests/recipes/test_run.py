@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_objectives import demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes import dpo, mixture_search, ppo, pretrain, reward, sft, stack
 from hf_objectives.recipes.run import resume_point, run_program
+from tests.support.recipes import few_built_in
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"dpo": dpo, "mixture_search": mixture_search, "ppo": ppo, "pretrain": pretrain, "reward": reward, "sft": sft,
@@ -75,7 +75,7 @@ def test_a_program_ends_with_the_line(tmp_path):
 @pytest.mark.slow
 def test_a_failing_push_costs_nothing(tmp_path, monkeypatch, capsys):
     """The course as a whole on a few built-in chats; what every recipe leaves in its folder, and prints."""
-    monkeypatch.setattr(demo, "chats", lambda n, *, of=demo.chats, **given: of(min(n, 40), **given))
+    few_built_in(monkeypatch, 40)
     words = "--model_name_or_path builtin --dataset_name builtin --max_steps 1 --use_cpu true --report_to none"
     results = sft.main(
         [*words.split(), "--push_to_hub", "true", "--hub_model_id", "org/name", "--output_dir", str(tmp_path)]

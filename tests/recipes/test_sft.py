@@ -115,7 +115,7 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, wo
 def test_two_processes_report_what_one_reports(corpus, tmp_path, monkeypatch):
     one = main(arguments(corpus, tmp_path / "one", "--learning_rate", "0"))
     words = arguments(corpus, tmp_path / "two", "--learning_rate", "0")
-    done = run_two_processes("recipes/sft.py", words)
+    done = run_two_processes("recipes/sft.py", words, torchrun=True)
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["after"]["eval_loss"] == pytest.approx(one["before"]["eval_loss"], rel=1e-6)
     assert "2 (DDP over gloo)" in done.stdout

@@ -12,6 +12,7 @@ from hf_objectives import demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes import stack
 from hf_objectives.recipes.stack import StackArguments, arguments, divergence, draw, main, sample
+from tests.support.recipes import few_built_in
 
 TOKENIZER = demo.build_tokenizer()
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Sort 3 1 2.", "Spell stone backwards.")]
@@ -103,9 +104,13 @@ def test_picture(tmp_path):
 @pytest.mark.slow
 def test_from_fine_tuning_to_a_policy(tmp_path, monkeypatch, capsys):
     """Few and small: a fine-tuned model, and PPO from it; the other stages have recipes, and tests, of their own."""
-    monkeypatch.setattr(demo, "chats", lambda n, *, of=demo.chats, **given: of(min(n, 60), **given))
-    monkeypatch.setattr(demo, "preferences", lambda n, *, of=demo.preferences, **given: of(min(n, 300), **given))
-    monkeypatch.setattr(demo, "texts", lambda n, *, of=demo.texts, **given: of(min(n, 20), **given))
+    pairs = demo.preferences
+    few_built_in(monkeypatch, 40)
+    # As many prompts to train on as a batch of PPO takes.
+    sizes = {"train": 300, "test": 16}
+    monkeypatch.setattr(
+        demo, "preferences", lambda n, *, split="train", **given: pairs(sizes[split], split=split, **given)
+    )
     monkeypatch.setattr(stack, "_PROMPTS", 12)
     rows = main(["--output_dir", str(tmp_path), "--skip", "pretrain", "reward", "dpo", "--length", "0.001"])
     assert [row["stage"] for row in rows] == ["sft", "ppo"]

@@ -36,7 +36,7 @@ def mixtral(**options) -> MixtralForCausalLM:
         "num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 4,
     }  # fmt: skip
     return MixtralForCausalLM(
-        MixtralConfig(**sizes, **{"router_aux_loss_coef": 0.3, "output_router_logits": True, **options})
+        MixtralConfig(**{**sizes, "router_aux_loss_coef": 0.3, "output_router_logits": True, **options})
     ).eval()
 
 

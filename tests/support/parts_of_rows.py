@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from hf_objectives.trainers import PerplexityTrainer
 from tests.support import ring_attention
 from tests.support.language_models import TOKENIZER, chats, llama, poisoned, rows_with_a_bad_one
 from tests.support.mixtures import mixture
+from tests.support.ranks import run_ranks
 from tests.support.two_processes import on_shards
 
 PROCESSES = 4
@@ -112,8 +112,7 @@ ACTS = (step, evaluate, stream, not_finite)
 
 def start(folder: Path) -> dict[str, list[dict]]:
     """Run all acts; the outcomes of each on all ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    done = subprocess.run([*command, __file__, str(folder)], capture_output=True, text=True, timeout=600)
+    done = run_ranks(__file__, [str(folder)], PROCESSES)
     assert done.returncode == 0, done.stderr[-6000:]
     return {
         act.__name__: [json.loads((folder / act.__name__ / f"outcome_{i}.json").read_text()) for i in range(PROCESSES)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_objectives import demo
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -38,21 +39,31 @@ def sharegpt(row: dict) -> dict:
     return {"system": system, "conversations": [{"from": "human", "value": question}], **answers}
 
 
+def few_built_in(monkeypatch: Any, rows: int) -> None:
+    """At most so many rows and questions of the built-in corpus."""
+    for name in ("texts", "chats", "preferences", "questions"):
+        whole = getattr(demo, name)
+        monkeypatch.setattr(demo, name, lambda n, *, of=whole, **given: of(min(n, rows), **given))
+
+
 def command_line(given: Mapping[str, Any], *more: str) -> list[str]:
     """Options as a command line, and what follows them."""
     return [*(str(word) for name, value in given.items() for word in (f"--{name}", value)), *more]
 
 
-def run_two_processes(program: str | Path, words: list[str]) -> subprocess.CompletedProcess:
-    """Run a program on two processes, and show its errors where it fails."""
-    done = subprocess.run(
-        [*TWO_PROCESSES, str(program), *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_two_processes(program: str | Path, words: list[str], *, torchrun: bool = False) -> subprocess.CompletedProcess:
+    """Run a program on two processes, of torchrun or of `run_ranks`, which is faster; show its errors where it fails."""
+    if torchrun:
+        done = subprocess.run(
+            [*TWO_PROCESSES, str(program), *words],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    else:
+        done = run_ranks(program, words)
     # Which process failed first stands above what the others say of it.
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
     assert done.returncode == 0, "\n".join([*errors, done.stderr[-4000:]])

@@ -1,10 +1,9 @@
-"""Mixtures in trainers and loaders of two processes, all in one start of torchrun; each rank writes what it saw as JSON."""
+"""Mixtures in trainers and loaders of two processes, all in one launch; each rank writes what it saw as JSON."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from hf_objectives import (
 from hf_objectives.distributed import leave_group, rank
 from tests.support.hosts import ALONE, TOKENIZER, arguments
 from tests.support.language_models import llama
+from tests.support.ranks import run_ranks
 
 BATCH, STEPS, SAVED = 2, 4, 2
 OWN_BATCHES = {"accelerator_config": {"dispatch_batches": False}}
@@ -142,8 +142,7 @@ def datasets(folder: Path) -> dict:
 
 def outcomes(folder: Path) -> list[dict]:
     """Run all acts; what each rank wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, __file__, str(folder)], capture_output=True, text=True, timeout=600)
+    done = run_ranks(__file__, [str(folder)])
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
 

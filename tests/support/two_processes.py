@@ -1,10 +1,9 @@
-"""Acts of trainers on two processes, all in one start of torchrun; each rank writes the outcomes of its acts as JSON."""
+"""Acts of trainers on two processes, all in one launch; each rank writes the outcomes of its acts as JSON."""
 
 from __future__ import annotations
 
 import errno
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tests.support import dpo_worlds, language_models, reward_worlds
 from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
 from tests.support.ppo_acts import ppo_steps
+from tests.support.ranks import run_ranks
 
 
 def evaluate(folder: Path) -> dict:
@@ -276,8 +276,7 @@ def start(folder: Path) -> Outcomes:
     for seed, name in enumerate(("model", "other")):
         model = demo.build_model(dpo_worlds.TOKENIZER, hidden_size=32, num_layers=2, seed=seed)
         model.save_pretrained(folder / "dpo" / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, __file__, str(folder)], capture_output=True, text=True, timeout=600)
+    done = run_ranks(__file__, [str(folder)])
     assert done.returncode == 0, done.stderr[-6000:]
     return Outcomes(folder, done.stderr)
 

@@ -231,13 +231,10 @@ def test_learned_prompts_and_experts_are_refused(folders, tmp_path):
     with pytest.raises(ConfigError, match="padding_free: the model learns a prompt"):
         ours(folders[0], tmp_path, padding_free=True, trainer=prompts)
     rows = Dataset.from_list([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 4)
-    experts = {
-        "padding_free": True,
-        "rows": rows,
-        "trainer": {"ref_model": mixtral(output_router_logits=False)},
-    }
+    sizes = {"output_router_logits": False, "vocab_size": len(TOKENIZER)}
+    experts = {"padding_free": True, "rows": rows, "trainer": {"ref_model": mixtral(**sizes)}}
     with pytest.raises(ConfigError, match="router_aux_loss_coef=0 leaves it out"):
-        ours(mixtral(output_router_logits=False), tmp_path, **experts)
-    run = ours(mixtral(output_router_logits=False), tmp_path, **experts, router_aux_loss_coef=0.0)
+        ours(mixtral(**sizes), tmp_path, **experts)
+    run = ours(mixtral(**sizes), tmp_path, **experts, router_aux_loss_coef=0.0)
     run.train()
     assert run.state.global_step == 2
