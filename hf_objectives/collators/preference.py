@@ -137,8 +137,9 @@ class DataCollatorForPreferencePairs(Collator):
             pair[f"{side}_ids"], pair[f"{side}_mask"] = answer, mask
         if self.max_length is not None:
             pair = fit_ids(pair, self.max_length, bos=self.tokenizer.bos_token_id)
+        first = int(not len(pair["prompt_ids"]))  # nothing predicts the first token of all
         for side in SIDES:
-            if not pair[f"{side}_mask"].any():
+            if not pair[f"{side}_mask"][first:].any():
                 raise NothingSupervisedError(
                     f"{side} has no token to train (max_length={self.max_length}); expected an answer", row=number
                 )

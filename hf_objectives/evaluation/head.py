@@ -82,7 +82,8 @@ def _with_adapters(
         if name not in layers.lora_A:
             continue
         down, up = layers.lora_A[name], layers.lora_B[name]
-        if layers.lora_variant.get(name) is not None or up.bias is not None:
+        # AdaLoRA has parameters and no layers there.
+        if not isinstance(up, nn.Linear) or layers.lora_variant.get(name) is not None or up.bias is not None:
             return None
         low = down(layers.lora_dropout[name](hidden.to(down.weight.dtype))) * layers.scaling[name]
         states.append(low.to(hidden.dtype))

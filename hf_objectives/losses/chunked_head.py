@@ -18,6 +18,9 @@ from hf_objectives.errors import ConfigError
 #: one a chunk, costs more beside the products.
 CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 128 * 2**20, 2**30
 
+#: In place of a logit of -inf, less the highest: that of an entry which a model rules out.
+LOWEST = -1000.0
+
 
 class HeadOptions(NamedTuple):
     """What is summed, and how; see `fused_linear_cross_entropy` and `token_log_probs`. `dtype` is that of the products."""
@@ -169,7 +172,10 @@ class ChunkedHead:
             figures["is_top1"] = logits.argmax(dim=-1) == targets
         highest, of_target = logits.amax(dim=-1, keepdim=True), logits.gather(-1, target)
         logits.sub_(highest)
-        shifted = None if self.shifted is None else self.shifted[: len(logits)].copy_(logits)
+        shifted = None
+        if self.shifted is not None:
+            # 0 * -inf is NaN. So far below the highest logit a probability is 0 in float64 too.
+            shifted = torch.clamp(logits, min=LOWEST, out=self.shifted[: len(logits)])
         total = logits.exp_().sum(dim=-1, keepdim=True)
         log_total = total.log()
         nats, log_z = (log_total + (highest - of_target)).squeeze(-1), (log_total + highest).squeeze(-1)

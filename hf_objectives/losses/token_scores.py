@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_objectives.losses.chunked_head import ChunkedHead, HeadOptions, products_dtype, sums_dtype
+from hf_objectives.losses.chunked_head import LOWEST, ChunkedHead, HeadOptions, products_dtype, sums_dtype
 from hf_objectives.types import check_one_of
 
 
@@ -83,7 +83,7 @@ def scores_of_logits(
     logits = logits.to(sums_dtype(logits.dtype)) / temperature
     every = torch.log_softmax(logits, dim=-1)
     ways = {
-        "entropy": lambda: -(every.exp() * every).sum(dim=-1),
+        "entropy": lambda: -(every.exp() * every.clamp(min=LOWEST)).sum(dim=-1),
         "log_sum_sq_probs": lambda: torch.logsumexp(2 * every.detach(), dim=-1),
         "mean_logits": lambda: logits.detach().mean(dim=-1),
         "is_top1": lambda: logits.argmax(dim=-1) == targets,
@@ -122,7 +122,8 @@ class _TokenScores(torch.autograd.Function):
                 ctx.kept = head, read
         nothing = hidden.new_empty(0, dtype=sums_dtype(options.dtype))
         nats = torch.cat([nothing, *(nats for nats, _ in parts)])
-        figures = {name: torch.cat([found[name] for _, found in parts] or [nothing]) for name in options.figures}
+        none = {name: nothing.bool() if name == "is_top1" else nothing for name in options.figures}
+        figures = {name: torch.cat([none[name], *(found[name] for _, found in parts)]) for name in none}
         ctx.mark_non_differentiable(*(value for name, value in figures.items() if name != "entropy"))
         return nats, *(figures.get(name) for name in FIGURES)
 

@@ -42,6 +42,7 @@ from hf_objectives.trainers.hf_compat import (
     TrainerHooks,
     copies_of_rows,
     count_shifted_labels,
+    free_of_trainers,
     prepare_sharded,
     prepared_batch,
     reshard,
@@ -102,6 +103,7 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
             data_collator = dataclasses.replace(data_collator, return_source=True)
             tokenizer = tokenizer or data_collator.tokenizer
         settle_batches(args, kwargs.get("train_dataset"))
+        free_of_trainers(model)
         super().__init__(model, args, data_collator, **kwargs)
         refuse_data_parallel(self.args)
         refuse_other_models(self.model, tokenizer)

@@ -30,11 +30,11 @@ from hf_objectives.evaluation import (
 from hf_objectives.labels import SIDES, encode_pair
 from hf_objectives.trainers.dpo_config import DEFAULTS
 from hf_objectives.trainers.guards import map_numbered
-from hf_objectives.trainers.hf_compat import copies_of_rows
+from hf_objectives.trainers.hf_compat import copies_of_rows, free_of_trainers, let_copies_run
 from hf_objectives.trainers.metrics import PairMetrics
 from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.shared_prompt import SharedPrompts
-from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding
+from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding, innermost
 
 # TRL logs the mean of its batches' means under these names. Here they are counted over pairs or tokens.
 _COUNTED = (
@@ -103,6 +103,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
             # As the parent does for training: joined batches of several ranks would have to be of one width.
             args.accelerator_config.dispatch_batches = False
         self._shared = SharedPrompts(self) if getattr(args, "padding_free", False) else None
+        free_of_trainers(model, ref_model)
         given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics)
         with asking_for_padding(args):
             super().__init__(*given, callbacks, optimizers, quantization_config, peft_config)
@@ -112,6 +113,10 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
         if self._shared is not None:
             self._shared.install()
             self.padding_free = True
+        else:
+            for used in (self.model, self.ref_model):
+                if used is not None:
+                    let_copies_run(innermost(used))
         self.reference_is_start = self._compare_reference(given=ref_model is not None)
         self.pair_metrics: PairMetrics | None = None
         if self.reference_is_start and not (self.precompute_ref_logps and self.ld_alpha is not None):

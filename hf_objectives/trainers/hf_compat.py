@@ -5,15 +5,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.evaluation import unwrapped
 from hf_objectives.trainers.hf_checkpoints import WholeCheckpoints
 from hf_objectives.trainers.refusals import refuse_cut_rows
+
+#: Packages that put wrappers around `forward` of a model.
+_WRAPPERS = ("accelerate", "hf_objectives", "torch", "trl")
 
 
 class StepWatch:
@@ -76,6 +84,50 @@ class _Steps:
             for watch in [*self.watches]:
                 watch.step_fails()
             raise
+
+
+def free_of_trainers(*models: Any) -> None:
+    """Take off what trainers before have put around `forward` of models: TRL's fused head, ours, accelerate's autocast.
+
+    TRL's runs the weights of the model that it was made for, in a copy of that model too.
+    """
+    for model in map(unwrapped, models):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        given: Any = getattr(vars(inner).get("forward"), "__func__", None) if isinstance(inner, nn.Module) else None
+        found, own = given, type(inner).forward if given else None
+        while found is not own and (inside := _inside(found)) is not None:
+            found = inside
+        if found is given:
+            continue
+        del inner.forward
+        if hook := vars(inner).get("_hf_hook"):  # of a model that lies on several devices
+            del inner._old_forward
+            add_hook_to_module(inner, hook)
+        elif found is not own:
+            inner.forward = types.MethodType(found, inner)
+
+
+def let_copies_run(model: Any) -> None:
+    """Let a copy of a model with TRL's fused head run its own weights; TRL's forward runs those that it was made for."""
+    usual, own = model.forward, type(model).forward
+
+    @functools.wraps(own)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if fused_lm_head or self is model:  # the fused head runs the layers of `self`
+            return usual.__func__(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+        return own(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _inside(function: Any) -> Any:
+    """The function that a trainer's wrapper of `forward` calls; None for a function of another make."""
+    made_in = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    if made_in.partition(".")[0] not in _WRAPPERS:
+        return None
+    called = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    inside = called.get("original_forward") or called.get("usual") or getattr(function, "__wrapped__", None)
+    return getattr(inside, "__func__", inside)
 
 
 def watch_steps(trainer: Any, watch: StepWatch) -> Callable[[], None]:

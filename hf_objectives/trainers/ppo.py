@@ -27,6 +27,7 @@ from hf_objectives.losses import (
     whiten,
 )
 from hf_objectives.trainers.critic import Critic, CriticOptimizer
+from hf_objectives.trainers.hf_compat import free_of_trainers
 from hf_objectives.trainers.metrics import PolicyMetrics
 from hf_objectives.trainers.ppo_config import PPOConfig
 from hf_objectives.trainers.refusals import check_vocabulary
@@ -110,6 +111,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         functions, tokenizers = checked_rewards(
             reward_funcs, reward_processing_classes, on_error=args.reward_errors, tell_failed=self._tell_failed
         )
+        free_of_trainers(model)
         reference = own_reference(model, args, peft_config)
         with asking_for_none(args, reference is not None):
             parent: Any = super().__init__

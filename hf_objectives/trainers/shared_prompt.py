@@ -23,7 +23,7 @@ from hf_objectives.types import IGNORE_INDEX
 _LAYERS = ("full_attention", "sliding_attention")
 _DENSE = ("sdpa", "eager", "flex_attention")
 #: Inputs of a forward pass that say nothing of a token.
-_SETTINGS = ("input_ids", "attention_mask", "use_cache", "margin")
+_SETTINGS = ("input_ids", "attention_mask", "use_cache", "margin", "return_dict")
 
 
 def prompt_masks(config: Any, rows: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

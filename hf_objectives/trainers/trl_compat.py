@@ -34,7 +34,7 @@ from trl.trainer.utils import is_async_callable as is_async_callable
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import after_head, token_score_outputs, unwrapped
-from hf_objectives.trainers.hf_compat import TrainerHooks
+from hf_objectives.trainers.hf_compat import TrainerHooks, let_copies_run
 from hf_objectives.types import IGNORE_INDEX
 
 __all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "place_reference"]
@@ -118,12 +118,14 @@ def score_tokens(
         temperature: what logits are divided by.
         pack: see `Pack`.
     """
+    let_copies_run(model)
     usual = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        run = types.MethodType(usual.__func__, self)
         if not fused_lm_head or labels is None or args:
-            return usual(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+            return run(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         packed, targets = None if pack is None else pack(kwargs), labels[:, 1:]
         wanted = targets != IGNORE_INDEX
         if packed is None:
@@ -136,7 +138,7 @@ def score_tokens(
             *(self, inputs, shape, places[:, :-1][wanted], targets[wanted]),
             temperature=temperature,
             figures=figures(),
-            run=usual,
+            run=run,
         )
         spread = {
             name: value.new_zeros(wanted.shape).masked_scatter(wanted.to(value.device), value)

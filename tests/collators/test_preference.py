@@ -101,6 +101,7 @@ def test_nothing_predicts_the_first_token_of_all():
         ({**IDS[0], "chosen_mask": [1]}, FormatError, "row 1: chosen_mask has 1 entries for 2 ids"),
         ({**IDS[0], "rejected_ids": []}, NothingSupervisedError, "row 1: rejected has no token"),
         ({**IDS[0], "chosen_mask": [0, 0]}, NothingSupervisedError, "row 1: chosen has no token"),
+        ({**IDS[0], "prompt_ids": []}, NothingSupervisedError, "row 1: rejected has no token"),
         (
             {"prompt": "q", "chosen": "a", "rejected": "a", "row": 40},
             FormatError,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 from hf_objectives.errors import DataError
 from hf_objectives.evaluation.head import After, after_head, warn_once
@@ -138,6 +138,19 @@ def test_adapters_of_another_kind_give_their_own_logits(options):
     model, chosen = adapted(build("llama"), "head", **options), targets()
     result, _ = next_token_outputs(model, inputs(), chosen)
     assert result.loss.item() == pytest.approx(by_logits(model, chosen)[0], rel=1e-6)
+
+
+def test_adapters_whose_parts_are_no_layers_give_their_own_logits():
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=["lm_head"], init_r=4, total_step=10, tinit=1, tfinal=2
+    )
+    model, chosen = get_peft_model(build("llama"), config).eval(), targets()
+    before = by_logits(model, chosen)[0]
+    for key, weight in model.named_parameters():
+        if "lora" in key:
+            torch.nn.init.normal_(weight, std=0.2)
+    result, _ = next_token_outputs(model, inputs(), chosen)
+    assert result.loss.item() == pytest.approx(by_logits(model, chosen)[0], rel=1e-6) != before
 
 
 def test_adapters_switched_off_merged_and_with_dropout():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.losses import token_log_probs
-from hf_objectives.losses.token_scores import FIGURES
+from hf_objectives.losses.token_scores import FIGURES, scores_of_logits
 from tests.support.heads import CHUNK, close, example
 
 LARGE = 2**20  # bytes that hold all tokens
@@ -188,3 +188,38 @@ def test_the_largest_tensor_is_a_chunk(wants_entropy):
         )
         (found.log_probs.sum() + (found.entropy.sum() if wants_entropy else 0)).backward()
     assert 2**14 < largest <= 2**16 < 400 * 997 * 4
+
+
+@pytest.mark.parametrize("of_logits", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [CHUNK, LARGE])
+def test_entries_that_a_model_rules_out_have_no_part_in_an_entropy(of_logits, chunk_bytes):
+    """Logits of -inf: the figures and gradients are those of a head without these entries."""
+    hidden, weight, _, _ = example(30)
+    kept = len(weight) // 2
+    targets, bias = torch.arange(30) % kept, torch.zeros(len(weight), dtype=torch.float64)
+    bias[kept:] = -math.inf
+    of_logps, of_entropy = torch.linspace(-1, 2, 30), 5 * torch.linspace(1, -1, 30)
+    logps, entropy, gradients = by_autograd(hidden, weight[:kept], None, targets, of_logps, of_entropy)
+    parts = [part.clone().requires_grad_() for part in (hidden, weight)]
+    if of_logits:
+        found = scores_of_logits(torch.nn.functional.linear(*parts, bias), targets, figures=FIGURES)
+    else:
+        found = token_log_probs(*parts, targets, bias=bias, figures=FIGURES, chunk_bytes=chunk_bytes)
+    ((found.log_probs * of_logps).sum() + (found.entropy * of_entropy).sum()).backward()
+    assert torch.allclose(found.log_probs, logps) and torch.allclose(found.entropy, entropy)
+    assert found.log_sum_sq_probs.isfinite().all() and (found.mean_logits == -math.inf).all()
+    close([parts[0].grad, parts[1].grad[:kept]], gradients[:2], 1e-12)
+    assert not parts[1].grad[kept:].any()
+
+
+@pytest.mark.parametrize("way", [token_log_probs, None])
+def test_no_tokens_have_figures_of_the_usual_dtypes(way):
+    hidden, weight, _, targets = example(3, dtype=torch.float32)
+    some, none = (
+        token_log_probs(hidden[:n], weight, targets[:n], figures=FIGURES)
+        if way
+        else scores_of_logits(hidden[:n] @ weight.t(), targets[:n], figures=FIGURES)
+        for n in (3, 0)
+    )
+    assert [value.dtype for value in none] == [value.dtype for value in some]
+    assert none.is_top1.dtype == torch.bool and all(value.shape == (0,) for value in none)

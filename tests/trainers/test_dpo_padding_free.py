@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_objectives import PerplexityDPOConfig, PerplexityDPOTrainer
 from hf_objectives.errors import ConfigError, PackingLeakError
@@ -109,6 +111,27 @@ def test_the_flag_stays_with_us(folders, tmp_path, caplog):
     shapes = watched(plain)
     step(plain)
     assert shapes == [BATCH["input_ids"].shape]
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_model_that_another_trainer_had(folders, tmp_path):
+    """TRL's fused head runs the model that it was made for, in a copy too."""
+    model = load(folders[0])
+    add_fused_lm_head(model)
+    reference = copy.deepcopy(model)
+    reference.load_state_dict(load(folders[1]).state_dict())
+    expected = step(build(DPOTrainer, load(folders[0]), tmp_path, trainer={"ref_model": load(folders[1])}))
+    assert_equal_steps(expected, step(ours(model, tmp_path, padding_free=True, trainer={"ref_model": reference})))
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_copy_runs_its_own_weights(free, folders, tmp_path):
+    run = ours(load(folders[0]), tmp_path, padding_free=free, trainer={"ref_model": load(folders[1])})
+    other, ids = load(folders[1]), torch.tensor([[5, 6, 7]])
+    copied = copy.deepcopy(run.model)
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied(ids).logits, other(ids).logits)
+    assert torch.equal(run.model(ids).logits, load(folders[0])(ids).logits)
 
 
 @pytest.mark.slow

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import types
 from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig, dispatch_model
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer
 from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers import PerplexityTrainer, StepWatch, hf_compat, watch_steps
-from hf_objectives.trainers.hf_compat import router_loss
+from hf_objectives.trainers.hf_compat import free_of_trainers, router_loss
 from tests.support.language_models import TOKENIZER, chats, llama, trainer
 
 MOVED = (
@@ -154,3 +159,71 @@ def test_an_error_reaches_all_watches_and_the_caller(tmp_path):
         run.train()
     assert [call[0] for call in calls[2:4]] == ["sees first", "fails"]
     assert calls[4:] == [("sees first", "fails"), ("fails", "fails")] and run.state.global_step == 0
+
+
+# -- what trainers put around `forward` -------------------------------------------------------------------------------
+
+IDS = torch.tensor([[5, 6, 7]])
+
+
+def with_other_weights(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    return other
+
+
+@pytest.mark.parametrize("around", ["nothing", "autocast", "an adapter"])
+def test_a_copy_of_a_model_with_trls_head_is_freed_of_it(around):
+    model = llama()
+    plain = model(IDS).logits
+    add_fused_lm_head(model)
+    if around == "autocast":
+        AcceleratorState._reset_state(reset_partial_state=True)
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    other = with_other_weights(model)
+    if around == "an adapter":
+        other = get_peft_model(other, LoraConfig(target_modules=["q_proj"]))
+    assert other(IDS).logits.any()  # those of `model`: if not, TRL has mended it
+    free_of_trainers(other, model, None, "a path")
+    assert not other(IDS).logits.any() and torch.equal(model(IDS).logits, plain)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_forward_of_the_users_stays(below):
+    model = llama()
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, **kwargs):
+        output = type(model).forward(self, *args, **kwargs)
+        output.logits = output.logits + 1
+        return output
+
+    expected = model(IDS).logits + 1
+    model.forward = types.MethodType(forward, model)
+    if below:
+        add_fused_lm_head(model)
+    free_of_trainers(model)
+    assert torch.equal(model(IDS).logits, expected)
+    assert not (with_other_weights(model)(IDS).logits - 1).any()
+
+
+def test_hooks_of_several_devices_stay():
+    model = dispatch_model(llama(), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    hook = model._hf_hook
+    add_fused_lm_head(model)
+    other = with_other_weights(model)
+    free_of_trainers(other, model)
+    assert not other(IDS).logits.any() and model(IDS).logits.any() and model._hf_hook is hook
+    assert isinstance(other.forward, functools.partial) and other._old_forward.__self__ is other
+
+
+def test_a_copy_is_what_is_trained(tmp_path):
+    model = llama()
+    add_fused_lm_head(model)
+    other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    trainer(tmp_path, model=other, rows=chats(4), max_steps=1).train()
+    assert not torch.equal(other.lm_head.weight, before["lm_head.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

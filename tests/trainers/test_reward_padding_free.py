@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    FalconConfig,
     Gemma3Config,
     Gemma3TextConfig,
     JambaConfig,
@@ -111,6 +112,24 @@ def test_loss_gradients_metrics_and_figures_are_the_padded_ones(name, attention,
     for key, value in padded.items():
         if not any(word in key for word in ("time", "per_second")):
             assert packed[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_a_classifier_that_asks_its_layers_for_an_output_by_name(tmp_path):
+    """`return_dict` is no input of a token."""
+
+    def run(**options):
+        torch.manual_seed(0)
+        config = FalconConfig(
+            vocab_size=SIZES["vocab_size"], hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            initializer_range=0.2, num_labels=1,
+        )  # fmt: skip
+        return trainer(tmp_path, ROWS, model=AutoModelForSequenceClassification.from_config(config), **options)
+
+    (loss, gradients, _), (our_loss, our_gradients, _) = step(run()), step(run(padding_free=True))
+    assert our_loss == pytest.approx(loss, rel=1e-5) and our_gradients.keys() == gradients.keys()
+    for name, value in gradients.items():
+        assert torch.allclose(our_gradients[name], value, atol=1e-4 * float(value.abs().max()) + 1e-7), name
 
 
 @pytest.mark.slow

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_objectives import PPOConfig, PPOTrainer
 from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, logged, ppo, small_model
@@ -86,3 +89,20 @@ def test_forwards_are_told_apart_by_the_model_and_not_by_their_order(tmp_path):
         logits = small_model()(ids).logits[0, :-1].log_softmax(-1)
         expected = logits.gather(-1, ids[0, 1:, None])[:, 0]
         assert torch.allclose(reference[0], expected, atol=1e-5) and not torch.allclose(policy, reference, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [{}, {"bf16": True}])
+def test_the_reference_of_a_second_run_is_not_the_policy(tmp_path, mixed):
+    model = small_model()
+    add_fused_lm_head(model, temperature=0.5)  # by another trainer of TRL, whose forward runs `model` in copies too
+    for run in (1, 2):
+        trained = ppo(tmp_path / str(run), model=model, beta=0.1, learning_rate=1e-2, num_iterations=1, **mixed)
+        trained.train()
+        kls = logged(trained, "kl")
+        assert kls[0] == 0 and abs(kls[1]) > 1e-3
+    ids, copied = LETTERS("ask a b", return_tensors="pt")["input_ids"], copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+        assert not copied(ids).logits.any() and model(ids).logits.any()
+    assert torch.equal(copied.generate(ids, max_new_tokens=1, do_sample=False)[0, -1:], torch.tensor([0]))
