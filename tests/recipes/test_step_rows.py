@@ -144,7 +144,7 @@ def check(run: Path, steps: dict[int, list]) -> None:
         assert [(row.source, row.row, row.tokens) for row in rows_of_step(run, step)] == given, step
 
 
-SMALLER = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "data_seed": 5, "save_steps": 50}
+SMALLER = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "data_seed": 5, "save_steps": 50}
 
 
 @pytest.mark.slow
