@@ -104,7 +104,7 @@ class Lab:
                  "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}  # fmt: skip
         if self.small:
             shape |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-                      "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512}  # fmt: skip
+                      "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 1024}  # fmt: skip
         config = Qwen3Config(**{**shape, "max_position_embeddings": 65_536, "tie_word_embeddings": True, **more})
         with torch.device(self.device):
             return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
@@ -169,9 +169,9 @@ def stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
 
-def random_rows(count: int, length: int, trained: float, vocabulary: int) -> Dataset:
-    """Rows of random ids, of which the last part is trained."""
-    ids = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+def random_rows(count: int, length: int, trained: float) -> Dataset:
+    """Rows of random tokens, of which the last part is trained. The built-in tokenizer has few, whatever the head has."""
+    ids = torch.randint(0, len(demo.build_tokenizer()), (count, length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : round(length * (1 - trained))] = -100
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
@@ -295,7 +295,7 @@ def sft(lab: Lab) -> Trials:
 
 def _fine_tune(lab: Lab, size: str, length: int, trained: float, trainer: type, arguments: Any) -> dict[str, Any]:
     model = lab.model(size)
-    rows = random_rows(6, length, trained, model.config.vocab_size)
+    rows = random_rows(6, length, trained)
     figures = train(trainer(model, arguments, stack, train_dataset=rows, processing_class=demo.build_tokenizer()))
     seconds = figures["s/step"]
     return {"tokens/s": round(length / seconds), "MFU": mfu(model.config, length, seconds), **figures}
@@ -354,7 +354,7 @@ def evaluation(lab: Lab) -> Trials:
     """An evaluation in turn with forward passes that read no loss."""
     length, count = (64, 8) if lab.small else (2048, 64)
     model = lab.model(dtype=torch.bfloat16 if lab.cuda else torch.float32)
-    rows = random_rows(count, length, 1.0, model.config.vocab_size)
+    rows = random_rows(count, length, 1.0)
 
     def measure(size: int) -> dict[str, Any]:
         settings = lab.arguments(PerplexityTrainingArguments, per_device_eval_batch_size=size, bf16=False)
@@ -407,7 +407,7 @@ def _qlora(lab: Lab) -> dict[str, Any]:
 def _a_few_steps(lab: Lab, model: Any = None, **more: Any) -> dict[str, Any]:
     model = lab.model() if model is None else model
     length = 64 if lab.small else 2048
-    rows = random_rows(12, length, 1.0, model.config.get_text_config().vocab_size)
+    rows = random_rows(12, length, 1.0)
     given = lab.arguments(PerplexityTrainingArguments, per_device_train_batch_size=2, max_steps=6, **more)
     some = rows.select(range(3))
     tokenizer = demo.build_tokenizer()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
+from hf_objectives.errors import ConfigError, DataError, FormatError, NothingSupervisedError
 from hf_objectives.evaluation.counts import EvaluationCounts, PerplexityResult, TokenCount
 from hf_objectives.evaluation.logits import split_extra_columns, target_nll
 from hf_objectives.labels import token_byte_lengths
@@ -38,6 +38,9 @@ def count_batch(
         byte_lengths: int64 [vocabulary], bytes per token id; None counts no bytes.
         stop_ids: tokens that end a turn. Where a run of trained tokens ends with one, its probability is counted.
         full_logits: see `selected_logits`.
+
+    Raises:
+        DataError: a target that `byte_lengths` does not know.
     """
     inputs, extra = split_extra_columns(batch)
     columns = shifted_columns(batch)
@@ -45,6 +48,11 @@ def count_batch(
     positions = targets != IGNORE_INDEX
     nats = target_nll(model, inputs, targets, full=full_logits).cpu().numpy()
     ids = targets[positions].cpu().numpy()
+    if byte_lengths is not None and (beyond := ids[ids >= len(byte_lengths)]).size:
+        raise DataError(
+            f"id {beyond[0]} is to be predicted, and the tokenizer has {len(byte_lengths)} tokens, so that bits per byte are "
+            "not known; expected the tokenizer that made the rows, or none"
+        )
     lengths = np.zeros(len(ids), np.int64) if byte_lengths is None else byte_lengths[ids]
     counts = EvaluationCounts(TokenCount(float(nats.sum()), len(ids), int(lengths.sum())))
     # A run ends where the next target is not trained. A stop token there is the end of a turn.

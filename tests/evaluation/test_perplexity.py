@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.errors import ConfigError, FormatError, NothingSupervisedError
+from hf_objectives.errors import ConfigError, DataError, FormatError, NothingSupervisedError
 from hf_objectives.evaluation.counts import TokenCount
 from hf_objectives.evaluation.perplexity import EvaluationCounts, compute_perplexity, count_batch
 from tests.support.chat_corpus import PLAIN
@@ -137,6 +137,12 @@ def test_batches_count_by_source_and_by_stop():
         metrics = counts.metrics("eval")
         assert metrics["eval_stop_probability"] == pytest.approx(sum(stops) / 3, rel=1e-5)
         assert metrics["eval_a_num_tokens"] == len(expected["a"])
+
+
+def test_a_target_that_the_tokenizer_does_not_know_is_named():
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, 2, 3]])}
+    with pytest.raises(DataError, match="id 3 is to be predicted, and the tokenizer has 3 tokens"):
+        count_batch(llama(), batch, byte_lengths=np.ones(3, np.int64))
 
 
 def test_no_tensor_of_all_positions_and_the_vocabulary_is_made():
