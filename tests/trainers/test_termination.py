@@ -18,6 +18,14 @@ from tests.support.language_models import llama, trainer
 from tests.support.terminations import Terminate
 
 
+@pytest.fixture(autouse=True)
+def no_handler():
+    """What runs before in this process may have left one: Ray's ends the process."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def make(folder, terminate_in=None, **options):
     run = trainer(folder, model=llama(attention_dropout=0.1), max_steps=6, learning_rate=1e-2, **options)
     if terminate_in is not None:
