@@ -47,5 +47,6 @@ if TYPE_CHECKING:
         compute_perplexity,  # exact perplexity of texts
         count_batch,  # nats, tokens and bytes of one batch
     )
+    from hf_objectives.evaluation.vocabulary import check_vocabulary  # every token has an embedding, or an error
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

@@ -23,6 +23,7 @@ from hf_objectives.evaluation import (
     PairLoss,
     PairScores,
     by_column,
+    check_vocabulary,
     nats_per_token,
     pair_figures,
     unique_rows,
@@ -32,7 +33,6 @@ from hf_objectives.trainers.dpo_config import DEFAULTS
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.hf_compat import copies_of_rows, free_of_trainers, let_copies_run
 from hf_objectives.trainers.metrics import PairMetrics
-from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.shared_prompt import SharedPrompts
 from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding, innermost
 

@@ -14,7 +14,7 @@ from trl import SyncRefModelCallback
 
 from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
 from hf_objectives.errors import ConfigError
-from hf_objectives.evaluation import EvaluatesLanguageModels
+from hf_objectives.evaluation import EvaluatesLanguageModels, check_vocabulary
 from hf_objectives.labels import with_prompts
 from hf_objectives.losses import (
     KL_ESTIMATORS,
@@ -30,7 +30,6 @@ from hf_objectives.trainers.critic import Critic, CriticOptimizer
 from hf_objectives.trainers.hf_compat import free_of_trainers
 from hf_objectives.trainers.metrics import PolicyMetrics
 from hf_objectives.trainers.ppo_config import PPOConfig
-from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
 from hf_objectives.trainers.trl_compat import (
     RLOOHooks,

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_objectives.errors import ConfigError, TokenizerError
+from hf_objectives.errors import ConfigError
+from hf_objectives.evaluation import check_vocabulary
 
 if TYPE_CHECKING:  # `hf_compat` needs this file, and a program that shows labels needs `hf_compat`, but no model
     from transformers import PreTrainedModel
@@ -146,29 +147,3 @@ def _has_head(model: PreTrainedModel) -> bool:
 
     inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     return any(module.get_output_embeddings() is not None for module in inside)
-
-
-def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Refuse a model without an embedding for a token that text or padding can produce.
-
-    Control tokens that neither frame texts nor stand in the chat template may be without one: some text models have the
-    tokenizer of a vision model of their family.
-
-    Raises:
-        TokenizerError: names the first such token.
-    """
-    find = getattr(model, "get_input_embeddings", None)
-    number = getattr(find() if callable(find) else None, "num_embeddings", None)
-    if number is None or not hasattr(tokenizer, "added_tokens_decoder") or len(tokenizer) <= number:
-        return
-    template = str(getattr(tokenizer, "chat_template", None))
-    added = tokenizer.added_tokens_decoder.items()
-    unused = {i for i, token in added if token.special and str(token) not in template}
-    unused -= {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    without = {i: token for token, i in tokenizer.get_vocab().items() if i >= number and i not in unused}
-    if without:
-        first = min(without)
-        raise TokenizerError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {number} embeddings: {without[first]!r} is "
-            f"{first}; expected the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)) before training"
-        )

@@ -21,11 +21,10 @@ from trl import RewardConfig
 
 from hf_objectives.distributed import gather_objects
 from hf_objectives.errors import ConfigError, FormatError
-from hf_objectives.evaluation import PairRewards
+from hf_objectives.evaluation import PairRewards, check_vocabulary
 from hf_objectives.labels import encode_pair
 from hf_objectives.trainers.checkpoints import CheckpointSettings
 from hf_objectives.trainers.guards import map_numbered
-from hf_objectives.trainers.refusals import check_vocabulary
 from hf_objectives.trainers.score_position import check_batch, read_past_end, spare_pad_token
 from hf_objectives.trainers.shared_prompt_scores import SharedPromptScores
 from hf_objectives.trainers.trl_compat import RewardCollator, RewardHooks, get_dataset_column_names

@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.losses import fused_linear_cross_entropy
-from tests.support.heads import CHUNK, by_autograd, close, example, ours
+from tests.support.heads import CHUNK, LargestTensor, by_autograd, close, example, ours
 
 
 @given(
@@ -137,20 +136,9 @@ def test_a_second_backward_is_refused():
 
 def test_the_largest_tensor_is_a_chunk():
     """Every tensor that any operation returns is counted: none has more elements than weight or chunk."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for part in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(part, torch.Tensor):
-                    largest = max(largest, part.untyped_storage().nbytes())
-            return result
-
     hidden, weight, _, targets = example(400, 4, 997, torch.float32)
-    with Watch():
+    with LargestTensor() as largest:
         fused_linear_cross_entropy(
             hidden.requires_grad_(), weight.requires_grad_(), targets, chunk_bytes=2**16
         ).loss.backward()
-    assert 2**15 < largest <= 2**16 < 400 * 997 * 4
+    assert 2**15 < largest.bytes <= 2**16 < 400 * 997 * 4

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.losses import token_log_probs
 from hf_objectives.losses.token_scores import FIGURES, scores_of_logits
-from tests.support.heads import CHUNK, close, example
+from tests.support.heads import CHUNK, LargestTensor, close, example
 
 LARGE = 2**20  # bytes that hold all tokens
 
@@ -166,19 +165,8 @@ def test_under_autocast_weights_keep_float32_gradients():
 @pytest.mark.parametrize("wants_entropy", [False, True])
 def test_the_largest_tensor_is_a_chunk(wants_entropy):
     """Every tensor that any operation returns is counted: none has more elements than weight or chunk."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for part in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(part, torch.Tensor):
-                    largest = max(largest, part.untyped_storage().nbytes())
-            return result
-
     hidden, weight, _, targets = example(400, 4, 997, torch.float32)
-    with Watch():
+    with LargestTensor() as largest:
         found = token_log_probs(
             hidden.requires_grad_(),
             weight.requires_grad_(),
@@ -187,7 +175,7 @@ def test_the_largest_tensor_is_a_chunk(wants_entropy):
             chunk_bytes=2**16,
         )
         (found.log_probs.sum() + (found.entropy.sum() if wants_entropy else 0)).backward()
-    assert 2**14 < largest <= 2**16 < 400 * 997 * 4
+    assert 2**14 < largest.bytes <= 2**16 < 400 * 997 * 4
 
 
 @pytest.mark.parametrize("of_logits", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_objectives.losses import fused_linear_cross_entropy
 
@@ -44,3 +45,16 @@ def close(found, expected, share):
         if other is not None:
             largest = float(other.abs().max()) if other.numel() else 0.0
             assert torch.allclose(one.double(), other, atol=share * largest, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it: `bytes` of the largest tensor that any operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.bytes = max(self.bytes, part.untyped_storage().nbytes())
+        return result

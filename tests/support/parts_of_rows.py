@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import ParallelismConfig
 from torch.distributed.tensor import DTensor
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM
@@ -37,8 +36,7 @@ def weighed() -> list[dict]:
 def run_of(folder: Path, rows, model=None, collator=None, **options) -> PerplexityTrainer:
     """A trainer of eight rows a step: two of a process, two micro-batches, two groups."""
     options = {"gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, **options}
-    parallelism = ParallelismConfig(dp_shard_size=2, cp_size=2)
-    args = on_shards(folder, parallelism_config=parallelism, train_sampling_strategy="sequential", **options)
+    args = on_shards(folder, cp=2, train_sampling_strategy="sequential", **options)
     return PerplexityTrainer(
         model or llama(), args, collator, train_dataset=rows, eval_dataset=chats(), processing_class=TOKENIZER
     )

@@ -33,9 +33,8 @@ from transformers import (
 
 from hf_objectives.errors import ConfigError, TokenizerError
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, RewardModelConfig, RewardModelTrainer
-from hf_objectives.trainers.refusals import check_vocabulary, refuse_cut_rows, refuse_data_parallel, refuse_other_models
+from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel, refuse_other_models
 from tests.support import dpo_worlds
-from tests.support.chat_corpus import byte_tokenizer
 from tests.support.language_models import arguments, llama, trainer
 from tests.support.ppo_worlds import ppo, small_model
 
@@ -183,32 +182,6 @@ class Own(torch.nn.Module):
 )
 def test_causal_language_models_and_models_of_ones_own_pass(make):
     refuse_other_models(make())
-
-
-class Embedded:
-    """A model of which only the number of embeddings is known."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def get_input_embeddings(self):
-        return torch.nn.Embedding(self.number, 1)
-
-
-def test_tokens_without_an_embedding():
-    own = byte_tokenizer(special=["<|im_start|>", "<|image|>"])
-    check_vocabulary(own, Embedded(len(own)))
-    check_vocabulary(own, Embedded(len(own) - 1))  # <|image|>, which no text asks for
-    with pytest.raises(TokenizerError, match=r"'<\|im_start\|>' is \d+; expected the model's own tokenizer"):
-        check_vocabulary(own, Embedded(len(own) - 2))  # the template prints it
-    own.add_tokens(["word"])
-    with pytest.raises(TokenizerError, match=f"'word' is {len(own) - 1}; expected the model's own tokenizer"):
-        check_vocabulary(own, Embedded(len(own) - 1))
-    padded = byte_tokenizer(special=["<|im_start|>", "<|pad|>"], pad_token="<|pad|>")
-    with pytest.raises(TokenizerError, match=r"'<\|pad\|>' is"):
-        check_vocabulary(padded, Embedded(padded.pad_token_id))
-    check_vocabulary(None, Embedded(3))
-    check_vocabulary(own, torch.nn.Linear(1, 1))  # a model of one's own
 
 
 def test_trainers_refuse_tokens_without_an_embedding(tmp_path):

@@ -20,6 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 from hf_objectives import trainers
 from hf_objectives.diagnostics import callback
 from hf_objectives.trainers.trl_compat import PromptOrder, asking_for_padding
+from tests.support import dpo_worlds, reward_worlds
 from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, ppo, small_model
 
 VERSION = version("trl")
@@ -270,3 +271,17 @@ def test_padding_free_is_still_dropped():
     assert arguments.padding_free is True
     with asking_for_padding(None):
         pass
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
+def test_an_evaluation_leaves_the_random_state_of_training(kind, folders, tmp_path):
+    """A loader draws when it is iterated, and so do answers."""
+    if kind == "reward":
+        run = reward_worlds.trainer(tmp_path)
+    elif kind == "dpo":
+        run = dpo_worlds.ours(folders[0], tmp_path, tests=Dataset.from_list(dpo_worlds.PAIRS[:2]))
+    else:
+        run = ppo(tmp_path, eval_dataset=[{"prompt": "ask a"}, {"prompt": "ask b"}], critic="none")
+    before = torch.get_rng_state()
+    run.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
