@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from _machine import describe, table
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Qwen3Config, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_objectives import (
@@ -49,6 +49,7 @@ from hf_objectives import (
     PPOTrainer,
     demo,
 )
+from hf_objectives.errors import PackingLeakError
 from hf_objectives.losses import IMPLEMENTATIONS, fused_linear_cross_entropy, next_token_loss
 from hf_objectives.trainers import probe_isolation
 
@@ -283,7 +284,8 @@ def sft(lab: Lab) -> Trials:
             "TRL with Liger": (SFTTrainer, SFTConfig, skip | liger),
             "transformers with Liger": (Trainer, TrainingArguments, liger),
         }
-    cases = [("0.6B", *size) for size in sizes] + [("1.7B", *sizes[0])]
+    cases = [("0.6B", *size) for size in sizes]
+    cases.insert(2, ("1.7B", *sizes[0]))
     for (size, length, trained), (name, (trainer, config, more)) in itertools.product(cases, kinds.items()):
         given = more | ({"max_length": length} if config is SFTConfig else {})
         what = {"model": size, "tokens": length, "trained": trained, "trainer": name}
@@ -437,6 +439,76 @@ def _ppo(lab: Lab) -> dict[str, Any]:
     return train(PPOTrainer(model, length_of, given, train_dataset=rows, processing_class=tokenizer), warm=1)
 
 
+def resume(lab: Lab) -> Trials:
+    """Runs of 6 steps: the same again, and one that goes on from its checkpoint of step 3."""
+    for name in ("fp32", *(["bf16", "fp16"] if lab.cuda else [])):
+        yield {"precision": name}, partial(_resume, lab, name)
+
+
+def _resume(lab: Lab, precision: str) -> dict[str, Any]:
+    rows, tokenizer = random_rows(24, 64, 0.5), demo.build_tokenizer()
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
+
+    def one(folder: str, **settings: Any) -> tuple[list[float], list[torch.Tensor]]:
+        model = lab.model(attention_dropout=0.1, **shape)
+        given = lab.arguments(
+            PerplexityTrainingArguments, per_device_train_batch_size=4, max_steps=6, save_strategy="steps", save_steps=3,
+            bf16=precision == "bf16", fp16=precision == "fp16",
+        )  # fmt: skip
+        given.output_dir = folder
+        trainer = PerplexityTrainer(model, given, stack, train_dataset=rows, processing_class=tokenizer)
+        trainer.train(**settings)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, [parameter.detach().cpu() for parameter in model.parameters()]
+
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        whole, again = one(first), one(second)
+        on = one(first, resume_from_checkpoint=f"{first}/checkpoint-3")
+    return {
+        f"{name}: {what}": value
+        for name, other in {"again": again, "resumed": on}.items()
+        for what, value in {
+            "largest difference of losses": max(abs(a - b) for a, b in zip(whole[0], other[0], strict=True)),
+            "weights equal": all(torch.equal(a, b) for a, b in zip(whole[1], other[1], strict=True)),
+        }.items()
+    }
+
+
+def leaks(lab: Lab) -> Trials:
+    """What the probe says of tiny models in each precision: the largest change that passed, or why not."""
+    dtypes = {**_DTYPES, "float16": torch.float16}
+    for (kind, shape), (name, dtype) in itertools.product(_TINY.items(), dtypes.items()):
+        yield {"model": kind, "dtype": name}, partial(_leak, lab, kind, shape, dtype)
+
+
+def _leak(lab: Lab, kind: str, shape: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=264, **shape)).to(lab.device, dtype)
+    try:
+        report = probe_isolation(model)
+    except PackingLeakError as error:
+        return {"attention": model.config._attn_implementation, "refused": str(error)[:120]}
+    return {"attention": report.attention, "change": report.change, "bound": report.tolerance}
+
+
+_USUAL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_KV = {"num_key_value_heads": 2}
+_TINY: dict[str, dict[str, Any]] = {
+    "llama": _USUAL | _KV,
+    "qwen3": _USUAL | _KV | {"head_dim": 16},
+    "gemma3_text": _USUAL | _KV | {"head_dim": 16},
+    "mixtral": _USUAL | _KV | {"num_local_experts": 4},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "opt": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "lfm2": _USUAL | _KV | {"layer_types": ["conv", "full_attention"]},
+    "jamba": _USUAL | _KV | {"num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 8, "attn_layer_period": 2,
+                             "attn_layer_offset": 1},
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 4},
+    "bert": _USUAL,
+}  # fmt: skip
+
+
 def numbers(lab: Lab) -> Trials:
     """The loss of one model on the same rows, by batch size, packing, attention and dtype."""
     longest = 40 if lab.small else 800
@@ -468,6 +540,8 @@ STAGES: dict[str, tuple[Callable[[Lab], Trials], float]] = {
     "fsdp2": (fsdp2, 0.12),
     "ppo": (ppo, 0.12),
     "numbers": (numbers, 0.25),
+    "leaks": (leaks, 0.06),
+    "resume": (resume, 0.08),
 }
 #: `accelerate launch` sets these for a launch of one process under FSDP2.
 _ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}

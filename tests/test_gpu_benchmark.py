@@ -26,6 +26,7 @@ def script(monkeypatch):
     monkeypatch.setitem(sys.modules, "gpu_benchmark", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "_ATTENTION", ("sdpa", "eager"))
+    monkeypatch.setattr(module, "_TINY", {kind: module._TINY[kind] for kind in ("llama", "bert")})
     return module
 
 
@@ -34,7 +35,7 @@ def lines_of(file: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["machine", "head", "sft", "dpo", "evaluation", "settings", "ppo", "numbers"])
+@pytest.mark.parametrize("stage", ["machine", "head", "sft", "dpo", "evaluation", "settings", "ppo", "numbers", "leaks", "resume"])
 def test_every_trial_of_a_stage_has_figures(script, tmp_path, stage):
     lab = script.Lab(small=True, end=time.time() + 600)
     lab.run(script.STAGES[stage][0](lab), tmp_path / "figures.jsonl")

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.utils.tqdm import tqdm
 
+from hf_objectives import __version__
 from hf_objectives.errors import (
     ConfigError,
     DataError,
@@ -37,7 +38,7 @@ from hf_objectives.preparation.workers import ENGINES, check_engine
 from hf_objectives.types import Row
 
 logger = logging.getLogger(__name__)
-_PACKAGES = ("hf-objectives", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+_PACKAGES = ("transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 _MANY_FILES = 64  # beyond, workers plan them too
 # Each source with its files, or the path of its dataset.
 Listed = list[tuple[Source, list[str]]]
@@ -88,7 +89,7 @@ def prepare_corpus(
         return _run(
             work,
             _plan(listed, datasets, config),
-            Manifest(policy, versions={package: version(package) for package in _PACKAGES}),
+            Manifest(policy, versions={"hf-objectives": __version__} | {name: version(name) for name in _PACKAGES}),
         )
 
 

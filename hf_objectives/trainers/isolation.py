@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +41,9 @@ def probe_isolation(
     Args:
         model: a causal language model, wrapped or not.
         length: tokens of each document.
-        tolerance: largest change of a logit that passes. Default: none at all, but for a model whose logits of the first
-            document move when the second changes. That can only be rounding (experts share their batches, say), and then
-            1e-4 of the largest logit passes in float32, 2e-2 in half precision.
+        tolerance: largest change of a logit that passes. Default: four times what the same change moves when the documents
+            are rows of their own, and never more than 1e-4 of the largest logit in float32, 2e-2 in half precision. Rows do
+            not see each other, so that is the rounding of experts that share their batches, and 0 in any other model.
         flash_attn_kwargs: whether batches have these, see the collator; without them two rows are packed, because
             transformers reads the places of a single row otherwise than those of several.
 
@@ -56,25 +58,18 @@ def probe_isolation(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, 2 * length), generator=generator)
     moved = (ids + torch.randint(1, max(2, vocabulary), ids.shape, generator=generator)) % vocabulary
-    documents = ids.split(length, dim=1), moved.split(length, dim=1)
-    other_first = torch.cat([documents[1][0], documents[0][1]], dim=1)
-    other_second = torch.cat([documents[0][0], documents[1][1]], dim=1)
+    first, second = (torch.cat([new[:, :length], old[:, length:]], dim=1) for new, old in ((moved, ids), (ids, moved)))
     was_training = model.training
     worst = IsolationReport(attention_of(unwrapped(model)) or "unknown", 0.0, 0.0)
     try:
         for training in (True, False):
             model.train(training)
-            logits, after, noisy = (
-                _logits(model, batch.to(parameter.device), length, flash_attn_kwargs)
-                for batch in (ids, other_first, other_second)
-            )
-            back = float((noisy - logits)[:length].abs().max())
-            change = max(float((after - logits)[length:].abs().max()), back)
+            packed = partial(_logits, model, flash_attn_kwargs=flash_attn_kwargs)
+            change, largest = _moved(packed, ids, first, second)
             bound = tolerance
             if bound is None:
-                bound = (1e-4 if parameter.dtype == torch.float32 else 2e-2) * float(logits.abs().max())
-                if back == 0:
-                    bound = 0.0  # the future moved nothing by rounding, so the past may not either
+                noise, _ = _moved(partial(_logits, model, packed=False), ids, first, second)
+                bound = min(4 * noise, (1e-4 if parameter.dtype == torch.float32 else 2e-2) * largest)
             if not change <= bound:
                 raise PackingLeakError(
                     f"packed documents see each other under attention {worst.attention!r} in "
@@ -96,24 +91,35 @@ def _refuse_prompts(model: nn.Module) -> None:
         )
 
 
+def _moved(logits_of: Callable[[Tensor], Tensor], ids: Tensor, first: Tensor, second: Tensor) -> tuple[float, float]:
+    """The largest change of a logit of one document when the other changes, and the largest logit."""
+    logits, after_first, after_second = logits_of(ids), logits_of(first), logits_of(second)
+    length = len(logits) // 2
+    forth, back = (after_first - logits)[length:].abs().max(), (after_second - logits)[:length].abs().max()
+    return float(torch.maximum(forth, back)), float(logits.abs().max())  # not max(), which loses a NaN
+
+
 @torch.no_grad()
-def _logits(model: nn.Module, ids: Tensor, length: int, flash_attn_kwargs: bool) -> Tensor:
-    """Logits [2 * length, vocabulary] of two packed documents, in float32.
+def _logits(model: nn.Module, ids: Tensor, *, packed: bool = True, flash_attn_kwargs: bool = False) -> Tensor:
+    """Logits [2 * length, vocabulary] of two documents, packed or as rows of their own, in float32.
 
     Raises:
         PackingLeakError: the model refuses packed documents. Layers of transformers with convolutions or linear attention do
             so where the kernel that would keep documents apart is not installed.
     """
-    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=ids.device)
-    places = torch.arange(length, device=ids.device).repeat(2).unsqueeze(0)
+    device, length = next(model.parameters()).device, ids.shape[1] // 2
+    ids = ids.to(device)
+    places = torch.arange(length, device=device).repeat(2).unsqueeze(0)
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": places}
-    if flash_attn_kwargs:
+    if not packed:
+        inputs = {name: value.view(2, length) for name, value in inputs.items()}
+    elif flash_attn_kwargs:
+        bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
         inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
-        inputs["seq_idx"] = torch.arange(2, dtype=torch.int32, device=ids.device).repeat_interleave(length).unsqueeze(0)
+        inputs["seq_idx"] = torch.arange(2, dtype=torch.int32, device=device).repeat_interleave(length).unsqueeze(0)
     else:
         inputs = {name: value.repeat(2, 1) for name, value in inputs.items()}
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         try:
             logits = model(**inputs, use_cache=False).logits
@@ -121,4 +127,4 @@ def _logits(model: nn.Module, ids: Tensor, length: int, flash_attn_kwargs: bool)
             raise PackingLeakError(
                 f"{type(unwrapped(model)).__name__} does not take packed documents: {error} Or train without packing"
             ) from error
-    return logits[0].float()
+    return logits[: 1 if packed else 2].flatten(0, 1).float()

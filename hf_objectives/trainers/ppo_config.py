@@ -68,7 +68,7 @@ class PPOConfig(CheckpointSettings, RLOOConfig):
     reward_errors: str = option("error", "error, or missing: leave out answers that could not be scored.")
     eval_lm_max_length: int | None = option(1024, "Tokens of a row of eval_lm_datasets.")
     max_perplexity_increase: float | None = option(
-        None, "Stop when perplexity on an eval_lm_dataset rose by more (0.1: 10 %)."
+        None, "Stop when perplexity on an eval_lm_dataset rose by more (0.1: by 10 %%)."
     )
 
     def __post_init__(self) -> None:

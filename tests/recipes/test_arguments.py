@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.recipes import dpo, mixture_search, ppo, pretrain, reward, sft
 from hf_objectives.recipes.arguments import parse_config
 from hf_objectives.trainers import PerplexityTrainingArguments
 
@@ -36,6 +37,13 @@ def test_values_of_yaml_are_typed(tmp_path):
     (data, args), _ = parse(tmp_path, yaml, classes=(Data, PerplexityTrainingArguments))
     assert args.learning_rate == 1e-4 and args.use_cpu is True
     assert data.sources == '{"a": "x.json"}' and data.names == ["p", "q"]
+
+
+@pytest.mark.parametrize("recipe", [pretrain, sft, reward, dpo, ppo, mixture_search])
+def test_help_of_a_recipe_can_be_shown(recipe, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        recipe.main(["--help"])
+    assert "--output_dir" in capsys.readouterr().out
 
 
 def test_without_a_config():

@@ -128,15 +128,17 @@ def test_with_its_kernel_such_a_model_is_right_in_packed_rows(tmp_path, monkeypa
         trainer(tmp_path, model=model, collator=collator).evaluate(rows)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "xglm"])
-def test_a_leak_within_the_rounding_of_half_precision_is_a_leak(kind):
-    """At random weights documents move each other's logits by less than a hundredth of the largest one."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["bloom", "xglm", "bert"])
+def test_a_leak_within_the_rounding_of_half_precision_is_a_leak(kind, dtype):
+    """At random weights documents move each other's logits by less than a hundredth of the largest one; BERT's both ways."""
     sizes = {
         "bloom": {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4},
         "xglm": {"vocab_size": 99, "d_model": 32, "ffn_dim": 32, "num_layers": 2, "attention_heads": 4},
-    }
+        "bert": {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes[kind])).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes[kind])).to(dtype)
     with pytest.raises(PackingLeakError, match="see each other"):
         probe_isolation(model)
 
