@@ -35,7 +35,9 @@ def lines_of(file: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["machine", "head", "sft", "dpo", "evaluation", "settings", "ppo", "numbers", "leaks", "resume"])
+@pytest.mark.parametrize(
+    "stage", ["machine", "head", "sft", "dpo", "evaluation", "settings", "ppo", "numbers", "leaks", "resume"]
+)
 def test_every_trial_of_a_stage_has_figures(script, tmp_path, stage):
     lab = script.Lab(small=True, end=time.time() + 600)
     lab.run(script.STAGES[stage][0](lab), tmp_path / "figures.jsonl")
