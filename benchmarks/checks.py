@@ -1,4 +1,5 @@
-"""What the checks cost: tokens that are encoded twice, as a share of preparation; losses of sources, as a share of a step.
+"""What the checks cost: tokens that are encoded twice, as a share of preparation; losses of sources, as a share of a step;
+checksums of shards, as a share of reading them.
 
     python benchmarks/checks.py --model FOLDER_OR_ID [--rows alpaca.json] [--count 20000] [--rounds 5]
 
@@ -11,21 +12,33 @@ import argparse
 import statistics
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from _machine import describe, table
 from chat_preparation import LENGTH, MARKED, raw_rows
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_objectives import PerplexityTrainer, PerplexityTrainingArguments, prepare_dataset
+from hf_objectives import (
+    CorpusConfig,
+    PerplexityTrainer,
+    PerplexityTrainingArguments,
+    demo,
+    load_prepared,
+    prepare_corpus,
+    prepare_dataset,
+)
 from hf_objectives.labels.tokenization import TextEncoder
+from hf_objectives.preparation import stream
 from hf_objectives.trainers.metrics import SourceLosses
 
 TOKENS = 1024
 
 
-def timed(owner: type, name: str) -> list[float]:
-    """Time every call of a method; returns the list that the seconds are written to."""
+def timed(owner: Any, name: str) -> list[float]:
+    """Time every call of a method or of a module's function; returns the list that the seconds are written to."""
     usual, seconds = getattr(owner, name), []
 
     def call(*args, **kwargs):
@@ -52,6 +65,8 @@ def main() -> None:
         found = {
             "tokens encoded twice, of preparation": preparation(tokenizer, options),
             "losses of two sources, of a step": training(model, tokenizer, folder, options.rounds),
+            "checksums, of a stream of Parquet": streaming(tokenizer, folder, "parquet", options),
+            "checksums, of a stream of Arrow": streaming(tokenizer, folder, "arrow", options),
         }
     print(describe(), "\n")
     print(f"{options.count:,} rows to prepare, steps of {TOKENS:,} tokens; {options.rounds} rounds, medians\n")
@@ -93,6 +108,21 @@ def training(model, tokenizer, folder: str, count: int) -> list[tuple[float, flo
     )
     trainer.train()
     return list(zip(steps, map(sum, zip(adds, takes, strict=False)), strict=False))[1:]  # the first one warms up
+
+
+def streaming(tokenizer, folder: str, file_format: str, options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds of each round: of an epoch of prepared rows, and of their checksums in it."""
+    work, rounds, seconds = Path(folder) / file_format, [], timed(stream, "sum_of")
+    rows = Dataset.from_list(demo.texts(options.count))
+    prepare_corpus({"texts": rows}, tokenizer, work, CorpusConfig(TOKENS, file_format=file_format, num_proc=1))
+    for _ in range(options.rounds):
+        read = load_prepared(work, streaming=True)
+        seconds.clear()
+        begin = time.perf_counter()
+        for _ in read.rows(0, read.num_rows):
+            pass
+        rounds.append((time.perf_counter() - begin, sum(seconds)))
+    return rounds
 
 
 if __name__ == "__main__":

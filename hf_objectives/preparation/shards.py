@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from hf_objectives.errors import DiskFullError
+from hf_objectives.errors import DiskFullError, PreparedDataError
 
+# The values of a list column end to end, and where each row begins in them.
+Column = tuple[Any, NDArray[np.int64]]
 PROGRESS = ".progress"  # folder of shards that are being written, and of the accounts of finished segments
 
 
@@ -30,6 +34,7 @@ class Shard:
         row_groups: rows of each row group or record batch.
         num_bytes: size of the file.
         sha256: checksum of the file, as `sha256sum` prints it.
+        sums: by column, the CRC-32 of each row group's values (`sum_of`); empty in shards of earlier releases.
     """
 
     path: str
@@ -42,6 +47,7 @@ class Shard:
     row_groups: list[int]
     num_bytes: int
     sha256: str
+    sums: dict[str, list[int]] = field(default_factory=dict)
 
     def intact(self, folder: Path, *, checksum: bool = True) -> bool:
         """Whether the file is there as it was written."""
@@ -49,6 +55,13 @@ class Shard:
         if not file.is_file() or file.stat().st_size != self.num_bytes:
             return False
         return not checksum or sha256(file) == self.sha256
+
+    def check(self, folder: Path, *, checksum: bool = True) -> None:
+        """Raise a PreparedDataError if the file is not there as it was written."""
+        if not self.intact(folder, checksum=False):
+            raise PreparedDataError(f"{folder / self.path} is missing or cut off; run hf-objectives prepare again")
+        if checksum and not self.intact(folder):
+            raise PreparedDataError(f"{folder / self.path} fails its checksum; run hf-objectives prepare again")
 
 
 class ShardWriter:
@@ -65,6 +78,7 @@ class ShardWriter:
         self._open, self._types = FORMATS[file_format], types
         self._writer: Any = None
         self.row_groups: list[int] = []
+        self.sums: dict[str, list[int]] = {}
 
     def write(self, table: pa.Table) -> None:
         """Add packed rows, as one row group or record batch."""
@@ -80,6 +94,8 @@ class ShardWriter:
         except OSError as error:
             raise _disk_full(error, self.final) from error
         self.row_groups.append(table.num_rows)
+        for name, column in columns_of(table).items():
+            self.sums.setdefault(name, []).append(sum_of(column))
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -102,13 +118,31 @@ class ShardWriter:
         digest, size = sha256(self.draft), self.draft.stat().st_size
         self.final.parent.mkdir(parents=True, exist_ok=True)
         self.draft.replace(self.final)
-        return Shard(rows=sum(self.row_groups), row_groups=self.row_groups, num_bytes=size, sha256=digest, **values)
+        more = {"row_groups": self.row_groups, "sums": self.sums, "num_bytes": size, "sha256": digest, **values}
+        return Shard(rows=sum(self.row_groups), **more)
 
 
 def sha256(path: Path) -> str:
     """The checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def columns_of(table: pa.Table) -> dict[str, Column]:
+    """The lists of a row group by column."""
+    columns: dict[str, Column] = {}
+    for name in table.column_names:
+        lists = table[name].combine_chunks()
+        values, offsets = lists.flatten(), lists.offsets.to_numpy().astype(np.int64)
+        columns[name] = values.to_numpy() if pa.types.is_integer(values.type) else values, offsets - offsets[0]
+    return columns
+
+
+def sum_of(column: Column) -> int:
+    """The CRC-32 of a column's values and of where its rows begin, whatever file they come from."""
+    values, begins = column
+    data = values.data if isinstance(values, np.ndarray) else "\0".join(values.to_pylist()).encode()
+    return crc32(begins.data, crc32(data))
 
 
 def smallest_type(size: int) -> type[np.unsignedinteger]:

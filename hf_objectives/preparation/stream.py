@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from hf_objectives.errors import PreparedDataError
 from hf_objectives.preparation.ordered_stream import OrderedStream
-from hf_objectives.preparation.shards import Shard
+from hf_objectives.preparation.shards import Column, Shard, columns_of, sum_of
 
-# The values of a list column end to end, and where each row begins in them.
-Column = tuple[Any, NDArray[np.int64]]
 Numbers = NDArray[np.int64]
 T = TypeVar("T")
 WINDOW = 8  # row groups of some two million tokens
@@ -37,15 +35,24 @@ class PreparedStream(OrderedStream):
         file_format: "parquet" or "arrow".
         seed: seed of the permutations.
         window: row groups whose rows are mixed.
+        verify: hold each column of a row group against its checksum when it is read.
 
     Yields (on iteration): `input_ids`, `position_ids` and, where shards hold them, `labels` (integer arrays [tokens]),
     `seq_lengths`, `sources` and `rows` (lists).
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], file_format: str, *, seed: int = 0, window: int = WINDOW
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        file_format: str,
+        *,
+        seed: int = 0,
+        window: int = WINDOW,
+        verify: bool = True,
     ) -> None:
         self.files = [folder / shard.path for shard in shards]
+        self._sums = [shard.sums if verify else {} for shard in shards]
         self.seed, self.window, self._read = seed, window, READERS[file_format]
         sizes = [np.asarray(shard.row_groups, np.int64) for shard in shards]
         self._sizes: Numbers = np.concatenate(sizes)
@@ -119,17 +126,17 @@ class PreparedStream(OrderedStream):
         """Columns of a row group, counted through all shards: the values of all rows end to end, and where each row begins
         in them, int64 [rows + 1]."""
         shard = int(self._shard_of[group])
+        file, within, sums = self.files[shard], group - int(self._first[shard]), self._sums[shard]
         try:
-            table = self._read(self.files[shard], group - int(self._first[shard]), names)
-        except (OSError, pa.ArrowInvalid) as error:
+            columns = columns_of(self._read(file, within, names))
+            known = {name: sums[name][within] for name in (names or sums) if sums}
+            changed = [name for name, checksum in known.items() if sum_of(columns[name]) != checksum]
+        except Exception as error:  # bytes that are no shard: any of Arrow's errors, of text, of shapes
+            raise PreparedDataError(f"{file} cannot be read ({error}); run hf-objectives prepare again") from error
+        if changed:
             raise PreparedDataError(
-                f"{self.files[shard]} cannot be read ({error}); run hf-objectives prepare again"
-            ) from error
-        columns: dict[str, Column] = {}
-        for name in table.column_names:
-            lists = table[name].combine_chunks()
-            values, offsets = lists.flatten(), lists.offsets.to_numpy().astype(np.int64)
-            columns[name] = values.to_numpy() if pa.types.is_integer(values.type) else values, offsets - offsets[0]
+                f"{file}, row group {within}: {', '.join(changed)} fails its checksum; run hf-objectives prepare again"
+            )
         return columns
 
 

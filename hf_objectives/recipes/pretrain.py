@@ -181,7 +181,8 @@ def prepare(data: PretrainData, tokenizer: Any, seed: int, folder: Path, origin:
     if data.prepared:
         asked = {f.name for f in fields(CorpusSettings) if origin.get(f.name, DEFAULT) != DEFAULT}
         asked = {"max_length", *asked} - {"num_proc", "engine", "on_error", "labels"}
-        load_prepared(folder, tokenizer=tokenizer, expect={name: getattr(data, name) for name in asked})
+        asked_for = {name: getattr(data, name) for name in asked}
+        load_prepared(folder, tokenizer=tokenizer, expect=asked_for, streaming=True)  # opens the shards, and reads none
         return
     sources: dict[str, Any] = {
         name: Dataset.from_list(demo.texts(20_000, seed=seed)) if source == BUILT_IN else source

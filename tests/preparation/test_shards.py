@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import random
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from hf_objectives.errors import DiskFullError
+from hf_objectives.errors import DiskFullError, PreparedDataError
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.shards import smallest_type
@@ -42,6 +43,35 @@ def test_arrow_shards_hold_the_same_rows(tmp_path):
         prepare_corpus({"a": path}, TOKENIZER, tmp_path / kind, CorpusConfig(file_format=kind, **SMALL))
         rows.append([dict(row) for row in load_prepared(tmp_path / kind)])
     assert rows[0] == rows[1] and len(rows[0]) > 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_no_flipped_bit_of_a_shard_loads_as_other_rows(tmp_path, kind, streaming):
+    """A mapped dataset is refused. A stream is, too, or has the rows that were written."""
+    path, folder = write_demo(tmp_path / "a.jsonl", 60), tmp_path / "out"
+    (shard,) = prepare_corpus(
+        {"a": path}, TOKENIZER, folder, CorpusConfig(file_format=kind, num_proc=1, max_length=128)
+    ).shards
+    stream = load_prepared(folder, streaming=True)
+    written, file = list(map(repr, stream.rows(0, shard.rows))), folder / shard.path
+    whole, draw, refused = file.read_bytes(), random.Random(0), 0
+    for place in [*range(8), *(len(whole) - 1 - i for i in range(8)), *draw.sample(range(len(whole)), 40)]:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(changed)
+        try:
+            dataset = load_prepared(folder, streaming=streaming)
+            found = list(map(repr, dataset.rows(0, shard.rows)))
+        except PreparedDataError as error:
+            assert str(file) in str(error)
+            refused += 1
+        else:
+            assert streaming and found == written
+    assert refused > (28 if streaming else 55)
+    with pytest.raises(PreparedDataError, match="fails its checksum; run hf-objectives prepare again"):
+        load_prepared(folder, streaming=streaming, verify=True)
+    load_prepared(folder, streaming=True, verify=False)
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
