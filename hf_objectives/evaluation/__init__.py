@@ -8,6 +8,11 @@ from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
     from hf_objectives.evaluation.calibration import Reliability  # confidence against accuracy, in bins
+    from hf_objectives.evaluation.causality import (
+        probe_causality,  # no token sees those after it, or an error
+        probed_logits,  # logits of a probe, with the same dropout in every call
+        refuse_other_models,  # what is no causal language model, or lacks embeddings
+    )
     from hf_objectives.evaluation.counts import (
         EvaluationCounts,  # the sums of an evaluation, in all and per source
         TokenCount,  # nats, tokens and bytes; gives loss, perplexity and bits per byte

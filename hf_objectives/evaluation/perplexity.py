@@ -13,10 +13,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_objectives.errors import ConfigError, DataError, FormatError, NothingSupervisedError
+from hf_objectives.evaluation.causality import probe_causality, refuse_other_models
 from hf_objectives.evaluation.counts import EvaluationCounts, PerplexityResult, TokenCount
 from hf_objectives.evaluation.head import unwrapped
 from hf_objectives.evaluation.logits import split_extra_columns, target_nll
-from hf_objectives.evaluation.vocabulary import check_vocabulary
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import shifted_columns
 from hf_objectives.types import IGNORE_INDEX, check_max_length, ends_of_runs
@@ -110,7 +110,8 @@ def compute_perplexity(
         group_by: column that names the group of each row.
 
     Raises:
-        ConfigError: `max_length` under 2; a stride without `max_length`, not below it, or not positive.
+        ConfigError: `max_length` under 2; a stride without `max_length`, not below it, or not positive; a model that is no
+            causal language model.
         FormatError: a row without `text` or without its group.
         NothingSupervisedError: no document has two tokens.
         TokenizerError: a tokenizer with tokens that the model has no embedding for.
@@ -118,7 +119,8 @@ def compute_perplexity(
     check_max_length(max_length)
     if stride is not None and (max_length is None or not 0 < stride < max_length):
         raise ConfigError(f"stride is {stride}, max_length {max_length}; expected a stride of 1 to max_length - 1")
-    check_vocabulary(tokenizer, unwrapped(model))
+    refuse_other_models(unwrapped(model), tokenizer)
+    probe_causality(model)
     device = next(model.parameters()).device
     lengths = token_byte_lengths(tokenizer)
     windows = (

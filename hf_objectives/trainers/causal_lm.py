@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
-from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.distributed import any_rank, sum_over_ranks, world_size
 from hf_objectives.errors import ConfigError, NothingSupervisedError
 from hf_objectives.evaluation import (
@@ -23,6 +22,7 @@ from hf_objectives.evaluation import (
     count_batch,
     next_token_outputs,
     predicting_places,
+    refuse_other_models,
     split_extra_columns,
 )
 from hf_objectives.labels import token_byte_lengths
@@ -51,10 +51,14 @@ from hf_objectives.trainers.hf_compat import (
     train_batch_size,
     watch_steps,
 )
-from hf_objectives.trainers.isolation import probe_isolation
+from hf_objectives.trainers.isolation import ModelProbes
 from hf_objectives.trainers.long_rows import LongRows
 from hf_objectives.trainers.metrics import SourceLosses, TokenMetrics, TrainedStops
-from hf_objectives.trainers.refusals import refuse_callables, refuse_data_parallel, refuse_other_models
+from hf_objectives.trainers.refusals import (
+    refuse_callables,
+    refuse_data_parallel,
+    refuse_fp16_on_cpu,
+)
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, check_one_of
 
@@ -106,7 +110,8 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         free_of_trainers(model)
         super().__init__(model, args, data_collator, **kwargs)
         refuse_data_parallel(self.args)
-        refuse_other_models(self.model, tokenizer)
+        refuse_fp16_on_cpu(self.args)
+        refuse_other_models(self.model, tokenizer, own_loss=True)
         if self.get_cp_size() > 1:
             refuse_uncuttable(self.model, compiled=self._compiled)
             self.data_collator = collator_of_parts(self.data_collator, self.get_cp_size())
@@ -115,7 +120,7 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         count_shifted_labels(self)  # the loss below always divides by their number
         self._byte_lengths = None if tokenizer is None else token_byte_lengths(tokenizer)
         self._stops = TrainedStops()
-        self._isolation_proved = False
+        self._probes = ModelProbes()
         self.token_metrics, self.source_losses = TokenMetrics(), SourceLosses()
         self.add_callback(_RunCallback(self))
         self._stream: OrderedStreamCallback | None = None
@@ -340,13 +345,9 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         return self.model
 
     def prove_isolation(self, model: nn.Module, collator: Any = None) -> None:
-        """Run `probe_isolation` once where rows are packed, by the collator of training or another one."""
-        collator = self.data_collator if collator is None else collator
-        packs = isinstance(collator, DataCollatorWithEosPacking) and collator.isolate_documents
-        if packs and self.args.check_isolation and not self._isolation_proved:
-            self._isolation_proved = True
-            report = probe_isolation(model, flash_attn_kwargs=collator.return_flash_attn_kwargs)
-            logger.info("packed documents are isolated under %s: %.2g", report.attention, report.change)
+        """Run the probes of the model that were not made yet, for the collator of training or another one."""
+        if self.args.check_isolation:
+            self._probes.run(model, self.data_collator if collator is None else collator)
 
     def _stop_ids(self) -> set[int]:
         generation = getattr(self.model, "generation_config", None)

@@ -56,7 +56,8 @@ class PerplexityTrainingArguments(CheckpointSettings, TrainingArguments):
         z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5); 0 for none.
         activation_offloading: TRL's, see `LongRows`.
         head_implementation: how head and loss are computed in one, see `fused_linear_cross_entropy`; None for the default.
-        check_isolation: see `probe_isolation`; before the first step and the first evaluation.
+        check_isolation: prove on the live model that no token sees those after it, nor another document where rows are
+            packed (`probe_isolation`); before the first step and the first evaluation.
         cp: number of processes that share each row (context parallelism, with FSDP2); the rest are data parallel. It makes
             `parallelism_config`.
         tp: refused but for 1.
@@ -73,7 +74,7 @@ class PerplexityTrainingArguments(CheckpointSettings, TrainingArguments):
     )
     cp: int = option(1, "Processes that share each row (context parallelism); needs FSDP2.")
     tp: int = option(1, "Refused but for 1: tensor parallelism.")
-    check_isolation: bool = option(True, "Prove on the live model that packed documents do not see each other.")
+    check_isolation: bool = option(True, "Prove on the live model that no token sees later ones or another document.")
     stop_on_non_finite: bool = option(True, "Stop all ranks before a step whose loss or gradient norm is not finite.")
     remove_unused_columns: bool = option(False, "Collators take whole rows; leave this off.")
     logging_nan_inf_filter: bool = option(False, "Would hide a loss that is not finite; leave this off.")

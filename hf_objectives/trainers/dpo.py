@@ -23,9 +23,9 @@ from hf_objectives.evaluation import (
     PairLoss,
     PairScores,
     by_column,
-    check_vocabulary,
     nats_per_token,
     pair_figures,
+    refuse_other_models,
     unique_rows,
 )
 from hf_objectives.labels import SIDES, encode_pair
@@ -33,6 +33,7 @@ from hf_objectives.trainers.dpo_config import DEFAULTS
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.hf_compat import copies_of_rows, free_of_trainers, let_copies_run
 from hf_objectives.trainers.metrics import PairMetrics
+from hf_objectives.trainers.refusals import refuse_fp16_on_cpu
 from hf_objectives.trainers.shared_prompt import SharedPrompts
 from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding, innermost
 
@@ -103,11 +104,13 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
             # As the parent does for training: joined batches of several ranks would have to be of one width.
             args.accelerator_config.dispatch_batches = False
         self._shared = SharedPrompts(self) if getattr(args, "padding_free", False) else None
+        refuse_fp16_on_cpu(args)
+        _check_policy(model, ref_model, peft_config)
         free_of_trainers(model, ref_model)
         given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics)
         with asking_for_padding(args):
             super().__init__(*given, callbacks, optimizers, quantization_config, peft_config)
-        check_vocabulary(self.text_tokenizer, self.model)
+        refuse_other_models(self.model, self.text_tokenizer)
         self._whole_loss = self._loss_of_a_set()
         self._use_pair_collator()
         if self._shared is not None:
@@ -335,3 +338,13 @@ def _logged_start(history: Iterable[Mapping[str, Any]], prefix: str) -> dict[str
         if entry.get("step") == 0 and all(name in entry for name in names.values()):
             return {side: math.log(entry[name]) for side, name in names.items()}
     return {}
+
+
+def _check_policy(model: Any, ref_model: Any, peft_config: Any) -> None:
+    refuse_other_models(model)
+    adapted = peft_config is not None or hasattr(model, "peft_config")
+    if ref_model is None and not adapted and getattr(model, "name_or_path", None) == "":
+        raise ConfigError(
+            "the model comes from no folder and no repository, where its reference would be loaded from; pass "
+            "ref_model=copy.deepcopy(model)"
+        )

@@ -1,7 +1,8 @@
-"""A probe on the live model: does a packed document see its neighbour?"""
+"""Probes on the live model: does a packed document see its neighbour, or a token those after it?"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.errors import PackingLeakError
-from hf_objectives.evaluation import unwrapped, virtual_tokens
+from hf_objectives.evaluation import probe_causality, probed_logits, unwrapped, virtual_tokens
 from hf_objectives.trainers.hf_compat import attention_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,24 @@ class IsolationReport:
     attention: str
     change: float
     tolerance: float
+
+
+class ModelProbes:
+    """The probes of a trainer's model: causality, and isolation where a collator packs; each is made once."""
+
+    def __init__(self) -> None:
+        self._made: set[str] = set()
+
+    def run(self, model: nn.Module, collator: Any) -> None:
+        """Make those that `collator` calls for; see `probe_causality` and `probe_isolation`."""
+        if "causality" not in self._made:
+            self._made.add("causality")
+            probe_causality(model)
+        packs = isinstance(collator, DataCollatorWithEosPacking) and collator.isolate_documents
+        if packs and "isolation" not in self._made:
+            self._made.add("isolation")
+            report = probe_isolation(model, flash_attn_kwargs=collator.return_flash_attn_kwargs)
+            logger.info("packed documents are isolated under %s: %.2g", report.attention, report.change)
 
 
 def probe_isolation(
@@ -99,7 +121,6 @@ def _moved(logits_of: Callable[[Tensor], Tensor], ids: Tensor, first: Tensor, se
     return float(torch.maximum(forth, back)), float(logits.abs().max())  # not max(), which loses a NaN
 
 
-@torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor, *, packed: bool = True, flash_attn_kwargs: bool = False) -> Tensor:
     """Logits [2 * length, vocabulary] of two documents, packed or as rows of their own, in float32.
 
@@ -119,12 +140,10 @@ def _logits(model: nn.Module, ids: Tensor, *, packed: bool = True, flash_attn_kw
         inputs["seq_idx"] = torch.arange(2, dtype=torch.int32, device=device).repeat_interleave(length).unsqueeze(0)
     else:
         inputs = {name: value.repeat(2, 1) for name, value in inputs.items()}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        try:
-            logits = model(**inputs, use_cache=False).logits
-        except ValueError as error:
-            raise PackingLeakError(
-                f"{type(unwrapped(model)).__name__} does not take packed documents: {error} Or train without packing"
-            ) from error
-    return logits[: 1 if packed else 2].flatten(0, 1).float()
+    try:
+        logits = probed_logits(model, **inputs)
+    except ValueError as error:
+        raise PackingLeakError(
+            f"{type(unwrapped(model)).__name__} does not take packed documents: {error} Or train without packing"
+        ) from error
+    return logits[: 1 if packed else 2].flatten(0, 1)

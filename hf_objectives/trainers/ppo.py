@@ -14,7 +14,7 @@ from trl import SyncRefModelCallback
 
 from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
 from hf_objectives.errors import ConfigError
-from hf_objectives.evaluation import EvaluatesLanguageModels, check_vocabulary
+from hf_objectives.evaluation import EvaluatesLanguageModels, refuse_other_models
 from hf_objectives.labels import with_prompts
 from hf_objectives.losses import (
     KL_ESTIMATORS,
@@ -110,6 +110,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         functions, tokenizers = checked_rewards(
             reward_funcs, reward_processing_classes, on_error=args.reward_errors, tell_failed=self._tell_failed
         )
+        refuse_other_models(model)
         free_of_trainers(model)
         reference = own_reference(model, args, peft_config)
         with asking_for_none(args, reference is not None):
@@ -141,7 +142,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             raise ConfigError("no parameter of the policy requires a gradient; nothing would be trained")
         if self.is_multimodal:
             raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
-        check_vocabulary(self.text_tokenizer, self.model)
+        refuse_other_models(self.model, self.text_tokenizer)
         needed = self.args.generation_batch_size // self.args.num_generations
         rows: Any = self.train_dataset
         if hasattr(rows, "__len__") and len(rows) < needed:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.evaluation import check_vocabulary
-
-if TYPE_CHECKING:  # `hf_compat` needs this file, and a program that shows labels needs `hf_compat`, but no model
-    from transformers import PreTrainedModel
 
 _CALLABLES = {
     "compute_metrics": "compute_metrics needs the logits of all tokens, which are never gathered; evaluate() gives exact "
@@ -21,23 +16,6 @@ _CALLABLES = {
     "tokens. For another loss override compute_loss in a subclass, or use transformers.Trainer; z_loss, "
     "label_smoothing_factor and loss_weights in the rows are built in",
 }
-
-_OTHER_HEADS = re.compile(
-    r"For(\w*Classification|\w*QuestionAnswering|MultipleChoice|MaskedLM|NextSentencePrediction)$"
-)
-
-
-def is_bidirectional(model: PreTrainedModel) -> bool:
-    """Whether a text model was built so that tokens see those after them (BERT as a language model, EmbeddingGemma)."""
-    if model.config.get_text_config() is not model.config or getattr(model.config, "causal", False):
-        return False  # modules that read pictures or sounds are bidirectional, the text's are not; XLM says `causal`
-    if getattr(model.config, "use_bidirectional_attention", None) in (True, "all"):
-        return True
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return False
-    return any(getattr(module, "is_decoder", None) is False for module in model.modules())
 
 
 def refuse_callables(given: Mapping[str, Any]) -> None:
@@ -100,50 +78,11 @@ def refuse_data_parallel(args: Any) -> None:
         )
 
 
-def refuse_other_models(model: Any, tokenizer: Any = None) -> None:
-    """Refuse a model that does not predict each token from those before it, or has no embedding for one of the tokenizer.
-
-    A model of one's own is taken if its forward returns logits of all positions; nothing is known of it.
+def refuse_fp16_on_cpu(args: Any) -> None:
+    """Refuse fp16 where there is no kernel for it but a CPU's, whose sums overflow and round otherwise.
 
     Raises:
-        ConfigError: says what the model is.
-        TokenizerError: see `check_vocabulary`.
+        ConfigError: says what to use.
     """
-    check_vocabulary(tokenizer, model)
-    from transformers import PreTrainedModel
-
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, name = getattr(inner, "config", None), type(inner).__name__
-    if not isinstance(inner, PreTrainedModel) or config is None:
-        return
-    text = config.get_text_config(decoder=True)
-    other = _OTHER_HEADS.search(name)
-    reason = None
-    if config.is_encoder_decoder or text.is_encoder_decoder:
-        reason = "is an encoder-decoder, whose labels are not shifted against its inputs; use Seq2SeqTrainer"
-    elif other and other[1] == "MaskedLM":
-        reason = "is a masked language model, in which a token sees the one that it would have to predict"
-    elif other:
-        reason = f"has a head for {other[1]}; load a causal language model (AutoModelForCausalLM)"
-    elif is_bidirectional(inner):
-        reason = (
-            "lets each token see those after it, which it would have to predict; set is_decoder=True (BERT), "
-            "causal=True (XLM) or use_bidirectional_attention=False in its config"
-        )
-    elif type(inner).__module__.startswith("transformers.") and not _has_head(inner):
-        reason = "has no language-model head; load a causal language model (AutoModelForCausalLM)"
-    elif getattr(text, "z_loss_coefficient", None):
-        reason = (
-            f"adds z_loss_coefficient={text.z_loss_coefficient} to its own loss, over all tokens; set it to 0 in the config, "
-            "and z_loss in PerplexityTrainingArguments, which is over trained tokens"
-        )
-    if reason is not None:
-        raise ConfigError(f"{name} {reason}")
-
-
-def _has_head(model: PreTrainedModel) -> bool:
-    """Whether the model, or one inside it that writes its text, has output embeddings."""
-    from transformers import PreTrainedModel
-
-    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return any(module.get_output_embeddings() is not None for module in inside)
+    if args is not None and args.fp16 and args.device.type == "cpu":
+        raise ConfigError("fp16 on a CPU; use bf16, or leave both off")

@@ -25,6 +25,7 @@ from hf_objectives.evaluation import PairRewards, check_vocabulary
 from hf_objectives.labels import encode_pair
 from hf_objectives.trainers.checkpoints import CheckpointSettings
 from hf_objectives.trainers.guards import map_numbered
+from hf_objectives.trainers.refusals import refuse_fp16_on_cpu
 from hf_objectives.trainers.score_position import check_batch, read_past_end, spare_pad_token
 from hf_objectives.trainers.shared_prompt_scores import SharedPromptScores
 from hf_objectives.trainers.trl_compat import RewardCollator, RewardHooks, get_dataset_column_names
@@ -144,6 +145,7 @@ class RewardModelTrainer(RewardHooks):
     def __init__(self, model: Any, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         self.pair_rewards: PairRewards | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        refuse_fp16_on_cpu(args)
         super().__init__(model, args, *rest, **kwargs)
         self._shared = SharedPromptScores(self) if getattr(self.args, "padding_free", False) else None
         if self._shared is not None:

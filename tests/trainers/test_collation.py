@@ -62,7 +62,7 @@ def test_packed_rows_have_the_loss_of_their_documents(tmp_path, kind, monkeypatc
     }[kind]
     probed = []
     monkeypatch.setattr(
-        "hf_objectives.trainers.causal_lm.probe_isolation", lambda model, **_: probed.append(model) or Report()
+        "hf_objectives.trainers.isolation.probe_isolation", lambda model, **_: probed.append(model) or Report()
     )
     metrics = without_collator(tmp_path, tests=rows).evaluate()
     expected, tokens = loss_of_documents(chats())

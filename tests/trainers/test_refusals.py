@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from hf_objectives.errors import ConfigError, TokenizerError
+from hf_objectives.evaluation import refuse_other_models
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, RewardModelConfig, RewardModelTrainer
-from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel, refuse_other_models
+from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel
 from tests.support import dpo_worlds
 from tests.support.language_models import arguments, llama, trainer
 from tests.support.ppo_worlds import ppo, small_model
@@ -158,6 +159,30 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=words) as caught:  # of a model without any head the Trainer itself says so
         trainer(tmp_path, model=make())
     assert name == "no head" or isinstance(caught.value, ConfigError)
+
+
+@pytest.mark.parametrize("name", sorted(MISTAKES.keys() - {"no head", "images", "own z-loss"}))
+def test_preference_pairs_and_answers_need_a_causal_language_model_too(tmp_path, name):
+    make, words = MISTAKES[name]
+    with pytest.raises(ConfigError, match=words):
+        dpo_worlds.ours(make(), tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        ppo(tmp_path, model=make())
+
+
+def test_a_model_from_nowhere_needs_a_reference(tmp_path):
+    with pytest.raises(ConfigError, match=r"no folder and no repository.*pass ref_model=copy.deepcopy\(model\)"):
+        dpo_worlds.ours(llama(), tmp_path)
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    for start in (
+        lambda: trainer(tmp_path, fp16=True),
+        lambda: dpo_worlds.ours(llama(), tmp_path, fp16=True),
+        lambda: RewardModelTrainer(llama(), RewardModelConfig(str(tmp_path), fp16=True, bf16=False, use_cpu=True)),
+    ):
+        with pytest.raises(ConfigError, match="fp16 on a CPU; use bf16"):
+            start()
 
 
 def test_a_model_that_is_made_later_is_refused_too(tmp_path):
