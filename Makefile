@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast lint bench clean
+.PHONY: help install quickstart test test-long test-fast lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,11 +23,14 @@ quickstart: $(STAMP)  ## fine-tune a tiny model on the built-in corpus (two CPU 
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/sft.py --config recipes/configs/quickstart.yaml
 
-test: $(STAMP)  ## run all tests, in two processes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: $(STAMP)  ## run the tests but for the long ones, in two processes (ten minutes on two cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
+
+test-long: $(STAMP)  ## run the long tests: Ray, real models, many processes, the benchmark for a GPU
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m long
 
 test-fast: $(STAMP)  ## tests for daily work: none that is slow, needs a real model or starts processes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not distributed and not real_model"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long and not slow and not distributed and not real_model"
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -104,7 +104,7 @@ def prepare(folder: Path) -> None:
     """Prepare a corpus of many small shards, going on where an earlier life stopped."""
     texts = folder.parent / "texts.jsonl"
     made = prepare_corpus(
-        {"texts": str(texts)}, small.TOKENIZER, folder / "out", CorpusConfig(128, shard_bytes=4_000, num_proc=1)
+        {"texts": str(texts)}, small.TOKENIZER, folder / "out", CorpusConfig(128, shard_bytes=8_000, num_proc=1)
     )
     found = [[shard.path, shard.sha256] for shard in made.shards]
     (folder / "losses-0.json").write_text(json.dumps([found, made.num_tokens]))
@@ -190,7 +190,7 @@ def outcome(folder: Path) -> list[Any]:
 
 def set_up(place: Path) -> None:
     """Write what kinds read."""
-    (place / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(400)))
+    (place / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.texts(3_000)))
     texts = Dataset.from_list(demo.texts(200))
     prepare_corpus({"texts": texts}, small.TOKENIZER, place / "corpus", CorpusConfig(64, num_proc=1))
 

@@ -34,6 +34,7 @@ def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["machine", "head", "sft", "dpo", "evaluation", "settings", "ppo", "numbers", "leaks", "resume"]
@@ -57,6 +58,7 @@ def test_no_trial_begins_without_time(script, tmp_path):
     assert lines_of(tmp_path / "figures.jsonl") == [{"trial": 1, "note": "left out: no time"}]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_stages_are_processes_whose_figures_are_joined(tmp_path):
     words = ["--small", "--minutes", "30", "--stages", "fsdp2", "--out", str(tmp_path)]

@@ -108,6 +108,7 @@ def test_every_row_once_with_its_loss(host, kind, setting, tmp_path):
     check_steps(trainer, seen, SETTINGS[setting].get("num_train_epochs", 1))
 
 
+@pytest.mark.long
 def test_spawned_workers_collate_raw_rows(tmp_path):
     # One worker, here and below: it is pickling and importing anew that is tried, and importing takes seconds.
     options = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}

@@ -45,6 +45,7 @@ def test_pickles_and_works_in_loader_workers():
     assert [b["input_ids"].tolist() for b in batches] == [b["input_ids"].tolist() for b in expected]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_plain_trainer(tmp_path):
     arguments = TrainingArguments(

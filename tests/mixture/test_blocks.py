@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tests.support.mixtures import mixture, name_of, of_kind, taken
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["streams", "streams across"])
 def test_a_trainer_finds_every_row_that_workers_have_read(kind):

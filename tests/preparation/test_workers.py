@@ -86,6 +86,7 @@ def cluster(corpus):
     ray.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ray_makes_the_same_shards_also_where_a_worker_is_killed(tmp_path, corpus, cluster, monkeypatch):
     sources, alone, folder = corpus

@@ -125,6 +125,7 @@ def test_the_recommended_mixture_can_be_built(search):
     assert {"input_ids", "source"} <= set(next(iter(mixture)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_change_nothing_and_more_trials_go_on(search, corpus, tmp_path):
     results = search[2]
@@ -134,6 +135,7 @@ def test_processes_change_nothing_and_more_trials_go_on(search, corpus, tmp_path
         assert alone["evaluation"][name]["trials"][:5] == results["evaluation"][name]["trials"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ray_tune_trains_the_same_and_names_what_fails(search, corpus, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'hf-objectives[ray]'")

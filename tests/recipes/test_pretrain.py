@@ -153,6 +153,7 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, data, err
         pretrain.main(arguments(corpus, tmp_path / "run", *more, data=data))
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_with_loader_workers_stream_the_rows_of_one(corpus, tmp_path):
     more = ("--max_steps", "4", "--streaming", "true", "--learning_rate", "1e-3")
@@ -183,6 +184,7 @@ finally:
 """
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_prepare_once_and_outlast_the_groups_timeout(corpus, tmp_path):
     """35 seconds of preparation under a group whose collectives time out after 30; a busy machine needs some of these

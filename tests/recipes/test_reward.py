@@ -135,6 +135,7 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, wo
         main(arguments(corpus, tmp_path / "run", *more))
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_report_what_one_reports(corpus, tmp_path):
     """Fifteen held-out pairs, four a batch: ranks that run out are given rows twice, which count once."""

@@ -101,6 +101,7 @@ def test_picture(tmp_path):
     assert (tmp_path / "stack.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_from_fine_tuning_to_a_policy(tmp_path, monkeypatch, capsys):
     """Few and small: a fine-tuned model, and PPO from it; the other stages have recipes, and tests, of their own."""

@@ -220,6 +220,7 @@ def test_the_pairs_of_every_step(corpus, tmp_path, recipe):
             assert row.source == "pairs.jsonl" and rows[row.row]["chosen"]["value"] in row.text
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes(corpus, tmp_path):
     program = tmp_path / "program.py"

@@ -152,6 +152,7 @@ def test_the_parents_collator_and_arguments(folders, tmp_path):
             assert own[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_a_real_model(real_model_path, tmp_path):

@@ -189,6 +189,7 @@ def test_scores_before_a_closing_eos(tmp_path):
     assert found[1] == pytest.approx(found[0], abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_a_real_model(real_model_path, tmp_path):
