@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 
 from hf_objectives.distributed import average_gradients
 from hf_objectives.errors import ConfigError
+from hf_objectives.trainers.hf_compat import positions_behind_padding
 from hf_objectives.trainers.reward_functions import load_scorer
 from hf_objectives.trainers.trl_compat import disable_dropout_in_model
 
@@ -90,7 +91,8 @@ class Critic(nn.Module):
     def read(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
         """Compute values with the critic's own backbone: float32 [batch, keep], at the states before the last tokens."""
         assert self.backbone is not None
-        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with positions_behind_padding(self.backbone):
+            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return self(before_last(out.last_hidden_state, keep))
 
     def read_answers(self, answers: Mapping[str, Tensor], size: int | None = None) -> Tensor:

@@ -143,6 +143,25 @@ def processing_last(model: Any, processor: Any) -> Iterator[None]:
         del model._get_logits_processor
 
 
+@contextmanager
+def positions_behind_padding(model: nn.Module) -> Iterator[None]:
+    """Within it the positions of a row begin at its first token, as `generate` has them; `forward` counts padding too."""
+
+    def add(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if mask is None or kwargs.get("position_ids") is not None:
+            return args, kwargs
+        return args, {**kwargs, "position_ids": (mask.long().cumsum(dim=1) - 1).clamp_(min=0)}
+
+    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    handle = model.register_forward_pre_hook(add, with_kwargs=True) if takes else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def _inside(function: Any) -> Any:
     """The function that a trainer's wrapper of `forward` calls; None for a function of another make."""
     made_in = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__

@@ -32,7 +32,7 @@ from trl.trainer.utils import is_async_callable as is_async_callable
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import after_head, token_score_outputs, unwrapped
-from hf_objectives.trainers.hf_compat import TrainerHooks, let_copies_run
+from hf_objectives.trainers.hf_compat import TrainerHooks, let_copies_run, positions_behind_padding
 from hf_objectives.types import IGNORE_INDEX
 
 __all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "place_reference"]
@@ -316,7 +316,7 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
         if self.scores_tokens:
             after_head(model)  # proven here, where a sharded model runs as a whole
         self._figures = ("entropy",) if kwargs.get("compute_entropy") else ()
-        with self.reading_values(role, logits_to_keep) as values:
+        with self.reading_values(role, logits_to_keep) as values, positions_behind_padding(innermost(model)):
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )

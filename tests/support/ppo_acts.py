@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
 from hf_objectives.distributed import rank
 from hf_objectives.trainers.ppo import PPOTrainer
@@ -35,6 +36,7 @@ PROMPTS = [
 ]
 RUNS = {
     "one batch a step": {"max_steps": 6, "num_iterations": 1, "critic": "separate"},
+    "stream": {"max_steps": 5, "num_iterations": 2, "critic": "none"},
     "minibatches": {
         "max_steps": 10, "num_iterations": 2, "critic": "shared", "num_generations": 2, "temperature": 0.7, "top_k": 6,
         "whiten_rewards": True, "entropy_coef": 0.01, "reward_errors": "missing",
@@ -92,8 +94,9 @@ def answers_of(batch) -> list[list[list[int]]]:
 def by_layout(folder: Path, name: str, size: int, accumulation: int, model=None, resume=None, **options):
     """A run of eight answers a step that draws its answers, with policy and critic away from where they began."""
     minibatches = 2 if name == "minibatches" else 1
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
     run = ppo(
-        folder, [{"prompt": prompt} for prompt in PROMPTS], kind=Noted, reward=score, model=model,
+        folder, rows.to_iterable_dataset() if name == "stream" else rows, kind=Noted, reward=score, model=model,
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
         steps_per_generation=minibatches * accumulation, eval_dataset=[{"prompt": prompt} for prompt in PROMPTS[:11]],
         eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=size, optim="sgd", learning_rate=0.1,
@@ -104,7 +107,8 @@ def by_layout(folder: Path, name: str, size: int, accumulation: int, model=None,
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
-        run.critic.head.weight.normal_()
+        if run.critic is not None:
+            run.critic.head.weight.normal_()
     run.train(resume_from_checkpoint=resume)
     logs = [
         {key: value for key, value in log.items() if not any(word in key for word in TIMES)}
