@@ -36,7 +36,7 @@ PROMPTS = [
 ]
 RUNS = {
     "one batch a step": {"max_steps": 6, "num_iterations": 1, "critic": "separate"},
-    "stream": {"max_steps": 5, "num_iterations": 2, "critic": "none"},
+    "stream": {"max_steps": 6, "num_iterations": 2, "critic": "none"},
     "minibatches": {
         "max_steps": 10, "num_iterations": 2, "critic": "shared", "num_generations": 2, "temperature": 0.7, "top_k": 6,
         "whiten_rewards": True, "entropy_coef": 0.01, "reward_errors": "missing",
