@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainerCallback, get_scheduler
 
 from hf_objectives.distributed import average_gradients
 from hf_objectives.errors import ConfigError
+from hf_objectives.trainers.hf_compat import positions_behind_padding
+from hf_objectives.trainers.reward_functions import load_scorer
+from hf_objectives.trainers.trl_compat import disable_dropout_in_model
 
 
 class Critic(nn.Module):
@@ -64,6 +67,22 @@ class Critic(nn.Module):
                 critic.head.bias.data.copy_(score.bias.data)
         return critic
 
+    @classmethod
+    def for_run(cls, policy: Any, args: Any, model: Any, device: torch.device) -> Critic | None:
+        """Make the critic of a `PPOConfig` for training; `model` as in `of`, or its path. None without a critic."""
+        if isinstance(model, str):
+            model, has_head = load_scorer(model)
+            if not has_head and hasattr(model, "score"):
+                nn.init.zeros_(model.score.weight)
+        critic = cls.of(policy, args.critic, model)
+        if critic is None:
+            return None
+        if args.disable_dropout:
+            disable_dropout_in_model(critic)
+        if args.gradient_checkpointing and critic.backbone is not None:
+            critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        return critic.to(device).train()  # in evaluation mode it would not checkpoint
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., width] to values [...], in float32 under autocast too: bfloat16 has three digits."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -72,8 +91,23 @@ class Critic(nn.Module):
     def read(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
         """Compute values with the critic's own backbone: float32 [batch, keep], at the states before the last tokens."""
         assert self.backbone is not None
-        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with positions_behind_padding(self.backbone):
+            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return self(before_last(out.last_hidden_state, keep))
+
+    def read_answers(self, answers: Mapping[str, Tensor], size: int | None = None) -> Tensor:
+        """Compute values of the tokens of answers, `size` rows at once; see `read`.
+
+        Args:
+            answers: `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`, int64 [batch, length].
+            size: None for all.
+        """
+        keep = answers["completion_ids"].shape[1]
+        both = [
+            torch.cat([answers[f"prompt_{part}"], answers[f"completion_{part}"]], dim=1) for part in ("ids", "mask")
+        ]
+        parts = zip(*(part.split(size or len(part)) for part in both), strict=True)
+        return torch.cat([self.read(ids, mask, keep) for ids, mask in parts])
 
     @contextmanager
     def watching(self, policy: nn.Module, keep: int) -> Iterator[list[Tensor]]:
@@ -150,3 +184,15 @@ class CriticOptimizer:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+class CriticSteps(TrainerCallback):
+    """Steps the critic when the policy steps; `optimizer` gives the critic's, or None without one."""
+
+    def __init__(self, optimizer: Callable[[], CriticOptimizer | None]) -> None:
+        self._optimizer = optimizer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the policy's step."""
+        if (optimizer := self._optimizer()) is not None:
+            optimizer.step()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
+from transformers.generation import GenerationMode
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import unwrapped
@@ -118,6 +120,46 @@ def let_copies_run(model: Any) -> None:
         return own(self, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def processing_last(model: Any, processor: Any) -> Iterator[None]:
+    """Within it `generate` of a model gives scores to a `LogitsProcessor` after all others, where it samples single tokens.
+
+    One that is passed to `generate` stands before temperature, top-k and their like.
+    """
+    usual = model._get_logits_processor
+
+    def processors(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        found = usual(generation_config, *args, **kwargs)
+        if generation_config.get_generation_mode() == GenerationMode.SAMPLE:
+            found.append(processor)
+        return found
+
+    model._get_logits_processor = processors
+    try:
+        yield
+    finally:
+        del model._get_logits_processor
+
+
+@contextmanager
+def positions_behind_padding(model: nn.Module) -> Iterator[None]:
+    """Within it the positions of a row begin at its first token, as `generate` has them; `forward` counts padding too."""
+
+    def add(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if mask is None or kwargs.get("position_ids") is not None:
+            return args, kwargs
+        return args, {**kwargs, "position_ids": (mask.long().cumsum(dim=1) - 1).clamp_(min=0)}
+
+    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    handle = model.register_forward_pre_hook(add, with_kwargs=True) if takes else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _inside(function: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 from trl import SyncRefModelCallback
 
 from hf_objectives.distributed import gather_objects, rank, sum_over_ranks
@@ -26,18 +27,15 @@ from hf_objectives.losses import (
     token_rewards,
     whiten,
 )
-from hf_objectives.trainers.critic import Critic, CriticOptimizer
-from hf_objectives.trainers.hf_compat import free_of_trainers
+from hf_objectives.trainers.critic import Critic, CriticOptimizer, CriticSteps
+from hf_objectives.trainers.hf_compat import free_of_trainers, processing_last
 from hf_objectives.trainers.metrics import PolicyMetrics
 from hf_objectives.trainers.ppo_config import PPOConfig
-from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards, load_scorer
-from hf_objectives.trainers.trl_compat import (
-    RLOOHooks,
-    asking_for_none,
-    disable_dropout_in_model,
-    own_reference,
-    place_reference,
-)
+from hf_objectives.trainers.ppo_evaluation import EvaluatedAnswers
+from hf_objectives.trainers.ppo_reference import asking_for_none, own_reference
+from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards
+from hf_objectives.trainers.sampling import OwnNoise
+from hf_objectives.trainers.trl_compat import RLOOHooks, innermost, place_reference
 
 _STATE = "ppo_state_rank_{rank}.pt"
 
@@ -78,6 +76,12 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     """
 
     loss_is_scaled_for_ga: Any = True  # divided by the tokens of the whole step, see answers_made
+    _prefix = "eval"
+    # Of the answers of this process in the last batch: row, number in the batch, whether it is no repetition, rewards.
+    _rows: list[Any]
+    _numbers: range
+    _new: Tensor
+    _rewards: Tensor
 
     def __init__(
         self,
@@ -103,12 +107,13 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         self.policy_metrics = {"train": PolicyMetrics(), "eval": PolicyMetrics()}
         self.forwards = {}
         self._failed: set[int] = set()
-        self._rewards: Tensor | None = None
-        self._rows: list[Any] = []
-        self._prefix = "eval"
+        self._reward_moments: list[float] = []
         self.kl_control = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
         functions, tokenizers = checked_rewards(
-            reward_funcs, reward_processing_classes, on_error=args.reward_errors, tell_failed=self._tell_failed
+            reward_funcs,
+            reward_processing_classes,
+            on_error=args.reward_errors,
+            tell_failed=lambda answers: self._failed.update(answers),
         )
         refuse_other_models(model)
         free_of_trainers(model)
@@ -126,10 +131,12 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             self.ref_model = place_reference(reference, self.accelerator, temperature=self.temperature)
             if args.sync_ref_model:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        self._evaluated = EvaluatedAnswers(self.reward_func_names, self.reward_weights)
         self.score_tokens()
-        self.critic = self._make_critic(critic_model)
+        policy = self.accelerator.unwrap_model(self.model)
+        self.critic = Critic.for_run(policy, args, critic_model, self.accelerator.device)
         self.critic_optimizer: CriticOptimizer | None = None
-        self.add_callback(_CriticSteps(self))
+        self.add_callback(CriticSteps(lambda: self.critic_optimizer))
         self.watch_language_models(
             eval_lm_datasets,
             self.text_tokenizer,
@@ -143,30 +150,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         if self.is_multimodal:
             raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
         refuse_other_models(self.model, self.text_tokenizer)
-        needed = self.args.generation_batch_size // self.args.num_generations
-        rows: Any = self.train_dataset
-        if hasattr(rows, "__len__") and len(rows) < needed:
-            raise ConfigError(
-                f"train_dataset has {len(rows)} prompts and a batch of answers takes {needed} "
-                "(per_device_train_batch_size x steps_per_generation x processes); expected at least as many"
-            )
-
-    def _make_critic(self, model: Any) -> Critic | None:
-        if isinstance(model, str):
-            model, has_head = load_scorer(model)
-            if not has_head and hasattr(model, "score"):
-                nn.init.zeros_(model.score.weight)
-        critic = Critic.of(self.accelerator.unwrap_model(self.model), self.args.critic, model)
-        if critic is None:
-            return None
-        if self.args.disable_dropout:
-            disable_dropout_in_model(critic)
-        if self.args.gradient_checkpointing and critic.backbone is not None:
-            critic.backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-        return critic.to(self.accelerator.device).train()  # in evaluation mode it would not checkpoint
-
-    def _tell_failed(self, answers: set[int]) -> None:
-        self._failed |= answers
+        self.args.check_rows(self.train_dataset)
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -181,6 +165,16 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
                     f"{self.max_completion_length} is over the model's {limit} positions: {prompts[i]!r:.200}"
                 )
         return result
+
+    def generate_answers(self, prompt_ids: list, images: Any, multimodal_fields: Any) -> Any:
+        """Answer prompts. What transformers' `generate` draws does not depend on batches and processes, see `OwnNoise`."""
+        answer = super().generate_answers
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return answer(prompt_ids, images, multimodal_fields)
+        generation = self.state.global_step + 1 if self.mode == "train" else 0
+        noise = OwnNoise(self.args.seed, generation, self._numbers, self.accelerator.device)
+        with processing_last(innermost(self.model), noise):
+            return answer(prompt_ids, images, multimodal_fields)
 
     @contextmanager
     def reading_values(self, role: str, keep: int) -> Iterator[list[Tensor]]:
@@ -206,29 +200,31 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
                 if self.args.reward_errors == "error":
                     check_finite(own[:, i], self.reward_func_names[i], completions)
                 self._failed |= set((~torch.isfinite(own[:, i])).nonzero().flatten().tolist())
-        self.policy_metrics[self.mode].failures += len(self._failed)
+        self.policy_metrics[self.mode].failures += sum(bool(self._new[i]) for i in self._failed)
         failed = [i + part * n for part, answers in enumerate(gather_objects(self._failed)) for i in answers]
         rewards[failed] = torch.nan
-        self._rewards = rewards
+        self._rewards = rewards[rank() * n : (rank() + 1) * n]
         return rewards
 
     def generate_and_score(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Answer and score prompts, with values, advantages and returns of each token."""
         self._rows = [row.get("row") for row in inputs]
+        n, trains = len(inputs), self.mode == "train"
+        self._numbers = range(rank() * n, (rank() + 1) * n) if trains else self._evaluated.next_numbers(n)
+        self._new = torch.tensor([trains or self._evaluated.is_new(number) for number in self._numbers])
         self.forwards.clear()
         output = super().generate_and_score(inputs)
         policy, reference = self.forwards.pop("policy"), self.forwards.pop("reference", None)
         mask = output["completion_mask"]
+        size = self.args.per_device_train_batch_size if trains else self.args.per_device_eval_batch_size
         with torch.no_grad():
-            kl = None
-            if reference is not None:
-                kl = KL_ESTIMATORS[self.args.kl_estimator](policy.logps - reference.logps)
-            values = self._old_values(output, policy.values)
+            ratio = None if reference is None else policy.logps - reference.logps
+            kl = None if ratio is None else KL_ESTIMATORS[self.args.kl_estimator](ratio)
+            values = self._values(output, policy.values, size)
             scores, scored = self._scores(output)
             used = mask * scored[:, None]
             rewards = token_rewards(scores, kl, used, kl_coef=self.kl_control.coef)
-            if self.args.whiten_rewards:
-                rewards = whiten(rewards, _over_ranks(Moments.of(rewards, used)), shift_mean=False) * used
+            rewards = self._whitened_rewards(rewards, used) if self.args.whiten_rewards else rewards
             advantages, returns = generalized_advantages(
                 rewards, values, used, gamma=self.args.gamma, lam=self.args.lam
             )
@@ -236,10 +232,14 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             self.show_advantages([mean for part in gather_objects(means) for mean in part])
             if self.args.whiten_advantages:
                 advantages = whiten(advantages, _over_ranks(Moments.of(advantages, used))) * used
-        if kl is not None:
+        if not trains:
+            stops, pad = self.eos_token_ids, self.text_tokenizer.pad_token_id
+            self._evaluated.add(output["completion_ids"], mask, self._rewards, ratio, kl, stops=stops, pad=pad)
+        elif kl is not None:
             self._book_kl(kl, mask)
         return {
             **output,
+            "number": torch.tensor([*self._numbers], device=mask.device),
             "old_token_logps": policy.logps,
             "values": values,
             "advantages": advantages,
@@ -247,54 +247,56 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             "loss_mask": used,
         }
 
-    def _old_values(self, output: Mapping[str, Any], shared: Tensor | None) -> Tensor:
-        """The critic's values of all answers, float32 [batch, length]; 0 without a critic."""
-        if self.critic is None or self.critic.backbone is None:
-            ids = output["completion_ids"]
-            return torch.zeros(ids.shape, device=ids.device) if shared is None else shared
-        train = self.mode == "train"
-        size = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        starts = range(0, len(output["completion_ids"]), size)
-        return torch.cat([self._read_values({name: output[name][i : i + size] for name in names}) for i in starts])
-
-    def _read_values(self, part: Mapping[str, Tensor]) -> Tensor:
-        assert self.critic is not None
-        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-        attention = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
-        with self.accelerator.autocast():
-            return self.critic.read(ids, attention, part["completion_ids"].shape[1])
+    def _values(self, batch: Mapping[str, Tensor], shared: Tensor | None, size: int | None = None) -> Tensor:
+        """The critic's values of answers, float32 [batch, length], `size` rows at once; 0 without a critic."""
+        if self.critic is not None and self.critic.backbone is not None:
+            with self.accelerator.autocast():
+                return self.critic.read_answers(batch, size)
+        ids = batch["completion_ids"]
+        return torch.zeros(ids.shape, device=ids.device) if shared is None else shared
 
     def _scores(self, output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The scores of this rank's answers, float32 [batch], and whether each has one, bool [batch]."""
-        assert self._rewards is not None
-        n = len(output["completion_ids"])
-        own = self._rewards[rank() * n : (rank() + 1) * n]
-        scored = ~torch.isnan(own).all(dim=1)
+        own = self._rewards
+        scored = ~torch.isnan(own).all(dim=1) & self._new.to(own.device)
         scores = (own * self.reward_weights.to(own.device)).nansum(dim=1)
         if self.reward_clip_range:
             scores = scores.clamp(*self.reward_clip_range)
         stops = torch.tensor(self.eos_token_ids, device=own.device)
         finished = (torch.isin(output["completion_ids"], stops) & output["completion_mask"].bool()).any(dim=1)
         scores = scores - self.args.missing_eos_penalty * ~finished
-        done, total, missing = sum_over_ranks([float(finished.sum()), float(n), float((~scored).sum())])
+        done, total, missing = sum_over_ranks([float(finished.sum()), float(len(own)), float((~scored).sum())])
         self.book({"completions/finished": done / total, "rewards/missing": missing})
         return scores, scored
+
+    def _whitened_rewards(self, rewards: Tensor, used: Tensor) -> Tensor:
+        """An evaluation has the scale of the last batch that was trained on, which is that of the critic's values."""
+        if self.mode == "train":
+            self._reward_moments = [*_over_ranks(Moments.of(rewards, used))]
+        known = Moments(*self._reward_moments) if self._reward_moments else None
+        return whiten(rewards, known, shift_mean=False) * used if known else rewards
 
     def _book_kl(self, kl: Tensor, mask: Tensor) -> None:
         nats, answers = sum_over_ranks([float((kl * mask).sum()), float(len(kl))])
         self.book({"kl_per_answer": nats / answers, "kl_coef": self.kl_control.coef})
-        if self.mode == "train":
-            self.kl_control.update(nats / answers, int(answers))
+        self.kl_control.update(nats / answers, int(answers))
 
-    def answers_made(self, batches: list[dict[str, Any]]) -> None:
-        """Write into each micro-batch how many tokens its whole step has, over its accumulation and all ranks."""
+    def answers_made(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Deal the answers to the steps, and write into each micro-batch how many tokens its whole step has.
+
+        Of m steps the k-th has the answers whose numbers are k modulo m. So it has the same answers however many processes
+        there are: each holds a block of numbers, whose length is a multiple of m. TRL shuffles the answers of each process.
+        """
         size = self.args.gradient_accumulation_steps
+        whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        order = torch.argsort(whole["number"]).view(-1, len(batches) // size).T.reshape(len(batches), -1)
+        batches = [{name: value[rows] for name, value in whole.items()} for rows in order]
         for begin in range(0, len(batches), size):
             step = batches[begin : begin + size]
             total = sum_over_ranks([float(sum(batch["loss_mask"].sum() for batch in step))])[0]
             for batch in step:
                 batch["step_tokens"] = torch.tensor(max(total, 1.0), device=batch["loss_mask"].device)
+        return batches
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -319,7 +321,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         loss = policy.loss - self.args.entropy_coef * entropy if self.args.entropy_coef else policy.loss
         value = errors = returns = None
         if self.critic is not None:
-            values = self._read_values(inputs) if values is None else values
+            values = self._values(inputs, values)
             clip = self.args.cliprange_value
             value = clipped_value_loss(values, inputs["values"], inputs["returns"], mask, clip=clip)
             loss = loss + self.args.vf_coef * value.loss
@@ -341,10 +343,19 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             self.rename_booked(lambda name: f"{dataset}_{name}")
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the parent does; the logs afterwards have the prefix of the dataset."""
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the parent does, with figures of all answers; the logs afterwards have the prefix of the dataset."""
         self._prefix = kwargs.get("metric_key_prefix", "eval")
-        return super().evaluation_loop(*args, **kwargs)
+        rows, generations = dataloader.dataset, self.num_generations_eval
+        self._evaluated.begin(len(rows) * generations if has_length(rows) else None)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        figures = self.policy_metrics["eval"].take()
+        if "policy_loss" in figures:
+            loss = figures["policy_loss"] - self.args.entropy_coef * figures["entropy"]
+            output.metrics[f"{self._prefix}_loss"] = loss + self.args.vf_coef * figures["value_loss"]
+        figures |= self._evaluated.figures(generations, self.reward_clip_range, self.beta)
+        self.replace_booked({**figures, **({"kl_coef": self.kl_control.coef} if "kl" in figures else {})}, "eval")
+        return output
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the parent's schedule, and the critic's optimizer, now that the number of steps is known."""
@@ -362,6 +373,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         state = {
             **self.answers_state(),
             "kl_coef": self.kl_control.coef,
+            "reward_moments": self._reward_moments,
             "reference": self.accelerator.unwrap_model(self.ref_model).state_dict() if moves else None,
         }
         torch.save(state, folder / _STATE.format(rank=rank()))
@@ -379,20 +391,9 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             raise ConfigError(f"{folder} has no {file.name}; it was saved by another trainer or by fewer processes")
         state = torch.load(file, map_location="cpu", weights_only=True)
         self.load_answers_state(state)
-        self.kl_control.coef = state["kl_coef"]
+        self.kl_control.coef, self._reward_moments = state["kl_coef"], state.get("reward_moments", [])
         if state["reference"] is not None:
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(state["reference"])
-
-
-class _CriticSteps(TrainerCallback):
-    """Steps the critic when the policy steps."""
-
-    def __init__(self, trainer: PPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.critic_optimizer is not None:
-            self._trainer.critic_optimizer.step()
 
 
 def _over_ranks(moments: Moments) -> Moments:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from transformers.trainer_utils import has_length
 from trl import RLOOConfig
 
 from hf_objectives.errors import ConfigError
@@ -107,6 +109,15 @@ class PPOConfig(CheckpointSettings, RLOOConfig):
         if self.mask_truncated_completions:
             raise ConfigError(
                 "mask_truncated_completions takes answers that did not stop out of the loss; PPO's is missing_eos_penalty"
+            )
+
+    def check_rows(self, rows: Any) -> None:
+        """Refuse training rows that are fewer than a batch of answers takes: it would not have one."""
+        needed = self.generation_batch_size // self.num_generations
+        if has_length(rows) and len(rows) < needed:
+            raise ConfigError(
+                f"train_dataset has {len(rows)} prompts and a batch of answers takes {needed} "
+                "(per_device_train_batch_size x steps_per_generation x processes); expected at least as many"
             )
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import textwrap
 import types
@@ -16,7 +15,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model, send_to_device
-from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOTrainer, RewardTrainer, RLOOTrainer
 from trl.data_utils import get_dataset_column_names as get_dataset_column_names
@@ -34,7 +32,7 @@ from trl.trainer.utils import is_async_callable as is_async_callable
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import after_head, token_score_outputs, unwrapped
-from hf_objectives.trainers.hf_compat import TrainerHooks, let_copies_run
+from hf_objectives.trainers.hf_compat import TrainerHooks, let_copies_run, positions_behind_padding
 from hf_objectives.types import IGNORE_INDEX
 
 __all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "place_reference"]
@@ -48,32 +46,6 @@ def place_reference(model: Any, accelerator: Any, *, temperature: float = 1.0) -
     if accelerator.distributed_type == "FSDP":
         return prepare_fsdp(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True)
-
-
-def own_reference(model: Any, args: Any, peft_config: Any) -> Any:
-    """Copy the policy as its frozen reference; None without a KL penalty, and where TRL makes the reference.
-
-    TRL loads a reference from the folder or Hub id in the policy's config, whatever the policy is now. For a path, a
-    PeftModel and a `peft_config` that is right.
-    """
-    adapted = isinstance(model, PeftModel)
-    if not isinstance(model, str) and not adapted and getattr(model, "peft_config", None):
-        raise ConfigError("the model carries an adapter that transformers loaded; merge it, or load it with PeftModel")
-    if isinstance(model, str) or adapted or peft_config is not None or not args.beta:
-        return None
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-@contextmanager
-def asking_for_none(args: Any, own: bool) -> Iterator[None]:
-    """Within it, `args` ask TRL for no reference if we have our own. Afterwards they are the caller's, also on an error."""
-    beta, sync = args.beta, args.sync_ref_model
-    if own:
-        args.beta, args.sync_ref_model = 0.0, False
-    try:
-        yield
-    finally:
-        args.beta, args.sync_ref_model = beta, sync
 
 
 @contextmanager
@@ -292,10 +264,12 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
         "tokenize_prompts": "_tokenize_prompts",
         "calculate_rewards": "_calculate_rewards",
         "generate_and_score": "_generate_and_score_completions",
+        "generate_answers": "_generate_single_turn",
         "answers_loss": "_compute_loss",
     }
     #: The last forward pass of the "policy" and of the "reference".
     forwards: dict[str, Forward]
+    _buffered_inputs: Any
     scores_tokens = False
     _figures: tuple[str, ...] = ()
 
@@ -308,14 +282,16 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
             if model is not None:
                 score_tokens(innermost(model), figures=lambda: self._figures, temperature=self.temperature)
 
-    def answers_made(self, batches: list[dict[str, Any]]) -> None:
-        """Told the micro-batches of answers that the next steps are trained on."""
+    def answers_made(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Given TRL's micro-batches of answers; gives those that the next steps are trained on."""
+        return batches
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not before:
-            self.answers_made(self._buffered_inputs)
+            self._buffered_inputs = self.answers_made(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
     @contextmanager
@@ -340,7 +316,7 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
         if self.scores_tokens:
             after_head(model)  # proven here, where a sharded model runs as a whole
         self._figures = ("entropy",) if kwargs.get("compute_entropy") else ()
-        with self.reading_values(role, logits_to_keep) as values:
+        with self.reading_values(role, logits_to_keep) as values, positions_behind_padding(innermost(model)):
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
@@ -363,14 +339,28 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
         return self._is_vlm
 
     def answers_state(self) -> dict[str, Any]:
-        """For a checkpoint: the count of micro-batches, and the answers that are not used up."""
-        every = self.args.steps_per_generation * self.num_iterations
-        return {"micro_steps": self._step, "answers": self._buffered_inputs if self._step % every else None}
+        """For a checkpoint: the answers that are not used up, how many micro-batches of them are, and how they are split."""
+        used = self._step % (self.args.steps_per_generation * self.num_iterations)
+        return {"micro_steps": used, "answers": self._buffered_inputs if used else None, "layout": self._layout()}
 
     def load_answers_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `answers_state`."""
+        """Go on from `answers_state`.
+
+        Raises:
+            ConfigError: the answers are split in another way than this run's.
+        """
+        own = self._layout()
+        if state["answers"] is not None and (saved := state.get("layout", own)) != own:
+            raise ConfigError(
+                f"the checkpoint keeps answers that are not used up, split into {saved}; expected {own}. Set these as they "
+                "were, or go on from a checkpoint at the end of the epochs over a batch of answers"
+            )
         self._step = state["micro_steps"]
         self._buffered_inputs = send_to_device(state["answers"], self.accelerator.device)
+
+    def _layout(self) -> dict[str, int]:
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        return {**{name: getattr(self.args, name) for name in names}, "processes": self.accelerator.num_processes}
 
 
 def is_reference(model: nn.Module, trainer: Any) -> bool:

@@ -13,7 +13,7 @@ from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollator
 from tests.support import dpo_worlds, reward_worlds
 from tests.support.language_models import TOKENIZER, by_autograd, chats, llama, mixtral, trainer
 from tests.support.monitored_runs import BAD, events
-from tests.support.ppo_acts import ppo_steps
+from tests.support.ppo_acts import layout_figures, ppo_layouts, ppo_steps
 from tests.support.two_processes import start, steps_of
 
 pytestmark = pytest.mark.distributed
@@ -161,6 +161,31 @@ def test_ppo_steps(two_processes, tmp_path):
     for logs in expected_logs.values():
         figures = [log for log in logs if "kl_coef" in log]
         assert figures[0]["rewards/missing"] == 1 and figures[1]["kl_coef"] != figures[0]["kl_coef"]
+
+
+@pytest.mark.slow
+def test_ppo_in_every_layout(two_processes, tmp_path):
+    """The same answers, token for token, and the same figures of each step and evaluation."""
+    first, second = two_processes.of("ppo_layouts")
+    for name, runs in ppo_layouts(tmp_path).items():
+        for layout, run in first[name].items():
+            assert layout_figures(second[name][layout]) == layout_figures(run)
+            halves = {part: zip(run[part], second[name][layout][part], strict=True) for part in ("steps", "evaluated")}
+            both = {part: [one + other for one, other in pairs] for part, pairs in halves.items()}
+            runs[f"two processes of {layout}"] = {**run, **both}
+        whole = runs.pop("8 x 1")
+        expected, answers = layout_figures(whole), [answer for step in whole["steps"] for _, answer in step]
+        assert len(runs) == 3 and len(whole["steps"]) >= 6 and len({*map(tuple, answers)}) > 15
+        number = 11 * (2 if name == "minibatches" else 1)  # without the rows that fill up a last batch
+        for layout, run in runs.items():
+            for step, one in zip(run["steps"], whole["steps"], strict=True):
+                assert sorted(step) == sorted(one), (name, layout)
+            evaluated, expected_ones = ([row for batch in one["evaluated"] for row in batch] for one in (run, whole))
+            assert evaluated[:number] == expected_ones[:number], (name, layout)
+            figures = layout_figures(run)
+            assert figures.keys() == expected.keys() and len(figures) > 150
+            for key, value in figures.items():  # a policy loss is 0 up to rounding at first
+                assert value == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (name, layout, key)
 
 
 def test_checkpoints_of_two_processes(two_processes):

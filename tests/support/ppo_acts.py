@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
 from hf_objectives.distributed import rank
+from hf_objectives.trainers.ppo import PPOTrainer
 from tests.support.ppo_worlds import ScriptedPPO, count_a, ppo
 
 SCRIPT = {
@@ -18,6 +20,28 @@ SCRIPT = {
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # there is no group yet when the batch is chosen
 CRITICS = {"separate": 1, "shared": 2}  # with the micro-batches of a step
 TIMES = ("step_time", "runtime", "per_second", "flos")
+#: Answers of a micro-batch on a process, and micro-batches of a step: eight answers a step in all of them.
+LAYOUTS = {1: ((8, 1), (2, 4)), 2: ((4, 1), (2, 2))}[PROCESSES]
+#: Prompts of several lengths, two of them twice.
+PROMPTS = [
+    *SCRIPT,
+    "ask a",
+    "ask b b b b b b",
+    "ask a b c",
+    "ask d a d",
+    "ask e e",
+    "ask c c b",
+    "ask b c",
+    "ask c d e a b",
+]
+RUNS = {
+    "one batch a step": {"max_steps": 6, "num_iterations": 1, "critic": "separate"},
+    "stream": {"max_steps": 6, "num_iterations": 2, "critic": "none"},
+    "minibatches": {
+        "max_steps": 10, "num_iterations": 2, "critic": "shared", "num_generations": 2, "temperature": 0.7, "top_k": 6,
+        "whiten_rewards": True, "entropy_coef": 0.01, "reward_errors": "missing",
+    },
+}  # fmt: skip
 
 
 def score(prompts, completion_ids, **arguments) -> list[float]:
@@ -41,6 +65,69 @@ def trainer(folder: Path, critic: str, accumulation: int):
             parameter.add_(0.1 * torch.randn(parameter.shape))
         run.critic.head.weight.normal_()
     return run
+
+
+class Noted(PPOTrainer):
+    """Notes prompt and answer of each row of each step, and of each evaluation, of this process."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps, self.evaluated = [], []
+
+    def prediction_step(self, *args, **kwargs):
+        self.evaluated.append([])
+        return super().prediction_step(*args, **kwargs)
+
+    def answers_loss(self, model, inputs):
+        if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
+            self.steps.append([])
+        (self.steps if self.model.training else self.evaluated)[-1].extend(answers_of(inputs))
+        return super().answers_loss(model, inputs)
+
+
+def answers_of(batch) -> list[list[list[int]]]:
+    masked = [(batch[f"{part}_ids"], batch[f"{part}_mask"].bool()) for part in ("prompt", "completion")]
+    parts = [[row[kept].tolist() for row, kept in zip(ids, mask, strict=True)] for ids, mask in masked]
+    return [list(row) for row in zip(*parts, strict=True)]
+
+
+def by_layout(folder: Path, name: str, size: int, accumulation: int, model=None, resume=None, **options):
+    """A run of eight answers a step that draws its answers, with policy and critic away from where they began."""
+    minibatches = 2 if name == "minibatches" else 1
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    run = ppo(
+        folder, rows.to_iterable_dataset() if name == "stream" else rows, kind=Noted, reward=score, model=model,
+        per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+        steps_per_generation=minibatches * accumulation, eval_dataset=[{"prompt": prompt} for prompt in PROMPTS[:11]],
+        eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=size, optim="sgd", learning_rate=0.1,
+        critic_learning_rate=0.2, max_grad_norm=1.0, beta=0.3, kl_target=0.05, kl_horizon=64, missing_eos_penalty=0.5,
+        vf_coef=0.5, **{"reward_errors": "missing", **RUNS[name], **options},
+    )  # fmt: skip
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+        if run.critic is not None:
+            run.critic.head.weight.normal_()
+    run.train(resume_from_checkpoint=resume)
+    logs = [
+        {key: value for key, value in log.items() if not any(word in key for word in TIMES)}
+        for log in run.state.log_history
+    ]
+    return {"steps": run.steps, "evaluated": run.evaluated, "logs": logs}
+
+
+def layout_figures(run: dict) -> dict:
+    """All that a run of `by_layout` logged, by the number of the log and the name."""
+    return {f"{i} {key}": value for i, log in enumerate(run["logs"]) for key, value in log.items()}
+
+
+def ppo_layouts(folder: Path) -> dict:
+    """What runs of the same answers a step draw and log, by name and layout."""
+    return {
+        name: {f"{size} x {times}": by_layout(folder / name / str(size), name, size, times) for size, times in LAYOUTS}
+        for name in RUNS
+    }
 
 
 def state_of(run) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from hf_objectives.trainers import (
 from tests.support import dpo_worlds, language_models, reward_worlds
 from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
 from tests.support.monitored_runs import trainer_of
-from tests.support.ppo_acts import ppo_steps
+from tests.support.ppo_acts import ppo_layouts, ppo_steps
 from tests.support.ranks import run_ranks
 from tests.support.terminations import Terminate
 
@@ -316,6 +316,7 @@ ACTS = (
     dpo,
     rewards,
     ppo_steps,
+    ppo_layouts,
     skip,
     checkpoints,
     resumed_rows,

@@ -19,6 +19,7 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 
 from hf_objectives import trainers
 from hf_objectives.diagnostics import callback
+from hf_objectives.trainers.ppo import PPOTrainer
 from hf_objectives.trainers.trl_compat import PromptOrder, asking_for_padding
 from tests.support import dpo_worlds, reward_worlds
 from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, ppo, small_model
@@ -211,12 +212,19 @@ def test_what_the_trainer_keeps(spied):
         assert hasattr(spied, name), MOVED.format(f"it has no {name}")
 
 
+class AnswersOfTRL(PPOTrainer):
+    """Draws answers as RLOO does, from the random state of the process."""
+
+    def generate_answers(self, *args):
+        return RLOOTrainer._generate_single_turn(self, *args)
+
+
 @pytest.mark.slow
 def test_the_first_step_on_a_batch_is_the_parents(tmp_path, spied):
     """The same seed, prompts and answers: what PPO leaves to RLOO is RLOO's."""
     run = ppo(
         tmp_path, [{"prompt": f"ask {letter}", "word": letter} for letter in "abcd"], num_generations=2, num_iterations=2,
-        beta=0.1, critic="none",
+        beta=0.1, critic="none", kind=AnswersOfTRL,
     )  # fmt: skip
     run.train()
     assert list(run._logs["completion"]) == list(spied._logs["completion"]) and any(run._logs["completion"])
