@@ -19,7 +19,7 @@ from hf_objectives.labels.overlength import concatenate
 from hf_objectives.labels.spans import Rendered
 from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder, vocabulary_size
-from hf_objectives.types import IGNORE_INDEX, Row
+from hf_objectives.types import IGNORE_INDEX, TOO_DEEP, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class PieceEncoder:
             labelled = self.tokenise([piece])
         except DataError as error:
             raise error.at(source=source, row=number) from None
+        except RecursionError:
+            raise FormatError(TOO_DEEP, source=source, row=number) from None
         if piece.framed:
             labelled = self.frame([piece], labelled)
         limit = self.config.max_length

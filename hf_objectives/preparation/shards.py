@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,17 @@ class Shard:
         if not file.is_file() or file.stat().st_size != self.num_bytes:
             return False
         return not checksum or sha256(file) == self.sha256
+
+
+def check_types(part: Any) -> None:
+    """Raise where a field of a dataclass that was read is not of its type, is negative, or leads out of the folder."""
+    for name, hint in get_type_hints(type(part)).items():
+        kind, value = get_origin(hint) or hint, getattr(part, name)
+        numbers = value if name == "row_groups" else [value] if kind is int else []
+        if type(value) is not kind or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise TypeError(f"{name} is {value!r:.60}; expected {kind.__name__}")
+    if isinstance(part, Shard) and (Path(part.path).is_absolute() or ".." in Path(part.path).parts):
+        raise ValueError(f"path {part.path!r:.60} leads out of the folder")
 
 
 class ShardWriter:
