@@ -121,8 +121,11 @@ class PieceEncoder:
 
     def _checked_ids(self, example: Example) -> Example:
         """The example with its ids and labels as int64 arrays of one length, all of them ids of the tokenizer."""
-        ids = np.asarray(example.input_ids, np.int64)
-        labels = ids if example.labels is None else np.asarray(example.labels, np.int64)
+        try:
+            ids = np.asarray(example.input_ids, np.int64)
+            labels = ids if example.labels is None else np.asarray(example.labels, np.int64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise FormatError(f"input_ids and labels are no lists of integers ({error!s:.80})") from error
         if ids.ndim != 1 or labels.shape != ids.shape or not len(ids):
             raise FormatError(
                 f"input_ids of shape {ids.shape} and labels of shape {labels.shape}; expected two lists of one length"
