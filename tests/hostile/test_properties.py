@@ -24,6 +24,7 @@ from hf_objectives.trainers.checkpoints import MANIFEST as CHECKPOINT
 from hf_objectives.trainers.checkpoints import fault_of, step_rows_of
 from tests.support.chat_corpus import PLAIN
 
+pytestmark = pytest.mark.slow
 TOKENIZER = demo.build_tokenizer()
 
 
@@ -155,7 +156,7 @@ def whole() -> dict:
     }  # fmt: skip
 
 
-@few(200)
+@few(100)
 @given(st.data())
 def test_manifests(tmp_path, whole, data):
     """One value somewhere in a manifest is replaced; the file is whole, or cut."""

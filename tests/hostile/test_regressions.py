@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from hf_objectives import demo, prepare_corpus
+from hf_objectives import demo, diagnose, prepare_corpus
 from hf_objectives.errors import (
     CheckpointError,
     ConfigError,
@@ -224,3 +224,11 @@ def test_aliases_that_stand_for_little_are_read():
 def test_ids_that_are_none(tokenizer, ids):
     with pytest.raises(DataError, match="source 's', row 3: (input_ids|id )"):
         encode_row(tokenizer, {"input_ids": ids}, source="s", row_index=3)
+
+
+def test_a_log_of_a_byte_order_mark(tmp_path):
+    """Found by `benchmarks/fuzz.py`."""
+    file = tmp_path / "log.csv"
+    file.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(FileFormatError, match="holds no lines"):
+        diagnose(str(file))
