@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any
+
+import yaml
 
 from hf_objectives.errors import ConfigError, nearest
 
@@ -14,6 +17,69 @@ IGNORE_INDEX = -100
 
 #: One row of a dataset: a mapping of column names to values.
 Row = Mapping[str, Any]
+
+
+#: How deep lists and mappings of a file of others may stand in each other. Programs that walk them call themselves as deep.
+MAX_DEPTH = 100
+TOO_DEEP = f"lists or mappings stand over {MAX_DEPTH} deep in each other"
+#: How many values a YAML file may stand for: its aliases can name a list twice, that list another twice, and so on.
+MAX_VALUES = 1_000_000
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value, of text that a stranger may have written.
+
+    Raises:
+        ValueError: the text is not JSON or not UTF-8, stands over MAX_DEPTH deep, or holds an integer with more digits than
+            Python reads. The message is one line.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # over 4,300 digits
+        raise ValueError(f"an integer of over {sys.get_int_max_str_digits():,} digits") from error
+    check_depth(value)
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML value, of text that a stranger may have written.
+
+    Raises:
+        ValueError: the text is not YAML, stands over MAX_DEPTH deep, or stands for over MAX_VALUES values.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # The others are of dates, numbers and keys that YAML takes for such and Python does not.
+        raise ValueError(" ".join(str(error).split())) from error
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raise a ValueError where lists and mappings stand over MAX_DEPTH deep in each other, or hold over MAX_VALUES values
+    that stand in several places."""
+    level, ids, depth, shared = [value], set[int](), 0, 0
+    while level := [item for item in level if isinstance(item, (dict, list, tuple))]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+        below: list[Any] = []
+        for item in level:
+            shared += len(item) if id(item) in ids else 0
+            ids.add(id(item))
+            below += item.values() if isinstance(item, dict) else item
+            if shared > MAX_VALUES:
+                raise ValueError(f"aliases stand for over {MAX_VALUES:,} values")
+        level = below
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

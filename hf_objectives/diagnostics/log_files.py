@@ -183,6 +183,8 @@ def _read_csv(path: Path, notes: list[str]) -> Lines:
         reader = csv.reader(file, delimiter=max("\t;,", key=header.count))
         try:
             names = [name.strip() for name in next(reader)]
+        except StopIteration:  # a byte order mark and nothing more
+            raise FileFormatError(f"{path} holds no lines; expected the names of columns") from None
         except csv.Error as error:
             raise FileFormatError(f"{path}, line 1: {error}; expected the names of columns") from error
         tagged = TAGGED.fullmatch(path.name)

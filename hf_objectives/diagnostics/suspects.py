@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from scipy import stats
 
 from hf_objectives.diagnostics.batch_record import to_json
 from hf_objectives.errors import FileFormatError
+from hf_objectives.types import parse_json
 
 SUSPECTS, BLOCKLIST = "suspects.jsonl", "blocklist.json"
 _KNOWN = 256  # losses of examples that are remembered of each source
@@ -98,9 +98,9 @@ class Suspects:
         if not path.is_file():
             return
         try:
-            for source, rows in json.loads(path.read_text(encoding="utf-8")).items():
+            for source, rows in parse_json(path.read_bytes()).items():
                 self.blocked[source].update(row for row in map(int, rows) if row >= 0)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise FileFormatError(
                 f'{path} is no blocklist ({error}); expected {{"source": [rows]}}. Mend or remove it'
             ) from error

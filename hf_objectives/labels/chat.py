@@ -24,7 +24,7 @@ from hf_objectives.labels.spans import Memory, Rendered, SpanFinder
 from hf_objectives.labels.templates import Renderer, marker_pattern, surroundings, template_of, tool_schema
 from hf_objectives.labels.templates import control_tokens as control_tokens_of
 from hf_objectives.labels.tokenization import text_encoder
-from hf_objectives.types import IGNORE_INDEX, check_max_length, check_one_of
+from hf_objectives.types import IGNORE_INDEX, check_max_length, check_one_of, parse_json
 
 
 class ChatEncoder:
@@ -155,14 +155,17 @@ def read_tools(tools: Any) -> list | None:
         return None
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+            tools = parse_json(tools)
+        except ValueError as error:
             raise ConversationError(f"tools is text but not JSON ({error}): {tools[:60]!r}") from error
     if not isinstance(tools, (list, tuple)):
         raise ConversationError(f"tools is {type(tools).__name__}; expected a list of JSON schemas")
     read = []
     for tool in tools:
-        tool = json.loads(tool) if isinstance(tool, str) else tool
+        try:
+            tool = parse_json(tool) if isinstance(tool, str) else tool
+        except ValueError as error:
+            raise ConversationError(f"a tool is text but not JSON ({error}): {tool[:60]!r}") from error
         if not isinstance(tool, Mapping) and not callable(tool):
             raise ConversationError(f"tool {tool!r:.80} is neither a JSON schema nor a function")
         read.append(drop_nulls(tool) if isinstance(tool, Mapping) else tool_schema(tool))

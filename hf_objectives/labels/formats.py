@@ -7,7 +7,6 @@ plain, conversational or ShareGPT; tokenised `input_ids` (and `labels`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,7 +15,7 @@ from typing import Any
 from hf_objectives.errors import ConversationError, FormatError, VisionContentError
 from hf_objectives.labels.message_forms import CALL_TEXT
 from hf_objectives.labels.pair_prompt import join_prompt, split_texts
-from hf_objectives.types import Row, check_one_of
+from hf_objectives.types import Row, check_one_of, parse_json
 
 _VISION = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
 _SHAREGPT_ROLES = {
@@ -216,8 +215,8 @@ def _chat(row: Row, kind: Kind = Kind.MESSAGES, **conversations: Any) -> Example
 def _json(text: str, what: str, turn: int | None = None) -> Any:
     """Parse JSON text; `what` begins the error, for example "messages is"."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         kind = FormatError if turn is None else ConversationError
         raise kind(f"{what} text but not JSON ({error}): {text[:80]!r}", turn=turn) from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from hf_objectives.types import parse_json
+
 #: Key of a message under which a ShareGPT `function_call` keeps the text that its author wrote.
 CALL_TEXT = "call_text"
 
@@ -24,7 +26,7 @@ def filled(messages: list[dict]) -> list[dict] | None:
 
 def parsed(messages: list[dict]) -> list[dict] | None:
     """Arguments of tool calls as mappings, for templates that print them as JSON (Llama 3.1) or item by item (Qwen3.5)."""
-    return _with_arguments(messages, lambda value: json.loads(value) if isinstance(value, str) else value)
+    return _with_arguments(messages, lambda value: parse_json(value) if isinstance(value, str) else value)
 
 
 def quoted(messages: list[dict]) -> list[dict] | None:

@@ -19,7 +19,7 @@ from hf_objectives.labels.overlength import concatenate
 from hf_objectives.labels.spans import Rendered
 from hf_objectives.labels.templates import control_tokens
 from hf_objectives.labels.tokenization import text_encoder, vocabulary_size
-from hf_objectives.types import IGNORE_INDEX, Row
+from hf_objectives.types import IGNORE_INDEX, TOO_DEEP, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class PieceEncoder:
             labelled = self.tokenise([piece])
         except DataError as error:
             raise error.at(source=source, row=number) from None
+        except RecursionError:
+            raise FormatError(TOO_DEEP, source=source, row=number) from None
         if piece.framed:
             labelled = self.frame([piece], labelled)
         limit = self.config.max_length
@@ -119,8 +121,11 @@ class PieceEncoder:
 
     def _checked_ids(self, example: Example) -> Example:
         """The example with its ids and labels as int64 arrays of one length, all of them ids of the tokenizer."""
-        ids = np.asarray(example.input_ids, np.int64)
-        labels = ids if example.labels is None else np.asarray(example.labels, np.int64)
+        try:
+            ids = np.asarray(example.input_ids, np.int64)
+            labels = ids if example.labels is None else np.asarray(example.labels, np.int64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise FormatError(f"input_ids and labels are no lists of integers ({error!s:.80})") from error
         if ids.ndim != 1 or labels.shape != ids.shape or not len(ids):
             raise FormatError(
                 f"input_ids of shape {ids.shape} and labels of shape {labels.shape}; expected two lists of one length"

@@ -24,7 +24,7 @@ from hf_objectives.labels.ledger import SKIPPED, Ledger, account_rows
 from hf_objectives.labels.overlength import concatenate, expand, fitting_turns, select
 from hf_objectives.labels.pieces import Piece, PieceEncoder
 from hf_objectives.labels.tokenization import text_encoder
-from hf_objectives.types import IGNORE_INDEX, Row
+from hf_objectives.types import IGNORE_INDEX, TOO_DEEP, Row
 
 Numbers = Sequence[int] | None
 Errors = list[DataError] | None
@@ -95,7 +95,8 @@ class RowEncoder(PieceEncoder):
             ledger[name].rows_in += 1
             try:
                 pieces += self._pieces(row, number, name)
-            except DataError as error:
+            except (DataError, RecursionError) as raised:
+                error = raised if isinstance(raised, DataError) else FormatError(TOO_DEEP)
                 error.at(source=name, row=number)
                 if refused is None:
                     raise error from None

@@ -13,13 +13,16 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.runtime import LoopContext, new_context
+from jinja2.runtime import Context, LoopContext, Macro, new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from transformers.utils import chat_template_utils
 
 from hf_objectives.errors import TemplateError
+from hf_objectives.labels import template_budget as budget
+from hf_objectives.labels import template_limits as limits
 from hf_objectives.labels.messages import ROLES
+from hf_objectives.labels.template_bounds import Bounds
 
 # What looks like a control token in a template's output, whatever the tokenizer: <|im_end|>, </s>, <end_of_turn>,
 # <｜Assistant｜>, [/INST]. The tokenizer's own added tokens count as well.
@@ -60,6 +63,35 @@ class _Environment(ImmutableSandboxedEnvironment):
                 return found
         return super().getattr(obj, attribute)
 
+    # What follows bounds the cost of a template; see template_budget.py and template_limits.py.
+
+    intercepted_binops = frozenset(("*", "**", "%"))
+    concat = staticmethod(budget.gathered)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """`left * right`, `left ** right` or `left % right`, unless that is too large."""
+        if operator == "%" and type(left) is int:
+            return left % right
+        limits.operate(operator, left, right)
+        return budget.made(self.binop_table[operator](left, right))
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """What a call in a template gives, unless the sandbox or a limit refuses it."""
+        if limits.is_free(function):
+            kwargs.pop("_loop_vars", None)  # these two are for functions that take a context; see `Context.call`
+            kwargs.pop("_block_vars", None)
+            return function(*args, **kwargs)
+        if type(function) is Macro:  # pays for what it gathers, in `concat`
+            budget.spend(budget.CALL)
+            return context.call(function, *args, **kwargs)
+        if not self.is_safe_callable(function):
+            raise jinja2.exceptions.SecurityError(f"{function!r:.80} is not safely callable")
+        args = limits.called(function, args, kwargs)
+        return budget.made(context.call(function, *args, **kwargs))
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(Bounds(self).visit(source), *args, **kwargs)
+
 
 @lru_cache(maxsize=64)
 def compile_template(template: str) -> jinja2.Template:
@@ -68,12 +100,30 @@ def compile_template(template: str) -> jinja2.Template:
     Raises:
         TemplateError: the template is not valid Jinja.
     """
+    if len(template) > budget.MAX_TEMPLATE:
+        raise TemplateError(
+            f"the chat template has {len(template):,} characters; expected at most {budget.MAX_TEMPLATE:,}"
+        )
+    budget.begin()  # constants are computed here
     try:
-        environment = copy.copy(chat_template_utils._compile_jinja_template(template).environment)
-        environment.__class__ = _Environment
-        return environment.from_string(template)
+        return _environment().from_string(template)
     except jinja2.TemplateError as error:
         raise TemplateError(f"the chat template is not valid Jinja: {error}") from error
+    except (
+        Exception
+    ) as error:  # RecursionError, SyntaxError, ValueError and MemoryError of jinja2 and of Python's compiler
+        raise TemplateError(f"the chat template is not valid Jinja: {type(error).__name__}: {error!s:.200}") from error
+
+
+@lru_cache(maxsize=1)
+def _environment() -> _Environment:
+    """The environment of transformers, with limits. An empty template gives it: others may cost before a limit is set."""
+    environment = copy.copy(chat_template_utils._compile_jinja_template("").environment)
+    environment.__class__ = _Environment
+    environment.filters = limits.bound_filters(environment.filters)
+    environment.tests = limits.bound_tests(environment.tests)
+    environment.globals = limits.bound_globals(environment.globals)
+    return environment
 
 
 def syntax_tree(template: str) -> nodes.Template:
@@ -220,15 +270,20 @@ class Renderer:
             TemplateError: the template refuses the conversation or fails on it; the message quotes its own words.
         """
         context = {**self._context, "messages": messages, "add_generation_prompt": generation_prompt}
+        budget.begin()
         try:
-            return "".join(
-                self._template.root_render_func(new_context(self._template.environment, None, {}, context, shared=True))
+            return budget.joined(
+                self._template.root_render_func(
+                    new_context(self._template.environment, None, self._template.blocks, context, shared=True)
+                )
             )
+        except TemplateError:  # of a limit
+            raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except Exception as error:  # of whatever the template computes
             raise TemplateError(
-                f"the chat template fails on this conversation: {type(error).__name__}: {error}"
+                f"the chat template fails on this conversation: {type(error).__name__}: {error!s:.200}"
             ) from error
 
 

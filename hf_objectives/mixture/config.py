@@ -8,13 +8,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_objectives.errors import ConfigError
 from hf_objectives.labels import FORMATS, EncodingConfig
 from hf_objectives.packing import check_packing
 from hf_objectives.preparation import check_share
-from hf_objectives.types import check_keys, check_one_of
+from hf_objectives.types import check_keys, check_one_of, parse_yaml
 
 #: What weights count.
 UNITS = ("tokens", "supervised", "examples", "rows")
@@ -234,10 +232,10 @@ def _read(kind: type, values: Any, where: str) -> Any:
 
 def _read_yaml(path: str | Path) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 

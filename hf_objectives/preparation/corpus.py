@@ -267,7 +267,11 @@ def _finished(folder: Path, key: str) -> Finished | None:
     account = folder / PROGRESS / f"{key}.json"
     if not account.exists():
         return None
-    done = Finished.read(account)
+    try:
+        done = Finished.read(account)
+    except ValueError as error:
+        logger.warning("%s; its segment is made again", error)
+        return None
     damaged = [shard.path for shard in done.shards if not shard.intact(folder)]
     for path in damaged:
         logger.warning("%s fails its checksum and is made again", folder / path)
@@ -279,9 +283,10 @@ def _remove_stale(folder: Path, manifest: Manifest, keys: set[str]) -> None:
     current = {shard.path for shard in manifest.shards}
     for account in (folder / PROGRESS).glob("*.json"):
         if account.stem not in keys:
-            for shard in Finished.read(account).shards:
-                if shard.path not in current:
-                    (folder / shard.path).unlink(missing_ok=True)
+            with suppress(ValueError):  # a damaged account names no shard
+                for shard in Finished.read(account).shards:
+                    if shard.path not in current:
+                        (folder / shard.path).unlink(missing_ok=True)
             account.unlink()
 
 

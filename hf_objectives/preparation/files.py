@@ -27,6 +27,9 @@ KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
 #: What ends a document of a text file, by the name of the rule.
 DOCUMENTS = {"blank_line": b"\n\n", "line": b"\n", "file": None}
+#: Bytes that one record may have: a line, a document, an element of an array. A line without an end would take all memory.
+MAX_RECORD = 64 << 20
+TOO_LONG = f"a record of over {MAX_RECORD:,} bytes; split it, or take it out. What follows it is not read"
 READ_BYTES = 8 << 20  # bytes read, encoded and packed at a time: enough to pack well, and still in the cache
 
 
@@ -127,7 +130,7 @@ def _plan_parquet(whole: Segment, segment_bytes: int) -> list[Segment]:
         with pq.ParquetFile(whole.path) as file:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException, MemoryError, OverflowError) as error:
         raise FileFormatError(f"{whole.path} is not a Parquet file, or is damaged ({error})") from error
     segments, begin, row, held = [], 0, 0, 0
     for rows, size in sizes:
@@ -145,7 +148,10 @@ def _plan_plain(whole: Segment, segment_bytes: int, separator: bytes) -> list[Se
             position, line = position + len(chunk), line + count_lines(chunk)
             if position - begin < segment_bytes:
                 continue
-            rest = read_to_separator(file, chunk, separator)
+            try:
+                rest = read_to_separator(file, chunk, separator)
+            except FileFormatError as error:
+                raise FileFormatError(f"{whole.path}, line {line + 1}: {error.reason}") from None
             position, line = position + len(rest), line + rest.count(b"\n")
             segments.append(replace(whole, begin=begin, end=position, first=first))
             begin, first = position, line
@@ -160,15 +166,15 @@ def open_file(path: str) -> IO[bytes]:
 def holds_lines(path: str) -> bool:
     """Whether a .json file holds JSON lines: it begins with an object that ends on its line."""
     with open_file(path) as file, contextlib.suppress(OSError):
-        first = file.readline().removeprefix(codecs.BOM_UTF8)
+        first = file.readline(MAX_RECORD).removeprefix(codecs.BOM_UTF8)
         while first and first.isspace():
-            first = file.readline()
+            first = file.readline(MAX_RECORD)
         if first.lstrip().startswith(b"{"):
             try:
                 orjson.loads(first)
             except orjson.JSONDecodeError:
                 return False
-            return bool(file.readline().strip())
+            return bool(file.readline(READ_BYTES).strip())
     return False
 
 
@@ -178,11 +184,14 @@ def count_lines(chunk: bytes) -> int:
 
 
 def read_to_separator(file: IO[bytes], chunk: bytes, separator: bytes) -> bytes:
-    """Read the rest of the record that a chunk ends in."""
+    """Read the rest of the record that a chunk ends in; a FileFormatError without a place where that has no end."""
     rest: list[bytes] = []
-    last = chunk
-    while not last.endswith(separator) and (line := file.readline()):
+    last, length = chunk, 0
+    while not last.endswith(separator) and (line := file.readline(MAX_RECORD)):
         rest.append(line)
+        length += len(line)
+        if length >= MAX_RECORD:
+            raise FileFormatError(TOO_LONG)
         # Line ends of any kind count, and a separator may begin in the line before.
         last = (last[-2:] + line).replace(b"\r\n", b"\n")
     return b"".join(rest)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from hf_objectives.errors import FileFormatError
+from hf_objectives.preparation.files import MAX_RECORD, TOO_LONG
+from hf_objectives.types import TOO_DEEP, parse_json
 
 _MARK = re.compile(r"\s*([\[,\]])\s*")  # what stands before an element, or ends the array
 
@@ -41,9 +43,17 @@ def elements(file: IO[bytes], path: str, read_chars: int) -> Iterator[list[Any]]
             if not finished:
                 try:
                     value, after = decoder.raw_decode(text, mark.end())
-                except json.JSONDecodeError as error:
-                    if more:
+                except RecursionError as error:
+                    raise FileFormatError(f"{path}, line {line + text.count(chr(10), 0, end)}: {TOO_DEEP}") from error
+                except ValueError as error:
+                    if more and len(text) - end <= MAX_RECORD:
                         break
+                    if more:
+                        raise FileFormatError(
+                            f"{path}, line {line + text.count(chr(10), 0, end)}: {TOO_LONG}"
+                        ) from None
+                    if not isinstance(error, json.JSONDecodeError):  # over 4,300 digits
+                        raise FileFormatError(f"{path}, line {line + text.count(chr(10), 0, end)}: {error}") from error
                     place = f"{path}, line {line + error.lineno - 1}"
                     raise FileFormatError(f"{place}: not valid JSON ({error.msg})") from error
                 if after == len(text) and more:
@@ -63,8 +73,10 @@ def _not_an_array(path: str, text: str, end: int, line: int, expected: str) -> s
         line += text.count("\n", 0, end + len(text[end:]) - len(text[end:].lstrip()))
         return f"{path}, line {line}: not valid JSON (expected a comma or the end of the array)"
     try:
-        return f"{path} holds {type(json.loads(text)).__name__}; expected a list of objects"
-    except json.JSONDecodeError as error:
+        return f"{path} holds {type(parse_json(text)).__name__}; expected a list of objects"
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError):
+            return f"{path}: {error}; expected a list of objects"
         return f"{path}, line {error.lineno}: not valid JSON ({error.msg})"
 
 

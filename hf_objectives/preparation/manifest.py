@@ -11,9 +11,10 @@ from typing import Any
 from hf_objectives.errors import PreparedDataError
 from hf_objectives.labels import Account, Ledger
 from hf_objectives.preparation.config import VERSION
-from hf_objectives.preparation.shards import Shard
+from hf_objectives.preparation.shards import Shard, check_types
 from hf_objectives.preparation.splits import SPLITS
 from hf_objectives.preparation.work import Finished
+from hf_objectives.types import parse_json
 
 MANIFEST = "manifest.json"
 _EXAMPLES = 5
@@ -90,19 +91,34 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read the manifest of a folder; a PreparedDataError where there is none, or one that cannot be used."""
         try:
-            values = json.loads((folder / MANIFEST).read_text())
+            values = parse_json((folder / MANIFEST).read_bytes())
         except FileNotFoundError as error:
             raise PreparedDataError(f"{folder} holds no {MANIFEST}; prepare it with hf-objectives prepare") from error
-        except json.JSONDecodeError as error:
-            raise PreparedDataError(f"{folder / MANIFEST} is damaged ({error}); delete it and prepare again") from error
-        made = values.get("policy", {}).get("preparation_version")
+        except (OSError, ValueError) as error:
+            raise _damaged(folder, error) from error
+        policy = values.get("policy") if isinstance(values, dict) else None
+        if not isinstance(policy, dict):
+            raise _damaged(folder, "it has no policy")
+        made = policy.get("preparation_version")
         if made != VERSION:
             raise PreparedDataError(
                 f"{folder} was prepared under version {made} of the rows; this is version {VERSION}, which holds out other "
                 "rows or writes other columns. Prepare it again in another folder, or overwrite it"
             )
-        ledgers = {split: Ledger.from_dict(ledger) for split, ledger in values["ledgers"].items()}
-        return cls(**{**values, "ledgers": ledgers, "shards": [Shard(**shard) for shard in values["shards"]]})
+        try:
+            ledgers = {split: Ledger.from_dict(ledger) for split, ledger in values["ledgers"].items()}
+            read = cls(**{**values, "ledgers": ledgers, "shards": [Shard(**shard) for shard in values["shards"]]})
+            check_types(read)
+            for key in ("max_length", "eval_share"):
+                read.policy[key] + 0
+            for part in (
+                *read.shards,
+                *(account for ledger in ledgers.values() for account in ledger.accounts.values()),
+            ):
+                check_types(part)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+        return read
 
     def lines(self) -> list[str]:
         """One line a source, the held-out rows, the packed rows and the broken records; for a terminal or a log."""
@@ -119,3 +135,7 @@ class Manifest:
         if self.broken:
             lines.append(f"{self.broken:,} broken records skipped, such as {self.broken_named[0]}")
         return lines
+
+
+def _damaged(folder: Path, reason: Any) -> PreparedDataError:
+    return PreparedDataError(f"{folder / MANIFEST} is damaged ({reason!s:.200}); delete it and prepare again")

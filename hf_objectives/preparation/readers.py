@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from hf_objectives.errors import DataError, FileFormatError
 from hf_objectives.preparation import files
 from hf_objectives.preparation.files import DOCUMENTS, Segment, count_lines, kind_of, open_file
 from hf_objectives.preparation.json_array import bad_byte, elements
+from hf_objectives.types import parse_json
 
 _SKIPPED_NAMED = 5
 
@@ -142,9 +144,14 @@ def _read_chunks(segment: Segment, separator: bytes | None) -> Iterator[tuple[in
         while left is None or left > 0:
             size = files.READ_BYTES if left is None else min(files.READ_BYTES, left)
             try:
-                chunk = file.read() if separator is None else file.read(size)
+                chunk = file.read(files.MAX_RECORD + 1) if separator is None else file.read(size)
+                if separator is None and len(chunk) > files.MAX_RECORD:
+                    raise FileFormatError(files.TOO_LONG)
                 if separator is not None and (left is None or size < left):
                     chunk += files.read_to_separator(file, chunk, separator)
+            except FileFormatError as error:
+                last = line + chunk.count(b"\n") + 1
+                raise FileFormatError(f"{segment.path}, line {last}: {error.reason}") from None
             except OSError as error:
                 reason = f"the compressed file is damaged or ends too soon, after line {line} ({error})"
                 raise FileFormatError(f"{segment.path}: {reason}") from error
@@ -184,11 +191,12 @@ def _read_json_lines(segment: Segment, skipped: Skipped | None) -> Iterator[Reco
 def _read_object(text: bytes) -> dict[str, Any]:
     """Read one object. Python's parser reads what orjson refuses, NaN for example, and says what is wrong."""
     try:
-        row = json.loads(text.decode("utf-8"))
+        row = parse_json(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({bad_byte(error)}); convert the file first") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}): {text[:60].decode('utf-8', 'replace')!r}") from error
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"not valid JSON ({reason}): {text[:60].decode('utf-8', 'replace')!r}") from error
     if type(row) is not dict:
         raise ValueError(f"{type(row).__name__}; expected an object")
     return row
@@ -252,7 +260,7 @@ def _read_parquet(segment: Segment, skipped: Skipped | None) -> Iterator[Records
             for batch in file.iter_batches(2_000, row_groups=groups):
                 yield Records(batch.to_pylist(), list(range(row, row + len(batch))))
                 row += len(batch)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException, MemoryError, OverflowError) as error:
         raise FileFormatError(f"{segment.path} is not a Parquet file, or is damaged ({error})") from error
 
 

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 from zlib import crc32
 
 import numpy as np
@@ -62,6 +62,17 @@ class Shard:
             raise PreparedDataError(f"{folder / self.path} is missing or cut off; run hf-objectives prepare again")
         if checksum and not self.intact(folder):
             raise PreparedDataError(f"{folder / self.path} fails its checksum; run hf-objectives prepare again")
+
+
+def check_types(part: Any) -> None:
+    """Raise where a field of a dataclass that was read is not of its type, is negative, or leads out of the folder."""
+    for name, hint in get_type_hints(type(part)).items():
+        kind, value = get_origin(hint) or hint, getattr(part, name)
+        numbers = value if name == "row_groups" else [value] if kind is int else []
+        if type(value) is not kind or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise TypeError(f"{name} is {value!r:.60}; expected {kind.__name__}")
+    if isinstance(part, Shard) and (Path(part.path).is_absolute() or ".." in Path(part.path).parts):
+        raise ValueError(f"path {part.path!r:.60} leads out of the folder")
 
 
 class ShardWriter:

@@ -11,8 +11,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from hf_objectives.errors import ConfigError
-from hf_objectives.types import Row
+from hf_objectives.errors import ConfigError, FormatError
+from hf_objectives.types import TOO_DEEP, Row
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes seconds to import, and options of the command line are checked here
@@ -42,7 +42,10 @@ def _content(row: Row) -> bytes:
     try:
         return orjson.dumps(row, default=repr, option=_JSON)
     except TypeError:  # half of a surrogate pair, say
-        return repr(row).encode("utf-8", "surrogatepass")
+        try:
+            return repr(row).encode("utf-8", "surrogatepass")
+        except RecursionError:
+            raise FormatError(TOO_DEEP) from None
 
 
 def hold_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> tuple[list[int], list[int]]:

@@ -30,9 +30,9 @@ from hf_objectives.packing import flat_column, pack_table
 from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.files import Segment
 from hf_objectives.preparation.readers import Records, Skipped, read_segment
-from hf_objectives.preparation.shards import PROGRESS, Shard, ShardWriter, smallest_type
+from hf_objectives.preparation.shards import PROGRESS, Shard, ShardWriter, check_types, smallest_type
 from hf_objectives.preparation.splits import ROWS_READ, SPLITS, draw_rows, rows_between
-from hf_objectives.types import IGNORE_INDEX
+from hf_objectives.types import IGNORE_INDEX, parse_json
 
 _ROWS_PACKED = 512  # rows of documents that are packed together at least: fewer leave rows half full
 
@@ -62,10 +62,23 @@ class Finished:
 
     @classmethod
     def read(cls, file: Path) -> Finished:
-        """What `write` wrote."""
-        values = json.loads(file.read_bytes())
-        shards = [Shard(**shard) for shard in values["shards"]]
-        return cls(values["key"], shards, values["ledgers"], Skipped(**values["skipped"]))
+        """What `write` wrote; a ValueError where it is damaged."""
+        try:
+            values = parse_json(file.read_bytes())
+            done = cls(
+                values["key"],
+                [Shard(**shard) for shard in values["shards"]],
+                values["ledgers"],
+                Skipped(**values["skipped"]),
+            )
+            for part in (done, done.skipped, *done.shards):
+                check_types(part)
+            for ledger in done.ledgers.values():
+                for account in Ledger.from_dict(ledger).accounts.values():
+                    check_types(account)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+        return done
 
 
 @dataclass
@@ -105,7 +118,9 @@ class Work:
         """Prepare a segment; its shards are in place and its account is written when this returns."""
         key = segment_key(segment, self.policy)
         ledgers, skipped = {split: Ledger() for split in SPLITS}, Skipped()
-        source = "".join(c if c.isalnum() or c in "._" else "_" for c in segment.source)
+        source = "".join(
+            c if c.isalnum() or c in "._" else "_" for c in segment.source[:40]
+        )  # a file name has 255 bytes
         paths = {split: f"{split}/{source}-{key}.{self.config.file_format}" for split in SPLITS}
         types = {
             "input_ids": smallest_type(len(self._byte_lengths)),

@@ -10,11 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
 from hf_objectives.labels import EncodingConfig
-from hf_objectives.types import check_keys
+from hf_objectives.types import check_keys, parse_json, parse_yaml
 
 BUILT_IN = "builtin"  # the name of the built-in model, tokenizer and data
 MIXTURE_KEYS = ("weight", "max_epochs")  # keys of a source that change no row
@@ -99,10 +97,10 @@ def _options_of(words: Sequence[str], parser: ArgumentParser) -> set[str]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; expected keys and values")
@@ -112,8 +110,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def read_mapping(name: str, text: str) -> dict[str, Any]:
     """Read an option whose value is a mapping as JSON text."""
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"{name} is not a mapping of names to paths ({error})") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{name} is not a mapping of names to paths")
@@ -148,4 +146,7 @@ def read_template(template: str | None) -> str | None:
         return template
     if not Path(template).exists():
         raise FileFormatError(f"chat_template names a file that does not exist: {template}")
-    return Path(template).read_text(encoding="utf-8")
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"chat_template {template} cannot be read ({error})") from error

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
 
 from hf_objectives import __version__, demo
-from hf_objectives.errors import ConfigError, DataError
+from hf_objectives.errors import ConfigError, DataError, PreparedDataError
 from hf_objectives.labels import ON_ERROR, SKIPPED, Account, Ledger
 from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
 from hf_objectives.packing import check_packing, pack_table
@@ -45,7 +44,7 @@ from hf_objectives.recipes.arguments import (
     read_template,
     source_place,
 )
-from hf_objectives.types import Row, check_one_of, option
+from hf_objectives.types import Row, check_one_of, option, parse_json, parse_yaml
 
 logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
@@ -116,11 +115,17 @@ class Prepared:
     @classmethod
     def load(cls, folder: Path) -> Prepared:
         """Read what `save` wrote; the rows are mapped from disk."""
-        kept = json.loads((folder / _READY).read_text(encoding="utf-8"))
+        try:
+            kept = parse_json((folder / _READY).read_bytes())
+            examples, ledger = list(kept["examples"]), Ledger.from_dict(kept["ledger"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PreparedDataError(
+                f"{folder / _READY} is damaged ({type(error).__name__}: {error!s:.200}); delete {folder} and prepare again"
+            ) from error
         train, evaluation = (
             load_from_disk(str(folder / name)) if (folder / name).exists() else None for name in _SPLITS
         )
-        return cls(train, evaluation, kept["examples"], Ledger.from_dict(kept["ledger"]))
+        return cls(train, evaluation, examples, ledger)
 
 
 def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) -> Prepared:
@@ -365,8 +370,8 @@ def _mixture_settings(mixture: str) -> dict[str, Any]:
     if not is_json and not Path(mixture).is_file():
         raise ConfigError(f"mixture names a file that does not exist: {mixture}")
     try:
-        settings = json.loads(mixture) if is_json else yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        settings = parse_json(mixture) if is_json else parse_yaml(Path(mixture).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"mixture cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"mixture is {type(settings).__name__}; expected a mapping, see MixtureConfig")

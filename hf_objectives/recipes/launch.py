@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from transformers import TrainerCallback, TrainerState
 from hf_objectives.distributed import world_size
 from hf_objectives.inspection import ENVIRONMENT, save_environment
 from hf_objectives.trainers import copies_of_rows, train_batch_size
+from hf_objectives.types import parse_json
 
 Launches = list[dict[str, Any]]  # what `LaunchRecord` wrote, from the first launch on
 
@@ -63,7 +63,7 @@ class LaunchRecord(TrainerCallback):
 def launches_in(folder: Path) -> Launches:
     """The launches of the last run in an output folder; none where its `environment.json` names none."""
     try:
-        settings = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["settings"]
+        settings = parse_json((folder / ENVIRONMENT).read_bytes())["settings"]
         return settings[LaunchRecord.state_name]
     except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -23,7 +23,7 @@ from hf_objectives import demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes.arguments import BUILT_IN
 from hf_objectives.trainers import suppress_seqcls_warning
-from hf_objectives.types import option
+from hf_objectives.types import option, parse_json
 
 
 @dataclass
@@ -161,7 +161,10 @@ def load_or_draw(config: PretrainModel, *, use_cpu: bool = False, trust_remote_c
         )
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if config.model_config.lstrip().startswith("{"):
-        values = json.loads(config.model_config)
+        try:
+            values = parse_json(config.model_config)
+        except ValueError as error:
+            raise ConfigError(f"model_config is no JSON ({error})") from error
         if "model_type" not in values:
             raise ConfigError("model_config names no model_type; expected 'llama', say, beside its sizes")
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}

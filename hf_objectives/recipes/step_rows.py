@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -25,7 +24,7 @@ from hf_objectives.recipes.launch import Launches, LaunchRecord, state_of
 from hf_objectives.recipes.models import load_tokenizer
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import OrderedStreamCallback
-from hf_objectives.types import check_one_of
+from hf_objectives.types import check_one_of, parse_json
 
 _RECIPES = ("sft", "pretrain", "dpo", "reward")
 _STATE = "trainer_state.json"
@@ -89,7 +88,7 @@ def rows_of_step(run: str | Path, step: int, *, text: bool = False) -> list[Step
 def _read(folder: Path, asked: str | Path) -> dict[str, Any]:
     """The settings of the last launch, and what all launches wrote down."""
     try:
-        settings = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["settings"]
+        settings = parse_json((folder / ENVIRONMENT).read_bytes())["settings"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise FileFormatError(
             f"no {ENVIRONMENT} can be read in {asked}; expected the output folder of a recipe"

@@ -24,7 +24,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from hf_objectives.distributed import gather_objects, rank, world_size
 from hf_objectives.errors import CheckpointError
-from hf_objectives.types import option
+from hf_objectives.types import option, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,13 @@ def step_rows_of(folder: Path) -> StepRows | None:
     """The rows of a step of the run that saved a checkpoint; None where its manifest does not say, or is not there."""
     if not (folder / MANIFEST).exists():
         return None
-    facts = json.loads((folder / MANIFEST).read_text()).get("step_rows")
-    return None if facts is None else StepRows(**facts)
+    try:
+        facts = parse_json((folder / MANIFEST).read_bytes()).get("step_rows")
+        return None if facts is None else StepRows(**facts)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged ({error!s:.200}); resume from another checkpoint"
+        ) from error
 
 
 def rotate(run: Path, limit: int | None, keep: Iterable[Path]) -> None:
@@ -211,7 +216,7 @@ def _holds(folder: Path, patterns: Iterable[str]) -> bool:
 
 def _against_manifest(folder: Path, share: tuple[int, int]) -> str | None:
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = parse_json((folder / MANIFEST).read_bytes())["files"]
         for name, facts in files.items():
             path = folder / name
             if not path.is_file():
@@ -235,7 +240,11 @@ def _unlisted_fault(folder: Path) -> str | None:
         return "it has no weights"
     for index in folder.glob("*.index.json"):
         if _unreadable(index) is None:
-            for name in sorted({*json.loads(index.read_text())["weight_map"].values()}):
+            try:
+                names = sorted({*parse_json(index.read_bytes())["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return f"{index.name} is damaged"
+            for name in names:
                 if not (folder / name).exists():
                     return f"{name} is missing, which {index.name} names"
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -248,7 +257,7 @@ def _unreadable(path: Path) -> str | None:
     """Why a file cannot be read as what its name says."""
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            parse_json(path.read_bytes())
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt"):
                 pass  # the header is held against the file's length
