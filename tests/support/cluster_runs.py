@@ -167,7 +167,7 @@ def pairs() -> dict[str, Dataset]:
 def figures(run: Run, folder: Path) -> dict[str, Any]:
     """What a run logs of each step, and evaluations before and after it."""
     make = {"reward": reward, "dpo": dpo}.get(run.objective, language_model)
-    trainer: Any = make(run, folder / f"{world_size()} ranks" / run.name)
+    trainer: Any = make(run, folder / f"{processes()} ranks" / run.name)
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=run.resume or None)
     assert trainer.is_fsdp_enabled == run.sharded
