@@ -227,6 +227,14 @@ class TrainerHooks(WholeCheckpoints):
         # accelerate launch may set it
         refuse_cut_rows(getattr(trainer.accelerator, "parallelism_config", None), takes_parts=self.takes_parts)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation before training marks a whole model as prepared, and accelerate would leave it without DDP then: each
+        # process would train on its own rows alone. Wrappers and shards carry marks of their own, which stay.
+        trainer: Any = self
+        if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+
     def rows_to_cut(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Prepare the rows of a batch for context parallelism.
 

@@ -32,7 +32,13 @@ from trl.trainer.utils import is_async_callable as is_async_callable
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import after_head, token_score_outputs, unwrapped
-from hf_objectives.trainers.hf_compat import TrainerHooks, let_copies_run, positions_behind_padding
+from hf_objectives.trainers.hf_compat import (
+    TrainerHooks,
+    let_copies_run,
+    positions_behind_padding,
+    prepare_sharded,
+    reshard,
+)
 from hf_objectives.types import IGNORE_INDEX
 
 __all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "place_reference"]
@@ -126,6 +132,7 @@ def score_tokens(
 class _TRLHooks(TrainerHooks):
     """What the trainers of TRL have in common."""
 
+    accelerator: Any
     args: Any
     data_collator: Any
     model: Any
@@ -137,8 +144,12 @@ class _TRLHooks(TrainerHooks):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the parent does. Its loader, and the sampling of answers, leave training's random state as it was."""
         device = self.args.device
+        if self.accelerator.is_fsdp2:
+            prepare_sharded(self)  # before training the parent would hand accelerate the model without its optimizer
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        reshard(self.model)
+        return output
 
     @property
     def mode(self) -> str:

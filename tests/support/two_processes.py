@@ -181,10 +181,11 @@ def dpo(folder: Path) -> dict:
 
 
 def rewards(folder: Path) -> dict:
-    """What a reward model logs of packed and of padded pairs: two steps of eight rows, evaluations of seven."""
+    """What a reward model logs of packed and of padded pairs: two steps of eight rows, evaluations of seven, one before."""
     logs = {}
     for free in (False, True):
         run = reward_worlds.trainer(folder / str(free), padding_free=free, per_device_train_batch_size=4)
+        run.evaluate()
         run.train()
         logs[f"padding_free={free}"] = run.state.log_history
     return logs

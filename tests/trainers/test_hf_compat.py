@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, ParallelismConfig, dispatch_model
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer
+from transformers import AutoModelForCausalLM, JetMoeConfig, MixtralConfig, Trainer, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -41,6 +41,7 @@ METHODS = {
     "create_accelerator_and_postprocess": ["self"],
     "_prepare_context_parallel_inputs": ["self", "model", "inputs"],
     "get_cp_size": ["self"],
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
 }
 
 
@@ -70,6 +71,17 @@ def test_attributes(tmp_path):
     source = inspect.getsource(Trainer._run_epoch)
     order = [source.index(call) for call in ("._get_grad_norm(", ".on_pre_optimizer_step(", ".optimizer.step(")]
     assert order == sorted(order), MOVED.format("the gradient norm is not computed right before the optimizer's step")
+
+
+def test_an_evaluation_marks_a_model_as_prepared(tmp_path):
+    """accelerate leaves a marked model as it is, so that a later training of several processes would not wrap it in DDP."""
+    run = Trainer(
+        llama(),
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        eval_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}],
+    )
+    run.evaluate()
+    assert vars(run.model)["_is_accelerate_prepared"], "the mark has gone; see TrainerHooks._prepare_for_training"
 
 
 def test_what_context_parallelism_cuts(tmp_path, monkeypatch):
