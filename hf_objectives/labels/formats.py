@@ -139,7 +139,13 @@ def _alpaca(row: Row) -> Example:
     for name, value in (("instruction", instruction), ("input", extra or ""), ("output", output)):
         if not isinstance(value, str):
             raise FormatError(f"{name} is {type(value).__name__}; expected a string")
-    history = [message for pair in row.get("history") or () for message in _exchange(*pair)]
+    history: list[dict[str, Any]] = []
+    if not isinstance(row.get("history") or (), (list, tuple)):
+        raise FormatError(f"history is {row['history']!r:.80}; expected a list of pairs")
+    for pair in row.get("history") or ():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise FormatError(f"history holds {pair!r:.80}; expected pairs of a question and its answer")
+        history += _exchange(*pair)
     question = f"{instruction}\n\n{extra}" if extra else instruction
     return Example(Kind.MESSAGES, messages=[*_system(row), *history, *_exchange(question, output)])
 
@@ -208,6 +214,8 @@ def _chat(row: Row, kind: Kind = Kind.MESSAGES, **conversations: Any) -> Example
     kwargs = row.get("chat_template_kwargs")
     if isinstance(kwargs, str):
         kwargs = _json(kwargs, "chat_template_kwargs is")
+    if not isinstance(kwargs or {}, Mapping):
+        raise FormatError(f"chat_template_kwargs is {kwargs!r:.80}; expected a mapping of names to values")
     kwargs = {key: value for key, value in (kwargs or {}).items() if value is not None}
     return Example(kind, tools=row.get("tools"), template_kwargs=kwargs, **conversations)
 
@@ -250,7 +258,7 @@ def _sharegpt_messages(turns: Any) -> list[dict[str, Any]]:
         if not isinstance(entry, Mapping) or "from" not in entry or "value" not in entry:
             raise ConversationError(f'found {entry!r:.80}; expected {{"from": ..., "value": ...}}', turn=turn)
         speaker, value = entry["from"], entry["value"]
-        role = _SHAREGPT_ROLES.get(speaker)
+        role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise ConversationError(
                 f"unknown speaker {speaker!r}; expected one of {', '.join(_SHAREGPT_ROLES)}", turn=turn

@@ -60,7 +60,7 @@ def read_messages(messages: Any, *, train_on: str = "assistant") -> Turns:
         if type(message) is not dict and not isinstance(message, Mapping):
             raise ConversationError(f"expected a message with role and content, found {message!r:.80}", turn=turn)
         role = message.get("role")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ConversationError(
                 f"unknown role {role!r}; expected one of {', '.join(sorted(ROLES))}{nearest(str(role), ROLES)}",
                 turn=turn,

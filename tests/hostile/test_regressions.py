@@ -232,3 +232,18 @@ def test_a_log_of_a_byte_order_mark(tmp_path):
     file.write_bytes(b"\xef\xbb\xbf")
     with pytest.raises(FileFormatError, match="holds no lines"):
         diagnose(str(file))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [{"role": []}]}, r"unknown role \[\]"),
+        ({"messages": [], "chat_template_kwargs": [{"role": "user"}]}, "expected a mapping of names to values"),
+        ({"conversations": [{"from": [], "value": "user"}]}, r"unknown speaker \[\]"),
+        ({"instruction": "user", "output": "user", "history": "user"}, "expected a list of pairs"),
+        ({"instruction": "user", "output": "user", "history": ["ab"]}, "expected pairs of a question and its answer"),
+    ],
+)
+def test_values_of_another_kind_in_a_row(tokenizer, row, words):
+    with pytest.raises(DataError, match=words):
+        encode_row(tokenizer, row)
