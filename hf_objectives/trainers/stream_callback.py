@@ -71,6 +71,8 @@ class OrderedStreamCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the rows that all ranks took."""
         self.rows_taken += self._rows_per_step(args)
+        # A Trainer counts the steps of a loader without a length as one epoch, after a resume from 0 again.
+        state.epoch = state.global_step / state.max_steps
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -22,8 +22,8 @@ FEW = (
 #: What float32 may change: of the losses and gradient norms of a run, of an evaluation under the same weights, and of one
 #: under weights that twenty steps were rounded in.
 BOUNDS = {"loss": 1e-5, "grad_norm": 1e-5, "before": 1e-6, "after": 1e-5}
-#: Figures of the clock; and the epoch, which a stream that was resumed counts from the checkpoint (docs/reliability.md).
-_NOT_COMPARED = ("runtime", "_second", "_time", "flos", "epoch")
+#: Figures of the clock.
+_NOT_COMPARED = ("runtime", "_second", "_time", "flos")
 
 
 @dataclass(frozen=True)

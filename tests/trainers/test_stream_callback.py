@@ -83,6 +83,8 @@ def test_a_resumed_run_sees_the_rows_that_it_would_have_seen(make, streams, tmp_
     assert rows[:24] == taken(mixture(streams=streams), 24) and rest[:8] == rows[16:24]
     losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run, _ in runs]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+    for run, _ in runs:  # of the same steps, also after a resume
+        assert [log["epoch"] for log in run.state.log_history if "loss" in log] == [step / 6 for step in range(1, 7)]
     for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
