@@ -27,7 +27,7 @@ MAX_BITS = 1 << 16  # of an integer
 _MAX_COMPARED = 10_000  # members of a value that is compared with another
 SHORT = 1024  # characters of a text that costs nothing but the step it is made in
 CALL = 8  # steps of a call or filter
-JOINED = 16  # pieces of a render that are made before they are counted
+JOINED = 32  # pieces of a render that are made before they are counted
 _BETWEEN_CHECKS = 64  # steps between looks at the clock
 
 
@@ -87,15 +87,17 @@ def joined(pieces: Iterable[str]) -> str:
     """The pieces of a render as one text, in bounded memory."""
     pieces = iter(pieces)
     kept = list(islice(pieces, JOINED))
-    length, more = sum(map(len, kept)), len(kept) == JOINED
-    if length > MAX_TEXT:
-        check_text(length)
-    while more:
-        some = list(islice(pieces, JOINED))
-        kept += some
-        length, more = length + sum(map(len, some)), len(some) == JOINED
-        check_text(length)
-    return "".join(kept)
+    if len(kept) == JOINED:
+        length, some = sum(map(len, kept)), kept
+        while len(some) == JOINED:
+            check_text(length)
+            some = list(islice(pieces, JOINED))
+            kept += some
+            length += sum(map(len, some))
+    text = "".join(kept)
+    if len(text) > MAX_TEXT:
+        check_text(len(text))
+    return text
 
 
 # -- what each part of a template pays -------------------------------------------------------------------------------
