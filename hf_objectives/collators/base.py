@@ -56,6 +56,7 @@ class Collator(LabelConfig, _Tokenizing):
 
     max_length: int | None = field(default=None, kw_only=False)
     pad_to_multiple_of: int | None = None
+    num_ids: int | None = None  # of the model's embeddings; trainers set it, so that other ids are refused
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +127,7 @@ class LanguageModelCollator(Collator):
         if ids is None or (not packed and max_ids is not None and len(ids) > max_ids):
             encoded = encoder.encode_one(row, source=row.get("source"), number=i)
             ids, labels = encoded.ids, encoded.labels
-        ids = token_ids(ids, "input_ids", i)
+        ids = token_ids(ids, "input_ids", i, self.num_ids)
         labels = ids.copy() if labels is None else token_ids(labels, "labels", i)  # a copy: the first will be ignored
         if labels.shape != ids.shape or ids.ndim != 1:
             raise FormatError(
@@ -180,17 +181,19 @@ class LanguageModelCollator(Collator):
             )
 
 
-def token_ids(values: Any, name: str, i: int) -> NDArray[np.int64]:
+def token_ids(values: Any, name: str, i: int, num_ids: int | None = None) -> NDArray[np.int64]:
     """The ids, or the labels, of row i as an array of its own.
 
     Raises:
-        FormatError: a value that is no whole number, or negative and not -100.
+        FormatError: a value that is no whole number, negative and not -100, or not under `num_ids`.
     """
     found = np.array(values)
     whole = found.dtype.kind in "iu" or not found.size or (found.dtype.kind == "f" and (found == np.floor(found)).all())
     ids = found.astype(np.int64) if whole else None
     if ids is None or ((ids < 0) & ((ids != IGNORE_INDEX) | (name != "labels"))).any():
         raise FormatError(f"{name} has a value that is no token id; expected whole numbers, 0 or more", row=i)
+    if num_ids is not None and ids.size and ids.max() >= num_ids:
+        raise FormatError(f"{name} has id {ids.max()}; the model has embeddings for 0 to {num_ids - 1}", row=i)
     return ids
 
 

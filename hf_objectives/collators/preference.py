@@ -121,13 +121,13 @@ class DataCollatorForPreferencePairs(Collator):
                 "prompt_ids is missing beside chosen_ids; RewardTrainer takes it away unless remove_unused_columns=False",
                 row=number,
             )
-        pair: dict[str, Any] = {"prompt_ids": token_ids(row["prompt_ids"], "prompt_ids", number)}
+        pair: dict[str, Any] = {"prompt_ids": token_ids(row["prompt_ids"], "prompt_ids", number, self.num_ids)}
         for side in SIDES:
             if row.get(f"{side}_ids") is None:
                 raise FormatError(
                     f"{side}_ids is missing; expected prompt_ids, chosen_ids and rejected_ids", row=number
                 )
-            answer = token_ids(row[f"{side}_ids"], f"{side}_ids", number)
+            answer = token_ids(row[f"{side}_ids"], f"{side}_ids", number, self.num_ids)
             mask = row.get(f"{side}_mask")
             mask = np.ones(len(answer), np.int64) if mask is None else np.asarray(mask, np.int64)
             if mask.shape != answer.shape:

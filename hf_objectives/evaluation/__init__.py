@@ -52,6 +52,9 @@ if TYPE_CHECKING:
         compute_perplexity,  # exact perplexity of texts
         count_batch,  # nats, tokens and bytes of one batch
     )
-    from hf_objectives.evaluation.vocabulary import check_vocabulary  # every token has an embedding, or an error
+    from hf_objectives.evaluation.vocabulary import (
+        check_vocabulary,  # every token has an embedding, or an error
+        num_embeddings,  # ids that a model has embeddings for
+    )
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

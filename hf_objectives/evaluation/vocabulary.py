@@ -7,6 +7,12 @@ from typing import Any
 from hf_objectives.errors import TokenizerError
 
 
+def num_embeddings(model: Any) -> int | None:
+    """Ids that a model has embeddings for; None where it does not say."""
+    find = getattr(model, "get_input_embeddings", None)
+    return getattr(find() if callable(find) else None, "num_embeddings", None)
+
+
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Refuse a model without an embedding for a token that text or padding can produce.
 
@@ -16,8 +22,7 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     Raises:
         TokenizerError: names the first such token.
     """
-    find = getattr(model, "get_input_embeddings", None)
-    number = getattr(find() if callable(find) else None, "num_embeddings", None)
+    number = num_embeddings(model)
     if number is None or not hasattr(tokenizer, "added_tokens_decoder") or len(tokenizer) <= number:
         return
     template = str(getattr(tokenizer, "chat_template", None))

@@ -29,7 +29,7 @@ from hf_objectives.labels import token_byte_lengths
 from hf_objectives.losses import shifted_columns
 from hf_objectives.preparation import OrderedStream
 from hf_objectives.trainers.causal_lm_config import PerplexityTrainingArguments
-from hf_objectives.trainers.collation import OUR_COLLATORS, collator_for, evaluation_loader, settle_batches
+from hf_objectives.trainers.collation import OUR_COLLATORS, bound_ids, collator_for, evaluation_loader, settle_batches
 from hf_objectives.trainers.context_parallel import (
     check_rows,
     collator_of_parts,
@@ -54,11 +54,7 @@ from hf_objectives.trainers.hf_compat import (
 from hf_objectives.trainers.isolation import ModelProbes
 from hf_objectives.trainers.long_rows import LongRows
 from hf_objectives.trainers.metrics import SourceLosses, TokenMetrics, TrainedStops
-from hf_objectives.trainers.refusals import (
-    refuse_callables,
-    refuse_data_parallel,
-    refuse_fp16_on_cpu,
-)
+from hf_objectives.trainers.refusals import refuse_callables, refuse_devices
 from hf_objectives.trainers.stream_callback import OrderedStreamCallback
 from hf_objectives.types import IGNORE_INDEX, check_one_of
 
@@ -109,9 +105,9 @@ class PerplexityTrainer(TrainerHooks, LongRows, Trainer):
         settle_batches(args, kwargs.get("train_dataset"))
         free_of_trainers(model)
         super().__init__(model, args, data_collator, **kwargs)
-        refuse_data_parallel(self.args)
-        refuse_fp16_on_cpu(self.args)
+        refuse_devices(self.args)
         refuse_other_models(self.model, tokenizer, own_loss=True)
+        bound_ids(self.data_collator, self.model)
         if self.get_cp_size() > 1:
             refuse_uncuttable(self.model, compiled=self._compiled)
             self.data_collator = collator_of_parts(self.data_collator, self.get_cp_size())

@@ -12,9 +12,14 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+from hf_objectives.collators import (
+    DataCollatorForAssistantOnlyLM,
+    DataCollatorForPreferencePairs,
+    DataCollatorWithEosPacking,
+)
 from hf_objectives.distributed import rank, world_size
 from hf_objectives.errors import ConfigError
+from hf_objectives.evaluation import num_embeddings
 from hf_objectives.preparation import OrderedStream
 
 OUR_COLLATORS = (DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking)
@@ -50,6 +55,12 @@ def _longest_packed(rows: Any) -> int | None:
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return None
     return int(pc.max(pc.list_value_length(column)).as_py() or 0)
+
+
+def bound_ids(collator: Any, model: Any) -> None:
+    """Let one of our collators refuse ids that a model has no embedding for, which a GPU reports without a row."""
+    if isinstance(collator, (*OUR_COLLATORS, DataCollatorForPreferencePairs)):
+        collator.num_ids = num_embeddings(model)
 
 
 def settle_batches(args: Any, train_dataset: Any) -> None:

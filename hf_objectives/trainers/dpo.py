@@ -29,6 +29,7 @@ from hf_objectives.evaluation import (
     unique_rows,
 )
 from hf_objectives.labels import SIDES, encode_pair
+from hf_objectives.trainers.collation import bound_ids
 from hf_objectives.trainers.dpo_config import DEFAULTS
 from hf_objectives.trainers.guards import map_numbered
 from hf_objectives.trainers.hf_compat import copies_of_rows, free_of_trainers, let_copies_run
@@ -170,6 +171,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
                 pad_to_multiple_of=theirs.pad_to_multiple_of,
                 return_rows=True,
             )
+        bound_ids(self.data_collator, self.model)
 
     # -- reference -----------------------------------------------------------------------------------------------
 

@@ -78,6 +78,12 @@ def refuse_data_parallel(args: Any) -> None:
         )
 
 
+def refuse_devices(args: Any) -> None:
+    """Both `refuse_data_parallel` and `refuse_fp16_on_cpu`."""
+    refuse_data_parallel(args)
+    refuse_fp16_on_cpu(args)
+
+
 def refuse_fp16_on_cpu(args: Any) -> None:
     """Refuse fp16 where there is no kernel for it but a CPU's, whose sums overflow and round otherwise.
 

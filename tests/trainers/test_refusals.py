@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -31,12 +32,13 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
-from hf_objectives.errors import ConfigError, TokenizerError
+from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
+from hf_objectives.errors import ConfigError, FormatError, TokenizerError
 from hf_objectives.evaluation import refuse_other_models
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, RewardModelConfig, RewardModelTrainer
 from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel
 from tests.support import dpo_worlds
-from tests.support.language_models import arguments, llama, trainer
+from tests.support.language_models import TOKENIZER, arguments, llama, trainer
 from tests.support.ppo_worlds import ppo, small_model
 
 
@@ -168,6 +170,31 @@ def test_preference_pairs_and_answers_need_a_causal_language_model_too(tmp_path,
         dpo_worlds.ours(make(), tmp_path)
     with pytest.raises(ConfigError, match=words):
         ppo(tmp_path, model=make())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_ids_without_an_embedding_are_named(tmp_path, packing):
+    """Of rows that were encoded elsewhere; a GPU would say "device-side assert"."""
+    kind = DataCollatorWithEosPacking if packing else DataCollatorForAssistantOnlyLM
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [1, 264, 3], "labels": [1, 2, 3]}]
+    options = {
+        "collator": kind(TOKENIZER, max_length=16, train_on="all"),
+        "train_sampling_strategy": "sequential",
+        "rows": rows,
+    }
+    with pytest.raises(FormatError, match="row 1: input_ids has id 264; the model has embeddings for 0 to 263"):
+        trainer(tmp_path, **options).train()
+
+
+def test_ids_of_pairs_without_an_embedding_are_named(tmp_path):
+    pairs = Dataset.from_list([{"prompt_ids": [1, 2], "chosen_ids": [5, 9_999], "rejected_ids": [6, 8]}] * 4)
+    model = dpo_worlds.demo.build_model(dpo_worlds.TOKENIZER, hidden_size=32, num_layers=1)
+    for padding_free in (False, True):
+        made = dpo_worlds.ours(
+            model, tmp_path, rows=pairs, trainer={"ref_model": copy.deepcopy(model)}, padding_free=padding_free
+        )
+        with pytest.raises(FormatError, match="chosen_ids has id 9999; the model has embeddings for 0 to 639"):
+            made.train()
 
 
 def test_a_model_from_nowhere_needs_a_reference(tmp_path):
