@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_objectives.errors import DataError, FormatError
 from hf_objectives.labels.chat import ChatEncoder, Labelled, chat_encoder, cut, label_spans
@@ -39,6 +40,16 @@ class Piece:
     example: Example
     rendered: Rendered
     framed: bool = False
+
+
+def _whole_numbers(values: Any) -> NDArray[np.int64]:
+    found = np.asarray(values)
+    if found.size and found.dtype.kind not in "iuf":
+        raise ValueError(f"found {found.flat[0]!r}")
+    ids = found.astype(np.int64)
+    if (found != ids).any():
+        raise ValueError(f"found {found[found != ids].flat[0]}")
+    return ids
 
 
 class PieceEncoder:
@@ -122,8 +133,8 @@ class PieceEncoder:
     def _checked_ids(self, example: Example) -> Example:
         """The example with its ids and labels as int64 arrays of one length, all of them ids of the tokenizer."""
         try:
-            ids = np.asarray(example.input_ids, np.int64)
-            labels = ids if example.labels is None else np.asarray(example.labels, np.int64)
+            ids = _whole_numbers(example.input_ids)
+            labels = ids if example.labels is None else _whole_numbers(example.labels)
         except (TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"input_ids and labels are no lists of integers ({error!s:.80})") from error
         if ids.ndim != 1 or labels.shape != ids.shape or not len(ids):

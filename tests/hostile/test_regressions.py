@@ -220,7 +220,9 @@ def test_aliases_that_stand_for_little_are_read():
     assert parse_yaml("a: &a [1, 2]\nb: *a") == {"a": [1, 2], "b": [1, 2]}
 
 
-@pytest.mark.parametrize("ids", ["user", [2**70], [None], {"a": 1}, ["x"], [[1], [1, 2]]], ids=repr)
+@pytest.mark.parametrize(
+    "ids", ["user", [2**70], [None], {"a": 1}, ["x"], [[1], [1, 2]], [1.5], ["1"], [True]], ids=repr
+)
 def test_ids_that_are_none(tokenizer, ids):
     with pytest.raises(DataError, match="source 's', row 3: (input_ids|id )"):
         encode_row(tokenizer, {"input_ids": ids}, source="s", row_index=3)
