@@ -162,7 +162,7 @@ _FREE = frozenset(
     )
 )
 #: Modules of the types whose methods a template may call. A NumPy array has methods that write files.
-_PLAIN = frozenset(("builtins", "jinja2", "markupsafe", "transformers"))
+_PLAIN = frozenset(("builtins", "datetime", "jinja2", "markupsafe", "transformers"))
 
 
 def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

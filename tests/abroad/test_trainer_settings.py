@@ -245,9 +245,9 @@ def test_our_trainer_has_no_predictions(tmp_path):
 @pytest.mark.parametrize(
     ("host", "workers", "context"),
     [
-        *(("transformers", *how) for how in ((0, None), (1, "fork"), (1, "spawn"))),
+        *(("transformers", *how) for how in ((0, None), (1, "fork"))),
         ("ours", 0, None),
-        ("ours", 1, "spawn"),
+        *(pytest.param(host, 1, "spawn", marks=pytest.mark.long) for host in ("transformers", "ours")),
     ],
 )
 def test_weights_of_tokens_where_nobody_applies_them(host, workers, context, tmp_path):

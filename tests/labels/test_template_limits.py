@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import resource
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,9 @@ def test_the_limit_is_told_of_the_row(tokenizer):
         encode_chat(tokenizer, PLAIN, chat_template=LOOPS["nested"])
     with pytest.raises(TemplateError, match="not valid Jinja"):
         compile_template(SYNTAX["loops"])
+
+
+def test_a_date_among_the_values_can_be_written():
+    day = datetime(2024, 7, 26)
+    render = Renderer(byte_tokenizer(), "{{ day.strftime('%d %b') }}{{ messages[0].content }}", None, {"day": day})
+    assert render([{"role": "user", "content": " x"}]) == "26 Jul x"

@@ -74,6 +74,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_ranks_prepare_once_outlast_their_groups_timeout_and_learn_of_a_failure(tmp_path):
     good = write_demo(tmp_path / "a.jsonl", 30)

@@ -85,6 +85,7 @@ def search(corpus, tmp_path_factory) -> tuple[Path, dict[str, float], dict]:
     return out, there, main(arguments(corpus, out))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_search_goes_on_without_training_again(search, corpus, capsys):
     out, there, results = search
@@ -94,6 +95,7 @@ def test_a_killed_search_goes_on_without_training_again(search, corpus, capsys):
     assert "5 of 5 runs were there already" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_results_are_whole(search):
     out, _, results = search
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
@@ -116,6 +118,7 @@ def test_results_are_whole(search):
     assert (out / "mixture_search.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_the_recommended_mixture_can_be_built(search):
     out, _, results = search
     given = yaml.safe_load((out / "recommended.yaml").read_text())
@@ -126,6 +129,7 @@ def test_the_recommended_mixture_can_be_built(search):
 
 
 @pytest.mark.long
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_change_nothing_and_more_trials_go_on(search, corpus, tmp_path):
     results = search[2]
@@ -135,6 +139,7 @@ def test_processes_change_nothing_and_more_trials_go_on(search, corpus, tmp_path
         assert alone["evaluation"][name]["trials"][:5] == results["evaluation"][name]["trials"]
 
 
+@pytest.mark.long
 @pytest.mark.long
 @pytest.mark.slow
 def test_ray_tune_trains_the_same_and_names_what_fails(search, corpus, tmp_path):
@@ -155,6 +160,7 @@ def test_ray_tune_trains_the_same_and_names_what_fails(search, corpus, tmp_path)
     assert json.loads(of_ray.read_text()) == json.loads(of_processes.read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
@@ -172,6 +178,7 @@ def test_trials_under_other_settings_are_not_taken(search, corpus, changed, erro
     assert finished(search[0]) == before
 
 
+@pytest.mark.long
 def test_trials_on_other_data_are_not_taken(search, corpus):
     lines = (corpus / "words.jsonl").read_text()
     (corpus / "words.jsonl").write_text(lines + '{"text": "Spell cat. c a t"}\n')

@@ -257,6 +257,7 @@ def test_a_mixture_that_cannot_be_is_said_before_any_step(corpus, tmp_path, mixt
         pretrain.main(arguments(corpus, tmp_path / "run", "--mixture", json.dumps(WEIGHTS)))
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_run_that_is_killed_goes_on_with_the_rows_it_would_have_seen(corpus, tmp_path):
     """Two processes with two loader workers each, killed without warning; resumed on one process with other workers."""

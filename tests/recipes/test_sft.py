@@ -111,6 +111,7 @@ def test_what_is_wrong_is_said_before_any_step(corpus, tmp_path, more, error, wo
         main(arguments(corpus, tmp_path / "run", *more))
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_report_what_one_reports(corpus, tmp_path, monkeypatch):
     one = main(arguments(corpus, tmp_path / "one", "--learning_rate", "0"))
@@ -132,6 +133,7 @@ def test_two_processes_report_what_one_reports(corpus, tmp_path, monkeypatch):
     assert [path.stat().st_mtime_ns for path in folder.parent.rglob("ready.json")] == [before]
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_a_real_model_learns(real_model_path, corpus, tmp_path):
     """SmolLM2 with LoRA on a few rows of the corpus."""

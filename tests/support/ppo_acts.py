@@ -21,7 +21,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # there is no group yet when t
 CRITICS = {"separate": 1, "shared": 2}  # with the micro-batches of a step
 TIMES = ("step_time", "runtime", "per_second", "flos")
 #: Answers of a micro-batch on a process, and micro-batches of a step: eight answers a step in all of them.
-LAYOUTS = {1: ((8, 1), (2, 4)), 2: ((4, 1), (2, 2))}[PROCESSES]
+LAYOUTS = {1: ((8, 1), (2, 4)), 2: ((4, 1), (2, 2))}.get(PROCESSES, ())
 #: Prompts of several lengths, two of them twice.
 PROMPTS = [
     *SCRIPT,
