@@ -23,7 +23,7 @@ quickstart: $(STAMP)  ## fine-tune a tiny model on the built-in corpus (two CPU 
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/sft.py --config recipes/configs/quickstart.yaml
 
-test: $(STAMP)  ## run the tests but for the long ones, in two processes (ten minutes on two cores)
+test: $(STAMP)  ## run the tests but for the long ones, in two processes (eleven minutes on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
 
 test-long: $(STAMP)  ## run the long tests: Ray, real models, many processes, the benchmark for a GPU
