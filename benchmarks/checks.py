@@ -112,7 +112,7 @@ def training(model, tokenizer, folder: str, count: int) -> list[tuple[float, flo
 
 def streaming(tokenizer, folder: str, file_format: str, options: argparse.Namespace) -> list[tuple[float, float]]:
     """Seconds of each round: of an epoch of prepared rows, and of their checksums in it."""
-    work, rounds, seconds = Path(folder) / file_format, [], timed(stream, "sum_of")
+    work, rounds, seconds = Path(folder) / file_format, [], timed(stream, "checksum_of")
     rows = Dataset.from_list(demo.texts(options.count))
     prepare_corpus({"texts": rows}, tokenizer, work, CorpusConfig(TOKENS, file_format=file_format, num_proc=1))
     for _ in range(options.rounds):

@@ -20,9 +20,7 @@ from hf_objectives.errors import TemplateError
 MAX_TEMPLATE = 1 << 18  # characters of a template; the longest in use has 40,000
 MAX_TEXT = 1 << 24  # characters of one text, the render of a conversation among them
 MAX_STEPS = 10_000_000  # a pass through a loop is one, as are 32 characters of a text that is made; a call is CALL
-MAX_SECONDS = (
-    30.0  # of processor time of the thread, for what a step cannot count, comparisons of long texts for example
-)
+MAX_SECONDS = 30.0  # of the thread's processor time, for what steps do not count, such as comparisons of long texts
 MAX_BITS = 1 << 16  # of an integer
 _MAX_COMPARED = 10_000  # members of a value that is compared with another
 SHORT = 1024  # characters of a text that costs nothing but the step it is made in

@@ -117,49 +117,16 @@ _METHODS |= {name: _refused(name) for name in ("translate", "to_bytes", "maketra
 _FILTERS = {**_GROWTH, "join": _text_joined, "format": _percent}
 _NO_FILTERS = ("urlize", "wordwrap", "xmlattr", "pprint", "striptags")
 # These look at the members of a list, not into them.
-_SHALLOW = frozenset(
-    (
-        "list",
-        "select",
-        "reject",
-        "selectattr",
-        "rejectattr",
-        "map",
-        "reverse",
-        "batch",
-        "slice",
-        "items",
-        "attr",
-        "groupby",
-    )
-)
+_SHALLOW = frozenset("list select reject selectattr rejectattr map reverse batch slice items attr groupby".split())
 _FREE_FILTERS = frozenset(("length", "count", "first", "last", "default", "d", "safe"))
 _LIGHT = frozenset(("trim", "upper", "lower", "capitalize", "title", "string", "int", "float"))
 _LAZY = frozenset(("list", "select", "reject", "selectattr", "rejectattr", "map", "join", "sum", "reverse", "unique"))
 #: Methods of strings and dicts that chat templates call most.
 _FREE = frozenset(
     (
-        "strip",
-        "lstrip",
-        "rstrip",
-        "split",
-        "rsplit",
-        "splitlines",
-        "startswith",
-        "endswith",
-        "upper",
-        "lower",
-        "find",
-        "title",
-        "capitalize",
-        "isdigit",
-        "removeprefix",
-        "removesuffix",
-        "get",
-        "items",
-        "keys",
-        "values",
-    )
+        "strip lstrip rstrip split rsplit splitlines startswith endswith upper lower "
+        "find title capitalize isdigit removeprefix removesuffix get items keys values"
+    ).split()
 )
 #: Modules of the types whose methods a template may call. A NumPy array has methods that write files.
 _PLAIN = frozenset(("builtins", "datetime", "jinja2", "markupsafe", "transformers"))
@@ -268,24 +235,7 @@ def bound_tests(tests: dict[str, Callable[..., Any]]) -> dict[str, Callable[...,
 
         return compare
 
-    comparing = (
-        "==",
-        "eq",
-        "equalto",
-        "!=",
-        "ne",
-        ">",
-        "gt",
-        "greaterthan",
-        "ge",
-        ">=",
-        "<",
-        "lt",
-        "lessthan",
-        "<=",
-        "le",
-        "in",
-    )
+    comparing = "== eq equalto != ne > gt greaterthan ge >= < lt lessthan <= le in".split()
     return tests | {name: compared(tests[name]) for name in comparing}
 
 

@@ -109,9 +109,7 @@ def compile_template(template: str) -> jinja2.Template:
         return _environment().from_string(template)
     except jinja2.TemplateError as error:
         raise TemplateError(f"the chat template is not valid Jinja: {error}") from error
-    except (
-        Exception
-    ) as error:  # RecursionError, SyntaxError, ValueError and MemoryError of jinja2 and of Python's compiler
+    except Exception as error:  # of jinja2 and of Python's compiler: RecursionError, SyntaxError, MemoryError
         raise TemplateError(f"the chat template is not valid Jinja: {type(error).__name__}: {error!s:.200}") from error
 
 

@@ -116,7 +116,7 @@ def load_prepared(
         sources: only the rows of these; None for all.
         streaming: return a `PreparedStream`, which shuffles, never ends and copies nothing, instead of a mapped `Dataset`.
         seed: seed of the stream's order.
-        verify: hold shards against their checksums. None: all of a mapped dataset, now (about a second of one core for a
+        verify: check shards against their checksums. None: all of a mapped dataset, now (about a second of one core for a
             gigabyte), and of a stream what is read, when it is read. True: all shards, now. False: none.
 
     Raises:

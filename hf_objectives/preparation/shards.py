@@ -34,7 +34,7 @@ class Shard:
         row_groups: rows of each row group or record batch.
         num_bytes: size of the file.
         sha256: checksum of the file, as `sha256sum` prints it.
-        sums: by column, the CRC-32 of each row group's values (`sum_of`); empty in shards of earlier releases.
+        checksums: by column, the CRC-32 of each row group's values (`checksum_of`); empty in shards of earlier releases.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Shard:
     row_groups: list[int]
     num_bytes: int
     sha256: str
-    sums: dict[str, list[int]] = field(default_factory=dict)
+    checksums: dict[str, list[int]] = field(default_factory=dict)
 
     def intact(self, folder: Path, *, checksum: bool = True) -> bool:
         """Whether the file is there as it was written."""
@@ -89,7 +89,7 @@ class ShardWriter:
         self._open, self._types = FORMATS[file_format], types
         self._writer: Any = None
         self.row_groups: list[int] = []
-        self.sums: dict[str, list[int]] = {}
+        self.checksums: dict[str, list[int]] = {}
 
     def write(self, table: pa.Table) -> None:
         """Add packed rows, as one row group or record batch."""
@@ -106,7 +106,7 @@ class ShardWriter:
             raise _disk_full(error, self.final) from error
         self.row_groups.append(table.num_rows)
         for name, column in columns_of(table).items():
-            self.sums.setdefault(name, []).append(sum_of(column))
+            self.checksums.setdefault(name, []).append(checksum_of(column))
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -129,7 +129,13 @@ class ShardWriter:
         digest, size = sha256(self.draft), self.draft.stat().st_size
         self.final.parent.mkdir(parents=True, exist_ok=True)
         self.draft.replace(self.final)
-        more = {"row_groups": self.row_groups, "sums": self.sums, "num_bytes": size, "sha256": digest, **values}
+        more = {
+            "row_groups": self.row_groups,
+            "checksums": self.checksums,
+            "num_bytes": size,
+            "sha256": digest,
+            **values,
+        }
         return Shard(rows=sum(self.row_groups), **more)
 
 
@@ -149,7 +155,7 @@ def columns_of(table: pa.Table) -> dict[str, Column]:
     return columns
 
 
-def sum_of(column: Column) -> int:
+def checksum_of(column: Column) -> int:
     """The CRC-32 of a column's values and of where its rows begin, whatever file they come from."""
     values, begins = column
     data = values.data if isinstance(values, np.ndarray) else "\0".join(values.to_pylist()).encode()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hf_objectives.errors import PreparedDataError
 from hf_objectives.preparation.ordered_stream import OrderedStream
-from hf_objectives.preparation.shards import Column, Shard, columns_of, sum_of
+from hf_objectives.preparation.shards import Column, Shard, checksum_of, columns_of
 
 Numbers = NDArray[np.int64]
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class PreparedStream(OrderedStream):
         file_format: "parquet" or "arrow".
         seed: seed of the permutations.
         window: row groups whose rows are mixed.
-        verify: hold each column of a row group against its checksum when it is read.
+        verify: check each column of a row group against its checksum when it is read.
 
     Yields (on iteration): `input_ids`, `position_ids` and, where shards hold them, `labels` (integer arrays [tokens]),
     `seq_lengths`, `sources` and `rows` (lists).
@@ -52,7 +52,7 @@ class PreparedStream(OrderedStream):
         verify: bool = True,
     ) -> None:
         self.files = [folder / shard.path for shard in shards]
-        self._sums = [shard.sums if verify else {} for shard in shards]
+        self._checksums = [shard.checksums if verify else {} for shard in shards]
         self.seed, self.window, self._read = seed, window, READERS[file_format]
         sizes = [np.asarray(shard.row_groups, np.int64) for shard in shards]
         self._sizes: Numbers = np.concatenate(sizes)
@@ -126,11 +126,13 @@ class PreparedStream(OrderedStream):
         """Columns of a row group, counted through all shards: the values of all rows end to end, and where each row begins
         in them, int64 [rows + 1]."""
         shard = int(self._shard_of[group])
-        file, within, sums = self.files[shard], group - int(self._first[shard]), self._sums[shard]
+        file, within, checksums = self.files[shard], group - int(self._first[shard]), self._checksums[shard]
         try:
-            columns = columns_of(self._read(file, within, names))
-            known = {name: sums[name][within] for name in (names or sums) if sums}
-            changed = [name for name, checksum in known.items() if sum_of(columns[name]) != checksum]
+            table = self._read(file, within, names)
+            table.validate(full=True)  # an offset beyond its values would be read all the same, and end the process
+            columns = columns_of(table)
+            known = {name: checksums[name][within] for name in (names or checksums) if checksums}
+            changed = [name for name, checksum in known.items() if checksum_of(columns[name]) != checksum]
         except Exception as error:  # bytes that are no shard: any of Arrow's errors, of text, of shapes
             raise PreparedDataError(f"{file} cannot be read ({error}); run hf-objectives prepare again") from error
         if changed:

@@ -106,7 +106,7 @@ class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):
             args.accelerator_config.dispatch_batches = False
         self._shared = SharedPrompts(self) if getattr(args, "padding_free", False) else None
         refuse_fp16_on_cpu(args)
-        _check_policy(model, ref_model, peft_config)
+        _check_policy(model, ref_model, args, peft_config)
         free_of_trainers(model, ref_model)
         given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics)
         with asking_for_padding(args):
@@ -342,10 +342,13 @@ def _logged_start(history: Iterable[Mapping[str, Any]], prefix: str) -> dict[str
     return {}
 
 
-def _check_policy(model: Any, ref_model: Any, peft_config: Any) -> None:
+def _check_policy(model: Any, ref_model: Any, args: Any, peft_config: Any) -> None:
     refuse_other_models(model)
-    adapted = peft_config is not None or hasattr(model, "peft_config")
-    if ref_model is None and not adapted and getattr(model, "name_or_path", None) == "":
+    # TRL loads no reference for an adapter, nor for sums that are computed before training.
+    needs_none = (
+        peft_config is not None or hasattr(model, "peft_config") or getattr(args, "precompute_ref_log_probs", False)
+    )
+    if ref_model is None and not needs_none and getattr(model, "name_or_path", None) == "":
         raise ConfigError(
             "the model comes from no folder and no repository, where its reference would be loaded from; pass "
             "ref_model=copy.deepcopy(model)"

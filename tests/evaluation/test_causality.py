@@ -55,7 +55,24 @@ def test_causal_models_pass_and_stay_as_they_were(kind, dtype):
 
 
 def test_of_a_model_of_ones_own_nothing_is_asked():
-    probe_causality(torch.nn.Linear(2, 2))
+    model, calls = torch.nn.Linear(2, 2), []
+    model.forward = lambda **given: calls.append(given)
+    probe_causality(model)
+    assert not calls
+
+
+def test_nothing_is_compiled_for_it():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = torch.compile(llama(), backend=backend)
+    probe_causality(model)
+    assert not compiled
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert compiled
 
 
 def test_a_leak_of_one_layer_is_seen():

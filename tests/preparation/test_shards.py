@@ -74,6 +74,24 @@ def test_no_flipped_bit_of_a_shard_loads_as_other_rows(tmp_path, kind, streaming
     load_prepared(folder, streaming=True, verify=False)
 
 
+def test_an_offset_beyond_its_values_is_refused_and_does_not_end_the_process(tmp_path):
+    """A bit high up in where a name of a source ends, in a stream of Arrow: reading it was a segmentation fault."""
+    path, folder = write_demo(tmp_path / "a.jsonl", 60), tmp_path / "out"
+    (shard,) = prepare_corpus(
+        {"a": path}, TOKENIZER, folder, CorpusConfig(file_format="arrow", num_proc=1, max_length=128)
+    ).shards
+    file = folder / shard.path
+    whole = file.read_bytes()
+    ends = b"".join(i.to_bytes(4, "little") for i in range(5))  # offsets of one-letter names: 0, 1, 2, 3, 4
+    assert whole.count(ends) >= 1
+    for place in range(whole.rindex(ends) + 7, whole.rindex(ends) + 20, 4):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << 6
+        file.write_bytes(changed)
+        with pytest.raises(PreparedDataError, match="cannot be read"):
+            list(load_prepared(folder, streaming=True).rows(0, shard.rows))
+
+
 def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
     sources, folder = {"a": write_demo(tmp_path / "a.jsonl", 100)}, tmp_path / "out"
     prepare_corpus(sources, TOKENIZER, tmp_path / "whole", CorpusConfig(**SMALL))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +201,12 @@ def test_ids_of_pairs_without_an_embedding_are_named(tmp_path):
 def test_a_model_from_nowhere_needs_a_reference(tmp_path):
     with pytest.raises(ConfigError, match=r"no folder and no repository.*pass ref_model=copy.deepcopy\(model\)"):
         dpo_worlds.ours(llama(), tmp_path)
+    model = dpo_worlds.demo.build_model(dpo_worlds.TOKENIZER, hidden_size=32, num_layers=1)
+    run = dpo_worlds.ours(
+        model, tmp_path, precompute_ref_log_probs=True
+    )  # of the policy itself, so that none is loaded
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path):
