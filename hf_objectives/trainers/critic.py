@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,12 +110,16 @@ class Critic(nn.Module):
         return torch.cat([self.read(ids, mask, keep) for ids, mask in parts])
 
     @contextmanager
-    def watching(self, policy: nn.Module, keep: int) -> Iterator[list[Tensor]]:
-        """Within it, read the states of the policy's backbone: gives the values of each forward pass."""
+    def watching(self, policy: nn.Module, keep: int, *, alone: bool = False) -> Iterator[list[Tensor]]:
+        """Within it, read the states of the policy's backbone: gives the values of each forward pass.
+
+        With `alone` the head has a gradient where the policy's pass keeps none.
+        """
         values: list[Tensor] = []
 
         def look(module: nn.Module, args: tuple, output: Any) -> None:
-            values.append(self(before_last(output.last_hidden_state, keep)))
+            with torch.set_grad_enabled(alone or torch.is_grad_enabled()):
+                values.append(self(before_last(output.last_hidden_state, keep)))
 
         handle = decoder_of(policy).register_forward_hook(look)
         try:
@@ -138,17 +142,30 @@ def decoder_of(policy: nn.Module) -> Any:
 class CriticOptimizer:
     """Steps the critic when the policy's optimizer has stepped, and is saved with it.
 
-    Optimizer, schedule and clipping are those of the policy, with `critic_learning_rate`.
+    Optimizer, schedule and clipping are those of the policy, with `critic_learning_rate`. The gradient is clipped by its own
+    norm, not together with the policy's.
+
+    Args:
+        critic: the critic.
+        args: a `PPOConfig`.
+        policy: which some optimizers ask for.
+        num_training_steps: the length of the schedule.
+        decayed: names of the critic's parameters that `weight_decay` is for.
     """
 
     file: ClassVar[str] = "critic.pt"  # in a checkpoint
 
-    def __init__(self, critic: Critic, args: Any, policy: nn.Module, num_training_steps: int) -> None:
+    def __init__(
+        self, critic: Critic, args: Any, policy: nn.Module, num_training_steps: int, *, decayed: Collection[str]
+    ) -> None:
         self.critic, self.args = critic, args
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, policy)  # type: ignore[arg-type]
         settings["lr"] = args.critic_learning_rate or args.learning_rate
-        self._parameters = [parameter for parameter in critic.parameters() if parameter.requires_grad]
-        self.optimizer = kind(self._parameters, weight_decay=args.weight_decay, **settings)
+        named = [(name, parameter) for name, parameter in critic.named_parameters() if parameter.requires_grad]
+        self._parameters = [parameter for _, parameter in named]
+        parts = [[parameter for name, parameter in named if (name in decayed) is wanted] for wanted in (True, False)]
+        groups = zip(parts, (args.weight_decay, 0.0), strict=True)
+        self.optimizer = kind([{"params": part, "weight_decay": decay} for part, decay in groups], **settings)
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer=self.optimizer,
@@ -158,7 +175,13 @@ class CriticOptimizer:
         )
 
     def step(self) -> None:
-        """Average the gradients over processes, clip them, step, and clear them."""
+        """Average the gradients over processes, clip them, step, and clear them.
+
+        After a step of the policy that was left out there is no gradient on any process: the schedule alone goes on.
+        """
+        if all(parameter.grad is None for parameter in self._parameters):
+            self.scheduler.step()
+            return
         average_gradients(self._parameters)
         if self.args.max_grad_norm:
             nn.utils.clip_grad_norm_(self._parameters, self.args.max_grad_norm)

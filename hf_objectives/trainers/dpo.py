@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from hf_objectives.trainers.hf_compat import copies_of_rows, free_of_trainers, l
 from hf_objectives.trainers.metrics import PairMetrics
 from hf_objectives.trainers.refusals import refuse_fp16_on_cpu
 from hf_objectives.trainers.shared_prompt import SharedPrompts
-from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, asking_for_padding, innermost
+from hf_objectives.trainers.trl_compat import DPOCollator, DPOHooks, innermost
 
 # TRL logs the mean of its batches' means under these names. Here they are counted over pairs or tokens.
 _COUNTED = (
@@ -44,6 +45,19 @@ _COUNTED = (
     *("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
 )
 _TOKENS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@contextmanager
+def asking_for_padding(args: Any) -> Iterator[None]:
+    """Within it, `args` ask TRL for no `padding_free`, which TRL warns of and drops. Afterwards they are the caller's."""
+    wanted = getattr(args, "padding_free", None)
+    if wanted:
+        args.padding_free = False
+    try:
+        yield
+    finally:
+        if wanted:
+            args.padding_free = wanted
 
 
 class PerplexityDPOTrainer(EvaluatesLanguageModels, DPOHooks):

@@ -58,6 +58,9 @@ class WholeCheckpoints:
     def load_extra_state(self, folder: Path) -> None:
         """Read what `save_extra_state` wrote, when a run is resumed."""
 
+    def load_best_state(self, folder: Path) -> None:
+        """Read what belongs to the weights of the best checkpoint, which the Trainer loads at the end."""
+
     def extra_state_files(self) -> list[str]:
         """Names of the files that `load_extra_state` reads on this rank."""
         return []
@@ -174,6 +177,10 @@ class WholeCheckpoints:
                 "train on",
                 *(checkpoint, self.state.global_step, self.state.max_steps),
             )
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self.load_best_state(Path(self.state.best_model_checkpoint))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._is_finished:  # the Trainer looks for the end after a step

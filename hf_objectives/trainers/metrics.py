@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 _TOKENS = 1 << 20  # more than any vocabulary has; the last one stands for none
 
 
+def over_ranks(moments: Moments) -> Moments:
+    """The moments of the values of all ranks."""
+    return Moments(*sum_over_ranks(list(moments)))
+
+
 class MetricSums:
     """Sums of named values since the last log; float64, on the device of the values, in the order of their names."""
 

@@ -23,16 +23,19 @@ from hf_objectives.losses import (
     Moments,
     clipped_policy_loss,
     clipped_value_loss,
-    generalized_advantages,
-    token_rewards,
-    whiten,
 )
 from hf_objectives.trainers.critic import Critic, CriticOptimizer, CriticSteps
 from hf_objectives.trainers.hf_compat import free_of_trainers, processing_last
 from hf_objectives.trainers.metrics import PolicyMetrics
+from hf_objectives.trainers.ppo_advantages import AdvantageEstimator
 from hf_objectives.trainers.ppo_config import PPOConfig
 from hf_objectives.trainers.ppo_evaluation import EvaluatedAnswers
+from hf_objectives.trainers.ppo_minibatches import deal
 from hf_objectives.trainers.ppo_reference import asking_for_none, own_reference
+from hf_objectives.trainers.ppo_scores import AnswerScores
+from hf_objectives.trainers.ppo_stop import KLStop
+from hf_objectives.trainers.ppo_warmup import CriticWarmup
+from hf_objectives.trainers.refusals import refuse_zero_gradients
 from hf_objectives.trainers.reward_functions import FramedTexts, check_finite, checked_rewards
 from hf_objectives.trainers.sampling import OwnNoise
 from hf_objectives.trainers.trl_compat import RLOOHooks, innermost, place_reference
@@ -65,7 +68,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     Logs (beyond the parent's): `reward` (mean score, weighted over the functions), `rewards/missing` (answers left out),
     `rewards/failed` (those of them whose reward failed), `kl` (nats per token to the reference, k1), `kl_per_answer`,
     `kl_coef`, `entropy` (nats per token), `clip_fraction`, `approx_kl` (to the policy that generated), `policy_loss`,
-    `value_loss`, `explained_variance`, and `completions/finished`, the share of answers that ended with a stop token.
+    `value_loss`, `explained_variance`, `steps_skipped` (with `max_approx_kl`: the share of steps left out, whose loss and
+    gradient norm count as 0), and `completions/finished`, the share of answers that ended with a stop token.
 
     Raises:
         ConfigError: settings that contradict each other, a reward model with another model's tokenizer, a prompt that is too
@@ -104,11 +108,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             args = PPOConfig("trainer_output")
         if not isinstance(args, PPOConfig):
             raise ConfigError(f"args is {type(args).__name__}; expected PPOConfig")
-        self.policy_metrics = {"train": PolicyMetrics(), "eval": PolicyMetrics()}
-        self.forwards = {}
-        self._failed: set[int] = set()
-        self._reward_moments: list[float] = []
-        self.kl_control = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
+        self._make_parts(args)
         functions, tokenizers = checked_rewards(
             reward_funcs,
             reward_processing_classes,
@@ -132,11 +132,13 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             if args.sync_ref_model:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         self._evaluated = EvaluatedAnswers(self.reward_func_names, self.reward_weights)
+        self.scores = AnswerScores.for_run(self)
         self.score_tokens()
         policy = self.accelerator.unwrap_model(self.model)
         self.critic = Critic.for_run(policy, args, critic_model, self.accelerator.device)
         self.critic_optimizer: CriticOptimizer | None = None
         self.add_callback(CriticSteps(lambda: self.critic_optimizer))
+        self.add_callback(self.kl_stop)
         self.watch_language_models(
             eval_lm_datasets,
             self.text_tokenizer,
@@ -144,11 +146,23 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             max_increase=args.max_perplexity_increase,
         )
 
+    def _make_parts(self, args: PPOConfig) -> None:
+        """What the parent's constructor needs already."""
+        self.policy_metrics = {"train": PolicyMetrics(), "eval": PolicyMetrics()}
+        self.forwards = {}
+        self._failed: set[int] = set()
+        self._advantages = AdvantageEstimator(args.gamma, args.lam, args.whiten_rewards, args.whiten_advantages)
+        self.kl_control = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
+        self.kl_stop, self.warmup = KLStop(args.max_approx_kl), CriticWarmup(args.critic_warmup_steps)
+
     def _check_policy_and_rows(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError("no parameter of the policy requires a gradient; nothing would be trained")
         if self.is_multimodal:
             raise ConfigError("processing_class is a multimodal processor; PPOTrainer reads text only")
+        refuse_zero_gradients(
+            self, {name: getattr(self.args, name) for name in ("critic_warmup_steps", "max_approx_kl")}
+        )
         refuse_other_models(self.model, self.text_tokenizer)
         self.args.check_rows(self.train_dataset)
 
@@ -182,7 +196,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         if self.critic is None or self.critic.backbone is not None or role != "policy":
             yield []
         else:
-            with self.critic.watching(self.accelerator.unwrap_model(self.model), keep) as values:
+            policy = self.accelerator.unwrap_model(self.model)
+            with self.critic.watching(policy, keep, alone=self.warmup.in_pass) as values:
                 yield values
 
     def calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Tensor:
@@ -221,17 +236,14 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             ratio = None if reference is None else policy.logps - reference.logps
             kl = None if ratio is None else KL_ESTIMATORS[self.args.kl_estimator](ratio)
             values = self._values(output, policy.values, size)
-            scores, scored = self._scores(output)
-            used = mask * scored[:, None]
-            rewards = token_rewards(scores, kl, used, kl_coef=self.kl_control.coef)
-            rewards = self._whitened_rewards(rewards, used) if self.args.whiten_rewards else rewards
-            advantages, returns = generalized_advantages(
-                rewards, values, used, gamma=self.args.gamma, lam=self.args.lam
+            scores, scored, figures = self.scores.of(
+                self._rewards, output["completion_ids"], mask, self._new, trains=trains
             )
-            means = (advantages.sum(dim=1) / used.sum(dim=1).clamp(min=1)).tolist()
+            self.book(figures)
+            used = mask * scored[:, None]
+            advantages = self._advantages.of(scores, kl, values, used, kl_coef=self.kl_control.coef, trains=trains)
+            means = (advantages.plain.sum(dim=1) / used.sum(dim=1).clamp(min=1)).tolist()
             self.show_advantages([mean for part in gather_objects(means) for mean in part])
-            if self.args.whiten_advantages:
-                advantages = whiten(advantages, _over_ranks(Moments.of(advantages, used))) * used
         if not trains:
             stops, pad = self.eos_token_ids, self.text_tokenizer.pad_token_id
             self._evaluated.add(output["completion_ids"], mask, self._rewards, ratio, kl, stops=stops, pad=pad)
@@ -242,8 +254,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             "number": torch.tensor([*self._numbers], device=mask.device),
             "old_token_logps": policy.logps,
             "values": values,
-            "advantages": advantages,
-            "returns": returns,
+            "advantages": advantages.trained,
+            "returns": advantages.returns,
             "loss_mask": used,
         }
 
@@ -255,48 +267,23 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         ids = batch["completion_ids"]
         return torch.zeros(ids.shape, device=ids.device) if shared is None else shared
 
-    def _scores(self, output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The scores of this rank's answers, float32 [batch], and whether each has one, bool [batch]."""
-        own = self._rewards
-        scored = ~torch.isnan(own).all(dim=1) & self._new.to(own.device)
-        scores = (own * self.reward_weights.to(own.device)).nansum(dim=1)
-        if self.reward_clip_range:
-            scores = scores.clamp(*self.reward_clip_range)
-        stops = torch.tensor(self.eos_token_ids, device=own.device)
-        finished = (torch.isin(output["completion_ids"], stops) & output["completion_mask"].bool()).any(dim=1)
-        scores = scores - self.args.missing_eos_penalty * ~finished
-        done, total, missing = sum_over_ranks([float(finished.sum()), float(len(own)), float((~scored).sum())])
-        self.book({"completions/finished": done / total, "rewards/missing": missing})
-        return scores, scored
-
-    def _whitened_rewards(self, rewards: Tensor, used: Tensor) -> Tensor:
-        """An evaluation has the scale of the last batch that was trained on, which is that of the critic's values."""
-        if self.mode == "train":
-            self._reward_moments = [*_over_ranks(Moments.of(rewards, used))]
-        known = Moments(*self._reward_moments) if self._reward_moments else None
-        return whiten(rewards, known, shift_mean=False) * used if known else rewards
-
     def _book_kl(self, kl: Tensor, mask: Tensor) -> None:
         nats, answers = sum_over_ranks([float((kl * mask).sum()), float(len(kl))])
         self.book({"kl_per_answer": nats / answers, "kl_coef": self.kl_control.coef})
-        self.kl_control.update(nats / answers, int(answers))
+        if not self.warmup.covers(self.state.global_step):  # a policy at rest says nothing about β
+            self.kl_control.update(nats / answers, int(answers))
 
-    def answers_made(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Deal the answers to the steps, and write into each micro-batch how many tokens its whole step has.
-
-        Of m steps the k-th has the answers whose numbers are k modulo m. So it has the same answers however many processes
-        there are: each holds a block of numbers, whose length is a multiple of m. TRL shuffles the answers of each process.
-        """
+    def answers_of_epoch(self, batches: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
+        """Deal the answers to the steps of an epoch over them; see `deal`. TRL shuffles the answers of each process, once."""
+        if epoch == 0:
+            self.kl_stop.begin()
         size = self.args.gradient_accumulation_steps
-        whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        order = torch.argsort(whole["number"]).view(-1, len(batches) // size).T.reshape(len(batches), -1)
-        batches = [{name: value[rows] for name, value in whole.items()} for rows in order]
-        for begin in range(0, len(batches), size):
-            step = batches[begin : begin + size]
-            total = sum_over_ranks([float(sum(batch["loss_mask"].sum() for batch in step))])[0]
-            for batch in step:
-                batch["step_tokens"] = torch.tensor(max(total, 1.0), device=batch["loss_mask"].device)
-        return batches
+        generation = self.state.global_step // (len(batches) // size * self.num_iterations)
+        return deal(batches, size, (self.args.seed, generation, epoch))
+
+    def leaves_out(self) -> bool:
+        """Whether the policy is too far from the one that gave these answers, by `max_approx_kl`."""
+        return self.kl_stop.is_over
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -305,9 +292,11 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         mask, completion = inputs["loss_mask"], inputs["completion_ids"]
         ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        logps, entropies, aux = self.per_token(
-            model, ids, attention, completion.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
-        )
+        rests = self.mode == "train" and self.warmup.covers(self.state.global_step)  # the critic learns alone
+        with self.warmup.resting(rests):
+            logps, entropies, aux = self.per_token(
+                model, ids, attention, completion.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+            )
         values = self.forwards.pop("policy").values
         policy = clipped_policy_loss(
             logps,
@@ -319,6 +308,7 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         )
         entropy = (entropies * mask).sum()
         loss = policy.loss - self.args.entropy_coef * entropy if self.args.entropy_coef else policy.loss
+        loss = torch.zeros_like(loss) if rests else loss
         value = errors = returns = None
         if self.critic is not None:
             values = self._values(inputs, values)
@@ -329,15 +319,17 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         self.policy_metrics[self.mode].add(mask, entropy, policy, value, errors, returns)
         if "step_tokens" not in inputs:  # evaluation
             return loss / mask.sum().clamp(min=1)
+        self.kl_stop.add(policy.approx_kl, inputs["step_tokens"])
         # Gradients are averaged over ranks. The count is over all ranks, so the average is undone here.
         loss = loss / inputs["step_tokens"] * self.accelerator.num_processes
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and not rests:
             loss = loss + self.router_aux_loss_coef * aux / self.current_gradient_accumulation_steps
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does, with the metrics of the steps since the last log, over all their tokens and ranks."""
-        self.replace_booked(self.policy_metrics[self.mode].take())
+        stopped = self.kl_stop.take() if self.mode == "train" else {}
+        self.replace_booked({**self.policy_metrics[self.mode].take(), **stopped})
         dataset = self._prefix.removeprefix("eval").removeprefix("_")
         if self.mode == "eval" and dataset:  # the parent calls the metrics of each evaluation set `eval_`
             self.rename_booked(lambda name: f"{dataset}_{name}")
@@ -360,7 +352,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the parent's schedule, and the critic's optimizer, now that the number of steps is known."""
         if self.critic is not None:
-            self.critic_optimizer = CriticOptimizer(self.critic, self.args, self.model, num_training_steps)
+            known = {"decayed": self.get_decay_parameter_names(self.critic)}
+            self.critic_optimizer = CriticOptimizer(self.critic, self.args, self.model, num_training_steps, **known)
         return super().create_scheduler(num_training_steps, optimizer)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -373,10 +366,17 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
         state = {
             **self.answers_state(),
             "kl_coef": self.kl_control.coef,
-            "reward_moments": self._reward_moments,
+            "kl_is_over": self.kl_stop.is_over,
+            "reward_moments": self._advantages.reward_moments,
+            "score_moments": self.scores.scale.state_dict(),
             "reference": self.accelerator.unwrap_model(self.ref_model).state_dict() if moves else None,
         }
         torch.save(state, folder / _STATE.format(rank=rank()))
+
+    def load_best_state(self, folder: Path) -> None:
+        """Read the critic that belongs to the best policy."""
+        if self.critic_optimizer is not None and (folder / CriticOptimizer.file).exists():
+            self.critic_optimizer.load(folder)
 
     def extra_state_files(self) -> list[str]:
         """Names of the files that `load_extra_state` reads on this rank."""
@@ -391,10 +391,8 @@ class PPOTrainer(EvaluatesLanguageModels, RLOOHooks):
             raise ConfigError(f"{folder} has no {file.name}; it was saved by another trainer or by fewer processes")
         state = torch.load(file, map_location="cpu", weights_only=True)
         self.load_answers_state(state)
-        self.kl_control.coef, self._reward_moments = state["kl_coef"], state.get("reward_moments", [])
+        self.kl_control.coef, self._advantages.reward_moments = state["kl_coef"], state.get("reward_moments", [])
+        self.kl_stop.is_over = state.get("kl_is_over", False)
+        self.scores.scale.load_state_dict(state.get("score_moments", {}))
         if state["reference"] is not None:
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(state["reference"])
-
-
-def _over_ranks(moments: Moments) -> Moments:
-    return Moments(*sum_over_ranks(list(moments)))

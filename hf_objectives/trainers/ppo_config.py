@@ -19,9 +19,10 @@ _CHOICES = {
     "kl_estimator": tuple(KL_ESTIMATORS),
     "reward_errors": ("error", "missing"),
 }
+_NOT_NEGATIVE = ("gamma", "lam", "vf_coef", "entropy_coef", "beta", "missing_eos_penalty", "critic_warmup_steps")
 _POSITIVE = (
     *("kl_target", "cliprange_value", "critic_learning_rate", "kl_horizon", "temperature"),
-    *("epsilon", "epsilon_high", "num_iterations"),
+    *("epsilon", "epsilon_high", "num_iterations", "max_approx_kl"),
 )
 
 
@@ -39,6 +40,15 @@ class PPOConfig(CheckpointSettings, RLOOConfig):
     Args:
         critic: "separate": a value head on a copy of the policy's backbone; "shared": on the policy's own, whose weights the
             value loss then moves too; "none": no critic, V = 0.
+        critic_warmup_steps: optimizer steps at the start in which the critic learns and the policy does not move; of a shared
+            critic only the head learns then.
+        vf_coef: weight of the value loss in the sum. A shared critic's loss is weighed against the policy's by it. A separate
+            critic has an optimizer of its own: Adam's step does not depend on the scale of its loss, so that the weight
+            matters only through `max_grad_norm` and `adam_epsilon`; `critic_learning_rate` is the setting for its pace.
+        max_approx_kl: once `approx_kl` of a step, the divergence from the policy that generated, is over it, the other steps
+            over this batch of answers are left out.
+        normalize_reward_models: scale the scores of reward models (not of functions) by mean and standard deviation of all
+            training answers so far, before `reward_weights` and `reward_clip_range`. What is logged stays as the model says.
         gamma, lam: discount and λ of generalised advantage estimation (arXiv 1506.02438).
         kl_estimator: see `losses.KL_ESTIMATORS`.
         kl_target: nats per answer that an adaptive coefficient aims at (arXiv 1909.08593); None keeps `beta`.
@@ -53,9 +63,11 @@ class PPOConfig(CheckpointSettings, RLOOConfig):
 
     num_generations: int = option(1, "Answers to each prompt in a batch.")
     num_iterations: int = option(4, "Epochs over each batch of answers.")
+    adam_epsilon: float = option(1e-5, "Epsilon of Adam, of policy and critic.")
     disable_dropout: bool = option(True, "Dropout off, so that the ratio begins at 1.")
     critic: str = option("separate", "separate, shared or none.")
     critic_learning_rate: float | None = option(None, "None for learning_rate.")
+    critic_warmup_steps: int = option(0, "Steps at the start in which only the critic learns.")
     gamma: float = option(1.0, "Discount.")
     lam: float = option(0.95, "Lambda of generalised advantage estimation.")
     vf_coef: float = option(0.1, "Weight of the value loss.")
@@ -64,9 +76,11 @@ class PPOConfig(CheckpointSettings, RLOOConfig):
     kl_estimator: str = option("k1", "k1, k2 or k3.")
     kl_target: float | None = option(None, "Nats per answer that an adaptive beta steers to.")
     kl_horizon: int = option(10_000, "Answers over which beta moves by a fifth at most.")
+    max_approx_kl: float | None = option(None, "Nats per token over which the rest of a batch's steps is left out.")
     whiten_advantages: bool = option(True, "Scale advantages to mean 0 and variance 1.")
     whiten_rewards: bool = option(False, "Scale token rewards to variance 1.")
     missing_eos_penalty: float = option(0.0, "Taken off the score of an answer that did not stop.")
+    normalize_reward_models: bool = option(True, "Scale scores of reward models by their running mean and spread.")
     reward_errors: str = option("error", "error, or missing: leave out answers that could not be scored.")
     eval_lm_max_length: int | None = option(1024, "Tokens of a row of eval_lm_datasets.")
     max_perplexity_increase: float | None = option(
@@ -85,7 +99,7 @@ class PPOConfig(CheckpointSettings, RLOOConfig):
     def _check(self) -> None:
         for name, known in _CHOICES.items():
             check_one_of(name, getattr(self, name), known)
-        for name in ("gamma", "lam", "vf_coef", "entropy_coef", "beta", "missing_eos_penalty"):
+        for name in _NOT_NEGATIVE:
             value, high = getattr(self, name), 1 if name in ("gamma", "lam") else math.inf
             if not 0 <= value <= high:
                 raise ConfigError(f"{name} is {value}; expected 0 or more{', and 1 at most' if high == 1 else ''}")
@@ -104,6 +118,12 @@ class PPOConfig(CheckpointSettings, RLOOConfig):
             )
         if self.fp16 and self.critic != "none":
             raise ConfigError("fp16 scales the loss of one optimizer, and a critic has its own; use bf16")
+        if self.fp16 and self.max_approx_kl is not None:
+            raise ConfigError("fp16 scales the gradient of every step, and max_approx_kl leaves steps out; use bf16")
+        if self.critic_warmup_steps and self.critic == "none":
+            raise ConfigError(
+                f"critic_warmup_steps is {self.critic_warmup_steps}, and critic is 'none'; expected 0 without a critic"
+            )
         if self.normalize_advantages:
             raise ConfigError("normalize_advantages is RLOO's; PPO's is whiten_advantages")
         if self.mask_truncated_completions:

@@ -92,3 +92,21 @@ def refuse_fp16_on_cpu(args: Any) -> None:
     """
     if args is not None and args.fp16 and args.device.type == "cpu":
         raise ConfigError("fp16 on a CPU; use bf16, or leave both off")
+
+
+def refuse_zero_gradients(trainer: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that keep gradients off parameters where the optimizer takes a missing gradient for 0, and moves on.
+
+    Args:
+        trainer: a Trainer.
+        settings: values by name; those that are unset or 0 ask for nothing.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    wanted = [f"{name}={value}" for name, value in settings.items() if value]
+    if wanted and trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            f"{' and '.join(wanted)} under DeepSpeed, whose optimizer moves parameters without a gradient too; expected an "
+            "optimizer that passes over them: use FSDP, or leave the setting out"
+        )

@@ -54,19 +54,6 @@ def place_reference(model: Any, accelerator: Any, *, temperature: float = 1.0) -
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
-@contextmanager
-def asking_for_padding(args: Any) -> Iterator[None]:
-    """Within it, `args` ask TRL for no `padding_free`, which TRL warns of and drops. Afterwards they are the caller's."""
-    wanted = getattr(args, "padding_free", None)
-    if wanted:
-        args.padding_free = False
-    try:
-        yield
-    finally:
-        if wanted:
-            args.padding_free = wanted
-
-
 def innermost(model: Any) -> Any:
     """The model of transformers inside PEFT and wrappers for data parallelism."""
     inner = unwrapped(model)
@@ -293,17 +280,30 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
             if model is not None:
                 score_tokens(innermost(model), figures=lambda: self._figures, temperature=self.temperature)
 
-    def answers_made(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Given TRL's micro-batches of answers; gives those that the next steps are trained on."""
+    def answers_of_epoch(self, batches: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
+        """Given the micro-batches of answers when an epoch over them begins; gives those that it is trained on."""
         return batches
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not before:
-            self._buffered_inputs = self.answers_made(self._buffered_inputs)
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        epoch, place = divmod(self._step, self.args.steps_per_generation)
+        if self.model.training and (place == 0 or self._buffered_inputs is not before):
+            self._buffered_inputs = self.answers_of_epoch(self._buffered_inputs, epoch % self.num_iterations)
+            inputs = self._buffered_inputs[place]
         return inputs
+
+    def leaves_out(self) -> bool:
+        """Whether the steps over this batch of answers are over before its epochs are."""
+        return False
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Train as the parent does. A step that is left out has no forward pass and no gradient, and its loss is 0."""
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or not self.leaves_out():
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()  # an evaluation may stand before it
+        self._step += 1
+        return torch.zeros((), device=self.args.device)
 
     @contextmanager
     def reading_values(self, role: str, keep: int) -> Iterator[list[Tensor]]:
@@ -331,7 +331,8 @@ class RLOOHooks(_TRLHooks, RLOOTrainer):
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        self.forwards[role] = Forward(result[0], torch.cat(values) if values else None)
+        with torch.enable_grad():  # those of a head that learns alone have a gradient, where the policy's pass has none
+            self.forwards[role] = Forward(result[0], torch.cat(values) if values else None)
         return result
 
     def show_advantages(self, advantages: list[float]) -> None:

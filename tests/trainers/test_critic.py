@@ -104,6 +104,20 @@ def test_a_separate_critic_shares_nothing_with_the_policy(lora):
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
+def test_the_head_of_a_shared_critic_may_learn_alone():
+    policy = llama()
+    critic = with_head(Critic.of(policy, "shared"))
+    ids, mask, width = batch()
+    with torch.no_grad(), critic.watching(policy, width, alone=True) as seen:
+        policy(ids, attention_mask=mask)
+    seen[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in critic.parameters())
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    with torch.no_grad(), critic.watching(policy, width) as seen:
+        policy(ids, attention_mask=mask)
+    assert not seen[0].requires_grad
+
+
 def test_a_shared_critics_gradient_reaches_the_policy():
     policy = llama()
     critic = with_head(Critic.of(policy, "shared"))
@@ -165,7 +179,8 @@ def test_critics_that_cannot_be():
 def optimizer(critic, folder, steps=6, **options) -> CriticOptimizer:
     settings = {"learning_rate": 1e-3, "critic_learning_rate": 0.05, "max_grad_norm": 0.5, "warmup_steps": 2}
     args = PPOConfig(str(folder), use_cpu=True, bf16=False, report_to="none", **{**settings, **options})
-    return CriticOptimizer(critic, args, llama(), steps)
+    decayed = [name for name, parameter in critic.named_parameters() if parameter.dim() > 1]
+    return CriticOptimizer(critic, args, llama(), steps, decayed=decayed)
 
 
 def step(critic, run) -> None:
@@ -179,7 +194,7 @@ def test_it_is_adamw_with_its_own_rate_the_schedule_and_the_clip(tmp_path):
     critic = with_head(Critic.of(llama(), "separate"))
     twin = copy.deepcopy(critic)
     ours = optimizer(critic, tmp_path)
-    plain = torch.optim.AdamW(twin.parameters(), lr=0.05, weight_decay=0.0)
+    plain = torch.optim.AdamW(twin.parameters(), lr=0.05, weight_decay=0.0, eps=1e-5)
     schedule = get_linear_schedule_with_warmup(plain, 2, 6)
 
     class Plain:
@@ -199,7 +214,57 @@ def test_it_is_adamw_with_its_own_rate_the_schedule_and_the_clip(tmp_path):
     for a, b in zip(critic.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     other = optimizer(critic, tmp_path, critic_learning_rate=None, warmup_steps=0)
-    assert other.scheduler.get_last_lr() == [1e-3]
+    assert {*other.scheduler.get_last_lr()} == {1e-3}
+
+
+def test_norms_and_biases_do_not_decay(tmp_path):
+    """AdamW without a gradient's share: with gradients of 0 a weight that decays is multiplied by 1 - lr * decay."""
+    critic = with_head(Critic.of(llama(), "separate"))
+    before = copy.deepcopy(critic.state_dict())
+    run = optimizer(critic, tmp_path, weight_decay=0.5, critic_learning_rate=0.1, warmup_steps=0)
+    for parameter in critic.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.step()
+    for name, value in critic.state_dict().items():
+        kept = "norm" in name or name.endswith("bias")
+        assert torch.allclose(value, before[name] * (1.0 if kept else 0.95)), name
+    assert "backbone.norm.weight" in before and "backbone.layers.1.input_layernorm.weight" in before
+
+
+def test_a_step_without_gradients_moves_the_schedule_alone(tmp_path):
+    critic = with_head(Critic.of(llama(), "separate"))
+    run = optimizer(critic, tmp_path, weight_decay=0.5)
+    for _ in range(3):
+        step(critic, run)
+    before, rate = (
+        copy.deepcopy([critic.state_dict(), run.optimizer.state_dict()["state"]]),
+        run.scheduler.get_last_lr(),
+    )
+    run.step()
+    assert all(torch.equal(value, before[0][name]) for name, value in critic.state_dict().items())
+    for place, state in run.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[1][place][name]) for name, value in state.items())
+    assert rate == pytest.approx([0.0375] * 2) and run.scheduler.get_last_lr() == pytest.approx([0.025] * 2)
+
+
+def test_the_weight_of_the_loss_matters_through_clip_and_epsilon_alone(tmp_path):
+    """A separate critic under Adam: m / sqrt(v) of gradients times c is that of the gradients."""
+
+    def after(weight: float, **options) -> torch.Tensor:
+        critic = with_head(Critic.of(llama(), "separate"))
+        run = optimizer(critic, tmp_path, warmup_steps=0, **options)
+        ids, mask, width = batch()
+        for target in (0.0, 30.0, -1.0):
+            loss = ((critic.read(ids, mask, width) - target).square() * mask[:, -width:]).sum()
+            (weight * loss).backward()
+            run.step()
+        return torch.cat([parameter.detach().flatten() for parameter in critic.parameters()])
+
+    free = {"max_grad_norm": 0.0, "adam_epsilon": 1e-12, "critic_learning_rate": 0.01}
+    assert torch.allclose(after(0.1, **free), after(1.0, **free), atol=1e-4)
+    for name, value in {"max_grad_norm": 1.0, "adam_epsilon": 1.0}.items():
+        given = {**free, name: value}
+        assert not torch.allclose(after(1e-4, **given), after(1.0, **given), atol=1e-3), name
 
 
 def test_it_goes_on_from_a_file_to_the_last_bit(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers.ppo import PPOTrainer
 from hf_objectives.trainers.ppo_config import PPOConfig
-from tests.support.ppo_worlds import PAD, count_a, ppo, small_model
+from tests.support.ppo_worlds import PAD, count_a, logged, ppo, small_model
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,31 @@ def test_settings_of_the_trainer_that_cannot_be(tmp_path):
         ppo(tmp_path, [{"prompt": "ask a"}] * 2)
     with pytest.raises(ConfigError, match="args is int; expected PPOConfig"):
         PPOTrainer(small_model(), count_a, 7)
+
+
+def test_defaults_of_the_papers(tmp_path):
+    """Adam's epsilon and a rate that falls in a straight line to 0: details 3 and 4 of Huang et al. (2022)."""
+    config = PPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert config.adam_epsilon == 1e-5 and config.lr_scheduler_type == "linear" and config.warmup_steps == 0
+    assert config.normalize_reward_models and config.critic_warmup_steps == 0 and config.max_approx_kl is None
+
+
+@pytest.mark.slow
+def test_policy_and_critic_have_epsilon_decay_and_schedule(tmp_path):
+    run = ppo(tmp_path, learning_rate=0.5, critic_learning_rate=0.25, weight_decay=0.125, max_steps=4, num_iterations=1)
+    run.train()
+    assert logged(run, "learning_rate") == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    assert (
+        run.critic_optimizer.scheduler.get_last_lr() == [0, 0] and run.critic_optimizer.scheduler.base_lrs == [0.25] * 2
+    )
+    for model, optimizer in ((run.model, run.optimizer), (run.critic, run.critic_optimizer.optimizer)):
+        named = {parameter: name for name, parameter in model.named_parameters()}
+        decays, keeps = optimizer.param_groups
+        assert (decays["weight_decay"], keeps["weight_decay"]) == (0.125, 0) and decays["eps"] == keeps["eps"] == 1e-5
+        assert all("norm" in named[one] or "bias" in named[one] for one in keeps["params"])
+        assert not any("norm" in named[one] or "bias" in named[one] for one in decays["params"])
+        assert len(decays["params"]) > 7 and len(keeps["params"]) >= 3
+        assert len(named) == len(decays["params"]) + len(keeps["params"])
 
 
 @pytest.mark.slow

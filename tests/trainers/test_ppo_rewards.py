@@ -220,7 +220,9 @@ def test_a_reward_model_says_of_an_answer_in_a_batch_what_it_says_alone(tmp_path
 def test_a_reward_model_beside_a_function_reads_texts_with_the_eos_that_it_was_trained_with(tmp_path):
     """An answer in plain text ends in EOS where it stopped, as in `encode_pair`, and in nothing where it did not."""
     path = saved(judge(), tmp_path / "judge")
-    run = scripted(tmp_path, reward=[path, count_a], reward_weights=[1.0, 100.0], **WHOLE)
+    run = scripted(
+        tmp_path, reward=[path, count_a], reward_weights=[1.0, 100.0], normalize_reward_models=False, **WHOLE
+    )
     batch = generated(run)
     model, expected = run.reward_funcs[0], []
     for prompt, answer in SCRIPT.items():

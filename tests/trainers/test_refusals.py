@@ -37,7 +37,7 @@ from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollator
 from hf_objectives.errors import ConfigError, FormatError, TokenizerError
 from hf_objectives.evaluation import refuse_other_models
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments, RewardModelConfig, RewardModelTrainer
-from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel
+from hf_objectives.trainers.refusals import refuse_cut_rows, refuse_data_parallel, refuse_zero_gradients
 from tests.support import dpo_worlds
 from tests.support.language_models import TOKENIZER, arguments, llama, trainer
 from tests.support.ppo_worlds import ppo, small_model
@@ -252,3 +252,16 @@ def test_trainers_refuse_tokens_without_an_embedding(tmp_path):
         dpo_worlds.ours(small, tmp_path, trainer={"ref_model": llama()})
     with pytest.raises(TokenizerError, match="resize_token_embeddings"):
         ppo(tmp_path, model=small_model(4))
+
+
+def test_settings_that_rest_on_missing_gradients():
+    """DeepSpeed's optimizers take a missing gradient for 0, and Adam moves on by its moments."""
+    deepspeed, plain = (SimpleNamespace(is_deepspeed_enabled=on) for on in (True, False))
+    refuse_zero_gradients(plain, {"critic_warmup_steps": 3, "max_approx_kl": 0.1})
+    refuse_zero_gradients(deepspeed, {"critic_warmup_steps": 0, "max_approx_kl": None})
+    with pytest.raises(
+        ConfigError, match=r"^critic_warmup_steps=3 under DeepSpeed, .*: use FSDP, or leave the setting out$"
+    ):
+        refuse_zero_gradients(deepspeed, {"critic_warmup_steps": 3, "max_approx_kl": None})
+    with pytest.raises(ConfigError, match=r"critic_warmup_steps=3 and max_approx_kl=0.1 under DeepSpeed"):
+        refuse_zero_gradients(deepspeed, {"critic_warmup_steps": 3, "max_approx_kl": 0.1})

@@ -19,8 +19,9 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 
 from hf_objectives import trainers
 from hf_objectives.diagnostics import callback
+from hf_objectives.trainers.dpo import asking_for_padding
 from hf_objectives.trainers.ppo import PPOTrainer
-from hf_objectives.trainers.trl_compat import PromptOrder, asking_for_padding
+from hf_objectives.trainers.trl_compat import PromptOrder
 from tests.support import dpo_worlds, reward_worlds
 from tests.support.ppo_worlds import LETTERS, SETTINGS, count_a, ppo, small_model
 
