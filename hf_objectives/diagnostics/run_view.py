@@ -74,8 +74,13 @@ class RunView:
 
     @cached_property
     def no_gradient(self) -> bool:
-        """Whether every logged gradient norm is exactly 0 while the loss is not."""
+        """Whether every logged gradient norm is exactly 0 while the loss is not.
+
+        PPO logs the norm of the policy, which is at rest while its critic warms up.
+        """
         norms = self["grad_norm"].values
+        if "value_loss" in self:
+            return False
         return bool(len(norms) >= _NO_GRADIENT and not norms.any() and self["loss"].values.any())
 
     @cached_property

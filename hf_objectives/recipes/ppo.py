@@ -67,6 +67,11 @@ class Ppo(Recipe):
     def build_trainer(self) -> Any:
         """Load the policy, the prompts and the rewards."""
         data, args = self.data, self.args
+        if data.dataset_name != BUILT_IN and args.metric_for_best_model in ("exact_match", "eval_exact_match"):
+            raise ConfigError(
+                "metric_for_best_model: exact_match is measured on the built-in corpus alone; expected another metric of the "
+                "evaluation, such as reward"
+            )
         model, tokenizer = load_policy(self.model_config, **self.loading)
         account = Account()
         rows, held_out = split_rows(data, seed=args.seed, built_in=(8_000, 200))
@@ -82,8 +87,8 @@ class Ppo(Recipe):
                 raise ConfigError(
                     f"{data.algorithm} loads its reference by the model's name, and 'builtin' has none; set beta to 0"
                 )
-            return self._trl_trainer(model, rewards, train, held_out or None, tokenizer, lora)
-        return PPOTrainer(
+            return self._answering(self._trl_trainer(model, rewards, train, held_out or None, tokenizer, lora))
+        trainer = PPOTrainer(
             model,
             rewards,
             args,
@@ -93,6 +98,20 @@ class Ppo(Recipe):
             peft_config=lora,
             eval_lm_datasets=data.watched(),
         )
+        return self._answering(trainer)
+
+    def _answering(self, trainer: Any) -> Any:
+        """On the built-in corpus every evaluation of the trainer has the share of right answers: it may choose the best."""
+        evaluate = trainer.evaluation_loop
+
+        def evaluation_loop(*args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            output = evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics[f"{metric_key_prefix}_exact_match"] = self.answer_built_in(trainer)[0]
+            return output
+
+        if self.data.dataset_name == BUILT_IN:
+            trainer.evaluation_loop = evaluation_loop
+        return trainer
 
     def _trl_trainer(
         self, model: Any, rewards: list[Any], train: Rows, held_out: Rows | None, tokenizer: Any, lora: Any
@@ -134,12 +153,10 @@ class Ppo(Recipe):
             self.console.print(line, highlight=False)
 
     def evaluate(self, trainer: Any) -> dict[str, Any]:
-        """Held-out figures; of the built-in corpus also the share of right answers."""
+        """Held-out figures; those of the built-in corpus have the share of right answers."""
         metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
         if not isinstance(trainer, PPOTrainer) and hasattr(trainer, "lm_evaluation"):
             metrics |= trainer.lm_evaluation.measure(trainer.model)
-        if self.data.dataset_name == BUILT_IN:
-            metrics["eval_exact_match"] = self.answer_built_in(trainer)[0]
         return metrics
 
     def draw(self, trainer: Any, before: Mapping[str, Any], path: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 
 class CriticWarmup:
-    """Keeps gradients off the policy in the first steps (Yuan et al. 2025, arXiv 2503.01491, section 3.2).
+    """Keeps gradients off the policy in the first steps (value pretraining, Yuan et al. 2025, arXiv 2503.01491).
 
     A parameter without a gradient is passed over by an optimizer of torch: its weights and moments stay.
 

@@ -20,3 +20,14 @@ def test_classifiers_and_evaluated_preferences_are_not_too_good():
         history = log(eval_loss=[0.5, 0.2, 0.05])
         history.append({"step": 300, key: 0.97})
         assert not kinds(history)
+
+
+def test_a_policy_at_rest_is_no_fault():
+    """PPO's critic warms up alone, and steps over answers that the policy has left are logged with a loss of 0."""
+    losses = np.linspace(1.4, 0.2, N) + 0.01 * np.random.default_rng(1).standard_normal(N)
+    policy = {"kl": np.zeros(N), "reward": np.ones(N), "policy_loss": np.zeros(N)}
+    assert "not_decreasing" in kinds(log(losses, grad_norm=np.zeros(N)))
+    assert not kinds(log(losses, grad_norm=np.zeros(N), value_loss=losses, **policy))
+    losses[-40:] = 0
+    assert "non_finite" in kinds(log(losses))
+    assert not kinds(log(losses, value_loss=losses, **policy))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import LlamaForSequenceClassification
 
 from hf_objectives.distributed import rank
 from hf_objectives.trainers.ppo import PPOTrainer
-from tests.support.ppo_worlds import ScriptedPPO, count_a, ppo
+from tests.support.ppo_worlds import LETTERS, ScriptedPPO, count_a, ppo, small_model
 
 SCRIPT = {
     "ask a": "b c <eos>", "ask b": "a", "ask a b c": "a a <eos>", "ask d": "<eos>", "ask e": "e d c b",
@@ -36,6 +37,10 @@ PROMPTS = [
 ]
 RUNS = {
     "one batch a step": {"max_steps": 6, "num_iterations": 1, "critic": "separate"},
+    "rest and stop": {
+        "max_steps": 16, "num_iterations": 3, "critic": "separate", "critic_warmup_steps": 2, "max_approx_kl": 1e-3,
+        "reward": "judge", "reward_clip_range": (-1.5, 1.5), "lr_scheduler_type": "constant",
+    },
     "stream": {"max_steps": 6, "num_iterations": 2, "critic": "none"},
     "minibatches": {
         "max_steps": 10, "num_iterations": 2, "critic": "shared", "num_generations": 2, "temperature": 0.7, "top_k": 6,
@@ -67,6 +72,14 @@ def trainer(folder: Path, critic: str, accumulation: int):
     return run
 
 
+def judge():
+    """A reward model whose scores lie far from 0."""
+    model = small_model(seed=3, kind=LlamaForSequenceClassification, num_labels=1)
+    with torch.no_grad():
+        model.score.weight.normal_(std=5)
+    return model
+
+
 class Noted(PPOTrainer):
     """Notes prompt and answer of each row of each step, and of each evaluation, of this process."""
 
@@ -93,15 +106,18 @@ def answers_of(batch) -> list[list[list[int]]]:
 
 def by_layout(folder: Path, name: str, size: int, accumulation: int, model=None, resume=None, **options):
     """A run of eight answers a step that draws its answers, with policy and critic away from where they began."""
-    minibatches = 2 if name == "minibatches" else 1
+    minibatches = 2 if name in ("minibatches", "rest and stop") else 1
+    settings = {"reward": score, "reward_errors": "missing", **RUNS[name], **options}
+    if settings["reward"] == "judge":
+        settings |= {"reward": [judge(), score], "reward_processing_classes": [LETTERS, None]}
     rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
     run = ppo(
-        folder, rows.to_iterable_dataset() if name == "stream" else rows, kind=Noted, reward=score, model=model,
+        folder, rows.to_iterable_dataset() if name == "stream" else rows, kind=Noted, model=model,
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
         steps_per_generation=minibatches * accumulation, eval_dataset=[{"prompt": prompt} for prompt in PROMPTS[:11]],
         eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=size, optim="sgd", learning_rate=0.1,
         critic_learning_rate=0.2, max_grad_norm=1.0, beta=0.3, kl_target=0.05, kl_horizon=64, missing_eos_penalty=0.5,
-        vf_coef=0.5, **{"reward_errors": "missing", **RUNS[name], **options},
+        vf_coef=0.5, **settings,
     )  # fmt: skip
     torch.manual_seed(5)
     with torch.no_grad():

@@ -45,6 +45,7 @@ PARAMETERS = {
     "_tokenize_prompts": ["self", "prompts"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_compute_loss": ["self", "model", "inputs"],
     "_get_train_sampler": ["self", "dataset"],
     "log": ["self", "logs", "start_time"],
@@ -64,6 +65,15 @@ def test_attributes():
     assert "loss_is_scaled_for_ga" in vars(RLOOTrainer), MOVED.format(
         "loss_is_scaled_for_ga is not what says how a loss is scaled"
     )
+    step = inspect.getsource(RLOOTrainer.training_step)
+    assert step.count("self._step += 1") == 1, MOVED.format("training_step does not count micro-batches in _step")
+    batches = inspect.getsource(RLOOTrainer._prepare_inputs)
+    for part in (
+        "generate_every = self.args.steps_per_generation * self.num_iterations",
+        "if self._step % generate_every == 0 or self._buffered_inputs is None:",
+        "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]",
+    ):
+        assert part in batches, MOVED.format(f"_prepare_inputs is without {part!r}")
     sampler = RepeatSampler(range(4), mini_repeat_count=1, seed=3)
     for name in ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed", "generator"):
         assert hasattr(sampler, name), MOVED.format(f"RepeatSampler has no {name}")
