@@ -39,12 +39,12 @@ RUNS = {
     "one batch a step": {"max_steps": 6, "num_iterations": 1, "critic": "separate"},
     "rest and stop": {
         "max_steps": 16, "num_iterations": 3, "critic": "separate", "critic_warmup_steps": 2, "max_approx_kl": 1e-3,
-        "reward": "judge", "reward_clip_range": (-1.5, 1.5), "lr_scheduler_type": "constant",
+        "reward": "judge", "reward_clip_range": (-1.5, 1.5), "lr_scheduler_type": "constant", "weight_decay": 0.1,
     },
     "stream": {"max_steps": 6, "num_iterations": 2, "critic": "none"},
     "minibatches": {
         "max_steps": 10, "num_iterations": 2, "critic": "shared", "num_generations": 2, "temperature": 0.7, "top_k": 6,
-        "whiten_rewards": True, "entropy_coef": 0.01, "reward_errors": "missing",
+        "whiten_rewards": True, "entropy_coef": 0.01, "reward_errors": "missing", "critic_warmup_steps": 1,
     },
 }  # fmt: skip
 
