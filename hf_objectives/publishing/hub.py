@@ -22,9 +22,11 @@ _MADE = {
     "ppo": ("Trained by reward (PPO)", "text-generation"),
     "rloo": ("Trained by reward (RLOO)", "text-generation"),
     "grpo": ("Trained by reward (GRPO)", "text-generation"),
+    "distill": ("Distilled from a teacher", "text-generation"),
 }
 _SETTINGS = (
     *("max_length", "packing", "overlength", "train_on", "max_completion_length", "loss_type", "beta"),
+    *("teacher_model_name_or_path", "lmbda"),
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
 # Files of a run's folder that are not pushed: checkpoints, and the training data, which is not ours to publish.

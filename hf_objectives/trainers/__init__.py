@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from hf_objectives.trainers.distillation_config import (
         PerplexityDistillationConfig,  # `trl.DistillationConfig` with `lmbda` and settings of what is measured
     )
+    from hf_objectives.trainers.distillation_rows import (
+        encode_distillation_row,  # one row as `PerplexityDistillationTrainer` takes it
+    )
     from hf_objectives.trainers.dpo import (
         PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures and two cures for falling answers
     )

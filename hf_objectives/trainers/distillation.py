@@ -17,7 +17,7 @@ from hf_objectives.evaluation import EvaluatesLanguageModels, HeadInputs, at_hea
 from hf_objectives.labels import token_byte_lengths
 from hf_objectives.trainers.distillation_config import PerplexityDistillationConfig
 from hf_objectives.trainers.distillation_evaluation import GIVEN, OWN, EvaluatedRows, RowSums, figures_of
-from hf_objectives.trainers.distillation_rows import parts_of, read_rows
+from hf_objectives.trainers.distillation_rows import parts_of, read_rows, without_nulls
 from hf_objectives.trainers.distillation_teacher import (
     check_sizes,
     check_tokenizers,
@@ -140,6 +140,7 @@ class PerplexityDistillationTrainer(EvaluatesLanguageModels, DistillationHooks):
 
     def tokenize_prompts(self, prompts: list) -> Any:
         """Tokenize prompts; one that leaves no room for an answer is an error that names its row."""
+        prompts = [prompt if isinstance(prompt, str) else without_nulls(prompt) for prompt in prompts]
         result = super().tokenize_prompts(prompts)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for i, ids in enumerate(result[0]):

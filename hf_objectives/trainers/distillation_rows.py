@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 
 from hf_objectives.errors import ConfigError, DataError, FormatError
-from hf_objectives.labels import Kind, encode_row, to_example, to_prompt
+from hf_objectives.labels import encode_row, to_example, to_prompt
 from hf_objectives.types import IGNORE_INDEX, Row
 
 
@@ -37,23 +37,62 @@ def parts_of(input_ids: list[int], labels: list[int]) -> Parts:
     return Parts(input_ids[:begin], input_ids[begin:end], [int(label != IGNORE_INDEX) for label in labels[begin:end]])
 
 
-def has_answer(row: Row, *, source: str | None = None) -> bool:
+def without_nulls(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation without the null keys that an Arrow table gives each of its messages, tool calls included."""
+    messages: Any = to_prompt({"prompt": prompt})
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def has_answer(row: Row, *, source: str | None = None, row_index: int | None = None) -> bool:
     """Whether a row holds what the student is to say: a text, a completion, an assistant's turn, or ids."""
+    if row.get("input_ids") is not None:
+        return True
     for name in ("image", "images"):  # columns that TRL reads beside a prompt
         if row.get(name) is not None:
-            raise FormatError(f"column {name!r}: rows with pictures are not supported, text only", source=source, row=0)
+            raise FormatError(f"column {name!r}: pictures are not supported, text only", source=source, row=row_index)
     if row.get("prompt") is not None and all(row.get(name) is None for name in ("completion", "chosen", "rejected")):
         return False
     try:
         example = to_example(row)
     except DataError as error:
-        raise error.at(source=source, row=0) from None
-    is_chat = example.kind is not Kind.TOKENS and not example.is_plain
-    return not is_chat or any(turn.get("role") == "assistant" for turn in example.messages)
+        raise error.at(source=source, row=row_index) from None
+    return example.is_plain or any(turn.get("role") == "assistant" for turn in example.messages)
+
+
+def encode_distillation_row(
+    tokenizer: Any, row: Row, *, lmbda: float, source: str | None = None, row_index: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """One row of any format as `PerplexityDistillationTrainer` takes it; a row that it made stays as it is.
+
+    Args:
+        tokenizer: a fast transformers tokenizer, the student's.
+        row: a mapping of column names to values.
+        lmbda: share of steps on the student's own answers.
+        source, row_index: name and number of the row, for errors.
+        options: see `encode_row`.
+
+    Returns:
+        `prompt`, text or messages, unless `lmbda` is 0; `input_ids` and `labels` where the row has an answer.
+
+    Raises:
+        DataError: a row without the prompt or the answer that `lmbda` asks for, or that cannot be used; names source and row.
+    """
+    made: dict[str, Any] = {}
+    if lmbda:
+        made["prompt"] = to_prompt(row, source=source, row_index=row_index)
+    if has_answer(row, source=source, row_index=row_index):
+        made |= encode_row(tokenizer, row, source=source, row_index=row_index, **options)
+    elif lmbda < 1:
+        raise FormatError(
+            f"the row is a prompt without an answer, and lmbda is {lmbda}; expected rows with answers, or lmbda=1",
+            source=source,
+            row=row_index,
+        )
+    return made
 
 
 def read_rows(dataset: Any, name: str, tokenizer: Any, args: Any) -> Any:
-    """Read rows of any format: to `prompt` and `row`, and to `input_ids` and `labels` where they have answers.
+    """Encode rows by `encode_distillation_row`, and number them in `row`.
 
     Args:
         dataset: a Dataset, an IterableDataset, a list of rows, or a mapping of names to these; None stays None.
@@ -62,8 +101,8 @@ def read_rows(dataset: Any, name: str, tokenizer: Any, args: Any) -> Any:
         args: a `PerplexityDistillationConfig`.
 
     Raises:
-        ConfigError: no rows, or rows without the answers that `lmbda` asks for.
-        DataError: a row that cannot be used; names dataset and row. Rows with and without answers in one dataset.
+        ConfigError: no rows.
+        DataError: see `encode_distillation_row`; or rows of two kinds.
     """
     if dataset is None:
         return None
@@ -76,44 +115,33 @@ def read_rows(dataset: Any, name: str, tokenizer: Any, args: Any) -> Any:
     first = next(iter(dataset), None)
     if first is None:
         raise ConfigError(f"{name} has no rows; expected prompts, chats or texts")
-    answered = has_answer(first, source=name)
-    if not answered and args.lmbda < 1:
-        raise ConfigError(
-            f"lmbda is {args.lmbda} and the first row of {name} is a prompt without an answer; expected rows with answers, "
-            "or lmbda=1"
-        )
     options = {
-        "tokenizer": tokenizer,
-        "asks": str if args.lmbda and isinstance(to_prompt(first, source=name, row_index=0), str) else bool(args.lmbda),
-        "answered": answered,
+        "lmbda": args.lmbda,
         "source": name,
-        "encoding": {
-            "max_length": args.max_length,
-            "train_on": args.train_on,
-            "control_tokens": args.control_tokens,
-            "template_kwargs": args.chat_template_kwargs,
-        },
+        "max_length": args.max_length,
+        "train_on": args.train_on,
+        "control_tokens": args.control_tokens,
+        "template_kwargs": args.chat_template_kwargs,
     }
+    kind = _kind(encode_distillation_row(tokenizer, first, row_index=0, **options))
+    settings = {"tokenizer": tokenizer, "kind": kind, "options": options}
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        return Dataset.from_list([_read(row, i, **options) for i, row in enumerate(dataset)])
+        return Dataset.from_list([_read(row, i, **settings) for i, row in enumerate(dataset)])
     with args.main_process_first(desc=f"encoding {name}"):
-        return dataset.map(_read, with_indices=True, fn_kwargs=options, remove_columns=list(first))
+        return dataset.map(_read, with_indices=True, fn_kwargs=settings, remove_columns=list(first))
 
 
-def _read(
-    row: Row, index: int, *, tokenizer: Any, asks: Any, answered: bool, source: str, encoding: Mapping[str, Any]
-) -> dict[str, Any]:
-    made: dict[str, Any] = {"row": index}
-    if asks:
-        prompt = to_prompt(row, source=source, row_index=index)
-        if isinstance(prompt, str) != (asks is str):
-            kinds = ("text", "a conversation") if isinstance(prompt, str) else ("a conversation", "text")
-            raise FormatError(f"the prompt is {kinds[0]} among prompts that are {kinds[1]}", source=source, row=index)
-        made["prompt"] = prompt
-    if answered:
-        if not has_answer(row, source=source):
-            raise FormatError(
-                "the row has no answer, and the first row has; expected one kind", source=source, row=index
-            )
-        made |= encode_row(tokenizer, row, source=source, row_index=index, **encoding)
-    return made
+def _read(row: Row, index: int, *, tokenizer: Any, kind: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    made = encode_distillation_row(tokenizer, row, row_index=index, **options)
+    if (found := _kind(made)) != kind:
+        raise FormatError(
+            f"the row gives {' and '.join(found)} among rows that give {' and '.join(kind)}; expected rows of one kind",
+            source=options["source"],
+            row=index,
+        )
+    return {**made, "row": row.get("row", index)}
+
+
+def _kind(made: Row) -> list[str]:
+    prompt = ["a prompt of text" if isinstance(made["prompt"], str) else "a conversation"] if "prompt" in made else []
+    return [*prompt, *(["an answer"] if "input_ids" in made else ["no answer"])]

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from hf_objectives.errors import ConfigError, DataError, FormatError
-from hf_objectives.trainers.distillation_rows import has_answer, parts_of, read_rows
+from hf_objectives.trainers.distillation_rows import has_answer, parts_of, read_rows, without_nulls
 from tests.support.distillation_worlds import CHATS, LETTERS, encoded
 
 ASK, SAY = CHATS[0]
@@ -61,7 +61,7 @@ def test_prompts_alone():
     assert read([{"prompt": "a b"}], lmbda=1)[0] == {"row": 0, "prompt": "a b"}
     assert read([{"messages": [ASK]}], lmbda=1)[0] == {"row": 0, "prompt": [ASK]}
     for row in ({"prompt": "a b"}, {"messages": [ASK]}):
-        with pytest.raises(ConfigError, match="lmbda is 0.5 and the first row of rows is a prompt without an answer"):
+        with pytest.raises(FormatError, match="'rows', row 0: the row is a prompt without an answer, and lmbda is 0.5"):
             read([row])
 
 
@@ -86,10 +86,10 @@ def test_options_of_encoding():
     [
         ([], ConfigError, "rows has no rows"),
         ("rows.json", ConfigError, "rows is str; expected a Dataset"),
-        ([{"messages": [ASK, SAY]}, {"messages": [ASK]}], FormatError, "'rows', row 1: the row has no answer"),
+        ([{"messages": [ASK, SAY]}, {"messages": [ASK]}], FormatError, "row 1: the row is a prompt without an answer"),
         ([{"messages": [ASK, SAY]}, {"messages": []}], DataError, "row 1"),
-        ([{"prompt": "a", "completion": "b"}, {"messages": [ASK, SAY]}], FormatError, "a conversation among prompts that"),
-        ([{"prompt": [ASK], "image": "x"}], FormatError, "column 'image': rows with pictures"),
+        ([{"prompt": "a", "completion": "b"}, {"messages": [ASK, SAY]}], FormatError, "answer among rows that give a prompt"),
+        ([{"prompt": [ASK], "image": "x"}], FormatError, "column 'image': pictures are not"),
         ([{"prompt": [ASK], "completion": [SAY], "tools": [{"name": "x"}]}], FormatError, "tools are not supported here"),
         ([{"words": 1}], FormatError, "'rows', row 0: unknown row format"),
     ],
@@ -103,3 +103,19 @@ def test_whether_a_row_has_an_answer():
     assert has_answer({"text": "a"}) and has_answer({"input_ids": [1]}) and has_answer({"messages": [ASK, SAY]})
     assert has_answer({"prompt": "a", "chosen": "b", "rejected": "c"})
     assert not has_answer({"prompt": "a"}) and not has_answer({"messages": [ASK]})
+
+
+def test_a_table_gives_a_conversation_no_keys():
+    """Two calls with arguments of different names: Arrow gives each the other's, as null, and null keys to all messages."""
+    functions = [{"name": "f", "arguments": {key: 2}} for key in "ab"]
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": one}]} for one in functions
+    ]
+    chats = [[ASK, call, {"role": "tool", "name": "f", "content": "c"}] for call in calls]
+    table = Dataset.from_list([{"prompt": chat} for chat in chats])
+    assert table[0]["prompt"] != chats[0] and [without_nulls(row["prompt"]) for row in table] == chats
+
+
+def test_rows_that_are_read_stay_as_they_are():
+    once = [*read([{"messages": chat} for chat in CHATS])]
+    assert [*read(once)] == once
