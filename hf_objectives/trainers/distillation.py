@@ -127,6 +127,11 @@ class PerplexityDistillationTrainer(EvaluatesLanguageModels, DistillationHooks):
             raise ConfigError("processing_class is a multimodal processor; distillation reads text only")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError("no parameter of the student requires a gradient; nothing would be trained")
+        if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+            raise ConfigError(
+                "the student's config asks for the auxiliary loss of experts, which the divergence does not have; set "
+                "output_router_logits=False there"
+            )
         teacher = innermost(self.teacher_model)
         for one in (self.model, teacher):
             refuse_other_models(one, self.text_tokenizer)
@@ -258,6 +263,12 @@ class PerplexityDistillationTrainer(EvaluatesLanguageModels, DistillationHooks):
         super().log(logs, start_time)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Load the rows of an evaluation; those that come without a name are read first."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = read_rows(eval_dataset, "eval_dataset", self.text_tokenizer, self.args)
+        return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as the parent does; the sums of rows are gathered once at the end.

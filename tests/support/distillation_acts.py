@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 
 from hf_objectives.distributed import leave_group, rank
-from tests.support.distillation_worlds import CHATS, distillation
+from tests.support.distillation_worlds import CHATS, distillation, student
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # there is no group yet when the batch is chosen
 #: Rows of a micro-batch on a process, and micro-batches of a step: eight rows a step in all of them.
@@ -54,8 +57,34 @@ def layouts(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def call_it_a_group_of_gpus(args: Any) -> None:
+    """Accelerate shards on accelerators alone, torch on a CPU as well; after the device was chosen."""
+    assert args.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def on_shards(folder: Path) -> dict[str, list]:
+    """What runs log whose student is whole on both processes, and sharded (FSDP2), evaluated before the first step too."""
+    fsdp = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+    sharded = {"settle": call_it_a_group_of_gpus, "fsdp": True, "fsdp_config": fsdp}
+    found = {}
+    for name, options in (("whole", {}), ("sharded", sharded)):
+        for tied in (False, True):
+            run = distillation(
+                folder / name, ROWS[:8], model=student(tie_word_embeddings=tied), lmbda=0.5, max_steps=4, optim="sgd",
+                learning_rate=0.1, eval_dataset=ROWS[:5], save_strategy="steps", save_steps=2, **options,
+            )  # fmt: skip
+            before = run.evaluate()["eval_loss"]
+            run.train()
+            assert any(isinstance(weight, DTensor) for weight in run.model.parameters()) == bool(options)
+            losses = [log["loss"] for log in run.state.log_history if "loss" in log]
+            found[f"{name} {tied}"] = [before, *losses, run.evaluate()["eval_loss"]]
+    return found
+
+
 if __name__ == "__main__":
     found = layouts(Path(sys.argv[1]))
+    (Path(sys.argv[1]) / f"shards_{rank()}.json").write_text(json.dumps(on_shards(Path(sys.argv[1]) / "shards")))
     torch.save({key: run["weights"] for key, run in found.items()}, Path(sys.argv[1]) / f"weights_{rank()}.pt")
     (Path(sys.argv[1]) / f"logs_{rank()}.json").write_text(json.dumps({key: run["logs"] for key, run in found.items()}))
     leave_group()

@@ -47,16 +47,26 @@ def teacher(**options: Any) -> Any:
 
 
 def distillation(
-    folder, rows=None, *, model=None, of=None, tokenizer=LETTERS, kind=PerplexityDistillationTrainer, **options
+    folder,
+    rows=None,
+    *,
+    model=None,
+    of=None,
+    tokenizer=LETTERS,
+    kind=PerplexityDistillationTrainer,
+    settle=lambda args: None,
+    **options,
 ):
-    """A trainer; what is no setting of its config goes to the trainer."""
+    """A trainer; what is no setting of its config goes to the trainer. `settle` is given the config before it is used."""
     settings = {"per_device_train_batch_size": 2, "max_completion_length": 4, "max_steps": 2, **SETTINGS}
     settings.pop("steps_per_generation")
     settings.update({key: options.pop(key) for key in [*options] if key in FIELDS})
+    args = PerplexityDistillationConfig(str(folder), **settings)
+    settle(args)
     return kind(
         student() if model is None else model,
         teacher() if of is None else of,
-        PerplexityDistillationConfig(str(folder), **settings),
+        args,
         train_dataset=ROWS if rows is None else rows,
         processing_class=tokenizer,
         teacher_processing_class=options.pop("teacher_processing_class", tokenizer),

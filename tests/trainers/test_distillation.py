@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.trainers import distillation as module
@@ -124,7 +124,7 @@ def test_the_students_own_answers(tmp_path):
 
 @pytest.mark.slow
 def test_a_share_of_the_steps_is_on_own_answers(tmp_path):
-    run = distillation(tmp_path, lmbda=0.4, max_steps=40, logging_steps=1)
+    run = distillation(tmp_path, lmbda=0.4, max_steps=40)
     run.train()
     draws = [np.random.default_rng((run.args.seed, step)).random() < 0.4 for step in range(1, 41)]
     assert logged(run, "on_policy") == [float(one) for one in draws] and 5 < sum(draws) < 30
@@ -133,12 +133,12 @@ def test_a_share_of_the_steps_is_on_own_answers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_the_student_learns(tmp_path, lmbda):
-    run = distillation(tmp_path, lmbda=lmbda, beta=0.5, max_steps=150, learning_rate=1e-2, eval_dataset=ROWS,
+    run = distillation(tmp_path, lmbda=lmbda, beta=0.5, max_steps=60, learning_rate=2e-2, eval_dataset=ROWS,
                        per_device_train_batch_size=6)  # fmt: skip
     name = "eval_on_policy_divergence" if lmbda else "eval_divergence"
     before = run.evaluate()[name]
     run.train()
-    assert run.evaluate()[name] < before / 3
+    assert run.evaluate()[name] < before / 2
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -277,6 +277,30 @@ def test_a_teacher_is_needed_and_a_config_of_ours(tmp_path):
     run = distillation(tmp_path)
     with pytest.raises(ConfigError, match="logits are never made whole"):
         run.compute_loss(run.model, given_batch(run), return_outputs=True)
+
+
+def test_checkpointed_activations_change_nothing(tmp_path):
+    runs = []
+    for gradient_checkpointing in (False, True):
+        run = distillation(
+            tmp_path, lmbda=0.5, max_steps=3, learning_rate=0.1, gradient_checkpointing=gradient_checkpointing
+        )
+        run.train()
+        runs.append([logged(run, key) for key in ("loss", "grad_norm")])
+    assert runs[0] == [pytest.approx(values, rel=1e-5) for values in runs[1]]
+
+
+def test_the_auxiliary_loss_of_experts_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    config = MixtralConfig(
+        vocab_size=len(LETTERS), pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes, **experts
+    )
+    run = distillation(tmp_path, model=MixtralForCausalLM(config))
+    assert run.teacher_model is not None
+    config.output_router_logits = True
+    with pytest.raises(ConfigError, match="set output_router_logits=False"):
+        distillation(tmp_path, model=MixtralForCausalLM(config))
 
 
 def test_a_frozen_student_is_refused(tmp_path):

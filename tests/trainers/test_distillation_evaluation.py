@@ -85,6 +85,8 @@ def test_sets_by_name_and_what_is_logged(tmp_path):
     assert second["eval_short_num_tokens"] == 8  # c <eos>, d e <eos>, b c <eos>
     alone = distillation(tmp_path, eval_dataset=ROWS[:2], beta=0.5).evaluate()
     assert second["eval_short_perplexity"] == pytest.approx(alone["eval_perplexity"], rel=1e-6)
+    later = run.evaluate(eval_dataset=ROWS[:2], metric_key_prefix="later")
+    assert later["later_perplexity"] == second["eval_short_perplexity"]
     texts = [{"text": "a b c"}, {"text": "d e"}]
     figures = distillation(tmp_path, texts, lmbda=0.0, eval_dataset=texts).evaluate()
     assert figures["eval_num_tokens"] == 5 and "eval_on_policy_divergence" not in figures

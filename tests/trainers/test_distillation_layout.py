@@ -44,6 +44,10 @@ def test_two_processes(alone, tmp_path):
         assert len(weights) == 2 * len(RUNS)
         for key in weights:
             assert_same(logs[key], weights[key], alone[f"{key.split(',')[0]}, 8 x 1"])
+    shards = json.loads((tmp_path / "shards_0.json").read_text())
+    for tied in (False, True):
+        assert shards[f"sharded {tied}"] == pytest.approx(shards[f"whole {tied}"], rel=1e-6)
+    assert len(shards["sharded True"]) == 6
 
 
 def test_a_run_goes_on_in_another_layout(alone, tmp_path):
