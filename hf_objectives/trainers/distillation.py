@@ -265,10 +265,14 @@ class PerplexityDistillationTrainer(EvaluatesLanguageModels, DistillationHooks):
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Load the rows of an evaluation; those that come without a name are read first."""
+        """Load all rows of an evaluation, whatever `dataloader_drop_last`; those without a name are read first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = read_rows(eval_dataset, "eval_dataset", self.text_tokenizer, self.args)
-        return super().get_eval_dataloader(eval_dataset)
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as the parent does; the sums of rows are gathered once at the end.

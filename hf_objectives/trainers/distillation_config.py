@@ -51,6 +51,8 @@ class PerplexityDistillationConfig(CheckpointSettings, DistillationConfig):
         check_max_length(self.max_length)
         check_one_of("train_on", self.train_on, TRAIN_ON)
         check_one_of("control_tokens", self.control_tokens, CONTROL_TOKENS)
+        if not self.accelerator_config.even_batches:
+            raise ConfigError("even_batches=False would give processes batches of different sizes; leave it on")
         if self.torch_compile:
             raise ConfigError("torch_compile makes all logits, which distillation never does; leave it off")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from hf_objectives.errors import ConfigError, DataError, FormatError
@@ -112,6 +113,8 @@ def read_rows(dataset: Any, name: str, tokenizer: Any, args: Any) -> Any:
         raise ConfigError(
             f"{name} is {type(dataset).__name__}; expected a Dataset, an IterableDataset or a list of rows"
         )
+    if isinstance(dataset, Dataset) and _is_read(dataset, tokenizer, args.lmbda):
+        return dataset
     first = next(iter(dataset), None)
     if first is None:
         raise ConfigError(f"{name} has no rows; expected prompts, chats or texts")
@@ -129,6 +132,19 @@ def read_rows(dataset: Any, name: str, tokenizer: Any, args: Any) -> Any:
         return Dataset.from_list([_read(row, i, **settings) for i, row in enumerate(dataset)])
     with args.main_process_first(desc=f"encoding {name}"):
         return dataset.map(_read, with_indices=True, fn_kwargs=settings, remove_columns=list(first))
+
+
+def _is_read(dataset: Dataset, tokenizer: Any, lmbda: float) -> bool:
+    """Whether a dataset is one of rows that were read, with ids of this tokenizer."""
+    made = {
+        "row",
+        *(["prompt"] if lmbda else []),
+        *(["input_ids", "labels"] if "input_ids" in dataset.features else []),
+    }
+    if {*dataset.features} - {"source"} != made or (lmbda < 1 and "input_ids" not in made) or not len(dataset):
+        return False
+    ids = dataset.data.column("input_ids") if "input_ids" in made else None
+    return ids is None or (pc.max(pc.list_flatten(ids)).as_py() or 0) < len(tokenizer)
 
 
 def _read(row: Row, index: int, *, tokenizer: Any, kind: list[str], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -235,7 +235,9 @@ def test_rows_of_a_dataset_and_of_a_stream(tmp_path):
     """The same steps from both, where the stream is not shuffled."""
     runs = []
     for rows in (Dataset.from_list(ROWS), Dataset.from_list(ROWS).to_iterable_dataset()):
-        run = distillation(tmp_path, rows, shuffle_dataset=False, lmbda=0.5, max_steps=3, learning_rate=0.1)
+        run = distillation(
+            tmp_path, rows, shuffle_dataset=False, lmbda=0.5, max_steps=3, learning_rate=0.1, remove_unused_columns=True
+        )
         run.train()
         runs.append(logged(run, "loss"))
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)

@@ -41,6 +41,7 @@ def test_the_defaults_are_trls(tmp_path):
         ({"max_length": 1}, "max_length is 1"),
         ({"train_on": "asistant"}, "did you mean 'assistant'"),
         ({"control_tokens": "keep"}, "control_tokens is 'keep'"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches=False would give"),
         ({"torch_compile": True}, "torch_compile makes all logits"),
     ],
 )

@@ -71,6 +71,8 @@ def test_the_batch_size_and_padding_change_nothing(tmp_path):
         )
         for size, pad in ((1, None), (4, None), (6, 8))
     ]
+    dropping = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4}
+    found.append(measured(distillation(tmp_path, eval_dataset=ROWS, lmbda=0.5, **dropping)))
     for one in found[1:]:
         assert one == pytest.approx(found[0], rel=1e-5)
 

@@ -117,5 +117,15 @@ def test_a_table_gives_a_conversation_no_keys():
 
 
 def test_rows_that_are_read_stay_as_they_are():
-    once = [*read([{"messages": chat} for chat in CHATS])]
-    assert [*read(once)] == once
+    """Also where they have gone through a list; ids of another tokenizer are not taken for ours."""
+    once = read([{"messages": chat} for chat in CHATS])
+    assert read(once) is once and [*read([*once])] == [*once]
+    named = once.add_column("source", ["x"] * len(once))
+    assert read(named) is named
+    beyond = once.map(lambda row: {"input_ids": [*row["input_ids"][:-1], 99]})
+    with pytest.raises(FormatError, match="id 99 is not one of the tokenizer's"):
+        read(beyond)
+    prompts = read([{"prompt": "a"}], lmbda=1)
+    assert read(prompts, lmbda=1) is prompts
+    with pytest.raises(FormatError, match="a prompt without an answer"):
+        read(prompts, lmbda=0.5)
