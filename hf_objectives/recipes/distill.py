@@ -84,6 +84,7 @@ class Distill(Recipe):
             config, model_name_or_path=args.teacher_model_name_or_path, model_revision=args.teacher_model_revision or "main",
             use_peft=False, load_in_4bit=False, load_in_8bit=False,
         )  # fmt: skip
+        self.results["teacher"] = args.teacher_model_name_or_path
         teacher, teachers = load_policy(theirs, **self.loading)
         return PerplexityDistillationTrainer(
             model,

@@ -76,7 +76,11 @@ def test_from_a_file_to_a_student(corpus, tmp_path, capsys):
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     card = (out / "README.md").read_text()
-    assert "Distilled from a teacher" in card and "- distill" in card and '"lmbda": 0.5' in card
+    assert (
+        "Trained on a teacher's distributions (distillation) from `model`, teacher `teacher`, with hf_objectives"
+        in card
+    )
+    assert str(corpus) not in card and "- distill" in card and '"lmbda": 0.5' in card
     printed = " ".join(capsys.readouterr().out.split())
     assert "divergence to the teacher" in printed and "50% of the steps on answers of the student" in printed
 
