@@ -28,6 +28,8 @@ __all__ = [
     "PPOTrainer",
     "PerplexityDPOConfig",
     "PerplexityDPOTrainer",
+    "PerplexityDistillationConfig",
+    "PerplexityDistillationTrainer",
     "PerplexityTrainer",
     "PerplexityTrainingArguments",
     "RewardModelConfig",
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from hf_objectives.preparation import CorpusConfig, CorpusSettings, load_prepared, prepare_corpus, prepare_dataset
     from hf_objectives.trainers import (
         OrderedStreamCallback,
+        PerplexityDistillationConfig,
+        PerplexityDistillationTrainer,
         PerplexityDPOConfig,
         PerplexityDPOTrainer,
         PerplexityTrainer,

@@ -69,6 +69,13 @@ def test_reward_trainer_is_trls():
     assert issubclass(hf_objectives.RewardModelConfig, RewardConfig)
 
 
+def test_distillation_trainer_is_trls():
+    from trl import DistillationConfig, DistillationTrainer
+
+    assert issubclass(hf_objectives.PerplexityDistillationTrainer, DistillationTrainer)
+    assert issubclass(hf_objectives.PerplexityDistillationConfig, DistillationConfig)
+
+
 def test_trainer_is_a_trainer():
     from transformers import Trainer, TrainingArguments
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ _NO_GRADIENT = 7  # logged norms of exactly 0
 _ZEROS = 3  # logged losses of exactly 0 in a row
 _PREFERENCE = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "margin", "accuracy", "f1")
 _POLICY = ("kl", "reward", "completions/mean_length", "policy_loss")
+_DISTILLATION = ("on_policy", "divergence", "on_policy_divergence")
 
 
 class Sign(NamedTuple):
@@ -50,12 +52,18 @@ class RunView:
     @cached_property
     def is_policy(self) -> bool:
         """Whether `loss` is that of a policy gradient. Its value says nothing about how good the model is."""
-        return any(key in self for key in _POLICY) and "rewards/chosen" not in self  # KTO logs a kl as well
+        others = "rewards/chosen" in self or self._logs(
+            _DISTILLATION
+        )  # KTO logs a kl as well, distillation its answers
+        return any(key in self for key in _POLICY) and not others
 
     @cached_property
     def is_language_model(self) -> bool:
-        """Whether `loss` is nats per token: not of preferences, reinforcement learning or classes."""
-        return not any(key in self or f"eval_{key}" in self for key in (*_PREFERENCE, *_POLICY))
+        """Whether `loss` is nats per token: not of preferences, reinforcement learning, distillation or classes."""
+        return not self._logs((*_PREFERENCE, *_POLICY, *_DISTILLATION))
+
+    def _logs(self, keys: Iterable[str]) -> bool:
+        return any(key in self or f"eval_{key}" in self for key in keys)
 
     @cached_property
     def evaluations(self) -> list[str]:

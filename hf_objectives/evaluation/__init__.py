@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         LanguageModelEvaluation,  # named datasets, encoded once, and their perplexity under a model
     )
     from hf_objectives.evaluation.logits import (
+        HeadInputs,  # what a head makes logits from
+        at_head,  # compute something in place of logits, where the head's weight is whole
         next_token_outputs,  # the loss, head and loss in one, and what else the model returned
         predicting_places,  # where something is predicted
         selected_logits,  # logits of chosen positions only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_objectives.evaluation.head import after_head, given_to_head, head_of, linear_parts, unwrapped, warn_once
+from hf_objectives.errors import ConfigError
+from hf_objectives.evaluation.head import After, after_head, given_to_head, head_of, linear_parts, unwrapped, warn_once
 from hf_objectives.losses import (
     SHIFTED,
     LossSum,
@@ -24,6 +25,7 @@ from hf_objectives.losses import (
 )
 from hf_objectives.types import IGNORE_INDEX
 
+T = TypeVar("T")
 EXTRA_COLUMNS = ("labels", "loss_weights", "source_names", "source_ids", "row_ids", *SHIFTED)
 
 
@@ -138,6 +140,62 @@ def token_score_outputs(
     if is_apart:  # see `next_token_outputs`: this is what gathers its weight for the backward pass
         scores[0] = scores[0]._replace(log_probs=scores[0].log_probs + logits.sum().to(scores[0].log_probs.dtype))
     return scores[0], output
+
+
+class HeadInputs(NamedTuple):
+    """What the head of a model makes logits from: `cap(scale * (states @ weight.T + bias))`.
+
+    Attributes:
+        states: [places, width], what the head is given.
+        weight, bias: [vocabulary, width] and [vocabulary] or None, the head's.
+        after: what the model does after its head.
+    """
+
+    states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    after: After
+
+
+def at_head(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    shape: torch.Size,
+    places: Tensor,
+    compute: Callable[[HeadInputs], T],
+) -> tuple[T, Tensor]:
+    """Run a causal language model, and compute something in place of its logits, where its head's weight is whole.
+
+    Args:
+        model: the model, with or without a wrapper for data parallelism.
+        inputs: the model's inputs, without labels.
+        shape: [rows, length] of the inputs.
+        places: int64 [places], see `predicting_places`.
+        compute: is given what the head would be given at the places, with gradient.
+
+    Returns:
+        What `compute` returned, and a 0 with the gradient of the model's own output, of no token. It belongs into a loss: a
+        backward pass through it is what gathers sharded weights.
+
+    Raises:
+        ConfigError: a model whose head is no plain linear layer, or that does something unknown after it.
+    """
+    after = after_head(model)
+    found: list[T] = []
+
+    def take(head: nn.Module, chosen: Tensor) -> bool:
+        parts = None if after is None else linear_parts(head, chosen)
+        if parts is not None and after is not None:
+            found.append(compute(HeadInputs(*parts, after)))
+        return parts is not None
+
+    logits, _ = _outputs(model, inputs, shape, places, take=take)
+    if not found:
+        raise ConfigError(
+            f"{type(unwrapped(model)).__name__} makes its logits in a way that is not known; expected a model with a linear "
+            "head on one device, whose config says how logits are scaled or capped"
+        )
+    return found[0], logits.sum()
 
 
 def _head_loss(

@@ -22,9 +22,10 @@ _MADE = {
     "ppo": ("Trained by reward (PPO)", "text-generation"),
     "rloo": ("Trained by reward (RLOO)", "text-generation"),
     "grpo": ("Trained by reward (GRPO)", "text-generation"),
+    "distill": ("Trained on a teacher's distributions (distillation)", "text-generation"),
 }
 _SETTINGS = (
-    *("max_length", "packing", "overlength", "train_on", "max_completion_length", "loss_type", "beta"),
+    *("max_length", "packing", "overlength", "train_on", "max_completion_length", "loss_type", "beta", "lmbda"),
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
 # Files of a run's folder that are not pushed: checkpoints, and the training data, which is not ours to publish.
@@ -41,14 +42,16 @@ def write_card(
     Args:
         folder: the folder of the run.
         results: the metrics `before` and `after`; `figures` names those that are shown beside perplexities; `ledger` and
-            `mixture` are shown where they are there.
+            `mixture` are shown where they are there, and so is the `teacher`, a folder or a Hub id.
         base_model: the model that was trained, a folder or a Hub id; None for random weights.
         data, args: the settings of the run.
         objective: a key of `_MADE`.
     """
     local = Path(base_model or "")
     made, task = _MADE[objective]
-    made = f"{made} from `{local.name if local.exists() else base_model}`" if base_model else "Pretrained from scratch"
+    made = f"{made} from `{_shown(base_model)}`" if base_model else "Pretrained from scratch"
+    if teacher := results.get("teacher"):
+        made += f", teacher `{_shown(teacher)}`,"
     metadata = ModelCardData(
         base_model=base_model if base_model and not local.exists() and "/" in base_model else None,
         library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
@@ -115,6 +118,11 @@ def push(folder: Path, repo_id: str | None, *, private: bool, console: Console) 
         return False
     console.print(f"Pushed to {url}", highlight=False)
     return True
+
+
+def _shown(model: str) -> str:
+    """The name of a model: of a local folder its last part alone."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def _licence(folder: Path) -> str | None:

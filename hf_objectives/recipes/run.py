@@ -80,10 +80,10 @@ class Recipe:
         measured = trainer.eval_dataset is not None or getattr(trainer, "lm_evaluation", None) is not None
         return trainer.evaluate() if measured else {}
 
-    def answer_built_in(self, trainer: Any) -> tuple[float, list[tuple[demo.Question, str]]]:
-        """The share of held-out built-in questions that the model answers rightly, and its answers."""
+    def answer_built_in(self, trainer: Any, model: Any = None) -> tuple[float, list[tuple[demo.Question, str]]]:
+        """The share of held-out built-in questions that a model answers rightly, and its answers; None: the trained one."""
         asked = [question for question in demo.questions(200, split="test") if not question.expression]
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.accelerator.unwrap_model(trainer.model if model is None else model)
         return demo.exact_match(model, trainer.processing_class, asked)
 
     def save(self, trainer: Any) -> None:

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
         CheckpointSettings,  # settings of all trainers that save checkpoints
         find_checkpoint,  # the whole checkpoint to go on from
     )
+    from hf_objectives.trainers.distillation import (
+        PerplexityDistillationTrainer,  # `trl.DistillationTrainer` with exact figures, and given answers too
+    )
+    from hf_objectives.trainers.distillation_config import (
+        PerplexityDistillationConfig,  # `trl.DistillationConfig` with `lmbda` and settings of what is measured
+    )
+    from hf_objectives.trainers.distillation_rows import (
+        encode_distillation_row,  # one row as `PerplexityDistillationTrainer` takes it
+    )
     from hf_objectives.trainers.dpo import (
         PerplexityDPOTrainer,  # `trl.DPOTrainer` with exact figures and two cures for falling answers
     )

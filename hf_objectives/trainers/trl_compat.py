@@ -41,7 +41,7 @@ from hf_objectives.trainers.hf_compat import (
 )
 from hf_objectives.types import IGNORE_INDEX
 
-__all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "place_reference"]
+__all__ = ["DPOCollator", "DPOHooks", "PromptOrder", "RLOOHooks", "RewardCollator", "RewardHooks", "TRLHooks"]
 
 
 def place_reference(model: Any, accelerator: Any, *, temperature: float = 1.0) -> Any:
@@ -116,7 +116,7 @@ def score_tokens(
     model.forward = types.MethodType(forward, model)
 
 
-class _TRLHooks(TrainerHooks):
+class TRLHooks(TrainerHooks):
     """What the trainers of TRL have in common."""
 
     accelerator: Any
@@ -170,7 +170,7 @@ class _TRLHooks(TrainerHooks):
         self.replace_booked({name: figures[name] for name in replaced}, "eval")
 
 
-class DPOHooks(_TRLHooks, DPOTrainer):
+class DPOHooks(TRLHooks, DPOTrainer):
     """`trl.DPOTrainer` with hooks."""
 
     hooks: ClassVar = {"prepare_dataset": "_prepare_dataset", "batch_loss": "_compute_loss"}
@@ -224,7 +224,7 @@ class DPOHooks(_TRLHooks, DPOTrainer):
             )
 
 
-class RewardHooks(_TRLHooks, RewardTrainer):
+class RewardHooks(TRLHooks, RewardTrainer):
     """`trl.RewardTrainer` with hooks."""
 
     hooks: ClassVar = {"prepare_dataset": "_prepare_dataset", "save_weights": "_save"}
@@ -242,7 +242,7 @@ class Forward(NamedTuple):
     values: Tensor | None
 
 
-class RLOOHooks(_TRLHooks, RLOOTrainer):
+class RLOOHooks(TRLHooks, RLOOTrainer):
     """`trl.RLOOTrainer` with hooks, and the model card of PPO."""
 
     _tag_names: ClassVar = ["trl", "ppo"]

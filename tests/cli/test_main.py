@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from hf_objectives.cli.main import main
+from hf_objectives.cli.main import RECIPES, main
 from hf_objectives.cli.options import COMMANDS
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "trl", "accelerate")
@@ -24,6 +25,9 @@ HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "trl", "ac
         (["prepare", "--tokenizer", "x"], "ConfigError: output_dir is missing"),
         (["prepare", "--max_lenght", "3"], "did you mean '--max_length'?"),
         (["prepare", "--config", "none.yaml"], "cannot read the config none.yaml"),
+        (["distil"], "did you mean 'distill'?"),
+        (["distill", "--use_cpu", "true", "--bf16", "false"], "ConfigError: teacher_model_name_or_path is missing"),
+        (["distill", "--lambda", "0.5"], "unknown option --lambda"),
     ],
 )
 def test_errors_are_one_line(words, message, refused):
@@ -34,7 +38,12 @@ def test_errors_are_one_line(words, message, refused):
 def test_help(capsys):
     main([])
     said = capsys.readouterr().out
-    assert "hf-objectives prepare --config" in said and ",".join(COMMANDS) in said
+    assert "hf-objectives prepare --config" in said and ",".join((*COMMANDS, *RECIPES)) in said
+
+
+def test_every_recipe_is_a_command():
+    programs = {path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.py")}
+    assert programs == set(RECIPES)
 
 
 def test_help_imports_nothing_heavy():

@@ -16,7 +16,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from hf_objectives.evaluation.logits import selected_logits, token_score_outputs
+from hf_objectives.errors import ConfigError
+from hf_objectives.evaluation.logits import HeadInputs, at_head, selected_logits, token_score_outputs
 
 SMALL = {
     "vocab_size": 99,
@@ -140,3 +141,33 @@ def test_contact_the_model_with_logits_to_keep_agrees():
     with torch.no_grad():
         kept = model(**one, logits_to_keep=index, use_cache=False).logits[0]
         assert torch.allclose(selected_logits(model, one, positions), kept, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_head_makes_logits_from(name):
+    """Its product, scaled and capped, is the model's logits; the 0 that comes with it reaches the whole model."""
+    model, places = build(name), torch.tensor([1, 12, 29])
+    full = model(**inputs(), use_cache=False).logits.flatten(0, 1)[places]
+
+    def logits(head: HeadInputs):
+        made = head.after.scale * torch.nn.functional.linear(head.states, head.weight, head.bias)
+        return made if head.after.softcap is None else head.after.softcap * torch.tanh(made / head.after.softcap)
+
+    found, nothing = at_head(model, inputs(), torch.Size([3, 10]), places, logits)
+    assert torch.allclose(found, full, atol=1e-5) and float(nothing.detach()) == 0
+    nothing.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_head_that_is_not_known(monkeypatch):
+    model = build("llama")
+    usual = type(model).forward
+
+    def squared(self, *args, **kwargs):
+        output = usual(self, *args, **kwargs)
+        output.logits = output.logits**2
+        return output
+
+    monkeypatch.setattr(type(model), "forward", squared)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM makes its logits in a way that is not known"):
+        at_head(model, inputs(), torch.Size([3, 10]), torch.tensor([0]), lambda head: head)

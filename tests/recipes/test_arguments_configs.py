@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_objectives.recipes.arguments import parse_config
+from hf_objectives.recipes.distill import Distill
 from hf_objectives.recipes.dpo import Dpo
 from hf_objectives.recipes.mixture_search import CLASSES
 from hf_objectives.recipes.ppo import Ppo
@@ -16,6 +17,7 @@ from hf_objectives.recipes.sft import Sft
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 RECIPES = {
+    "distill": Distill.arguments,
     "dpo": Dpo.arguments,
     "ppo": Ppo.arguments,
     "pretrain": Pretrain.arguments,

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.recipes import dpo, mixture_search, ppo, pretrain, reward, sft, stack
+from hf_objectives.recipes import distill, dpo, mixture_search, ppo, pretrain, reward, sft, stack
 from hf_objectives.recipes.run import resume_point, run_program
 from tests.support.recipes import few_built_in
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = {"dpo": dpo, "mixture_search": mixture_search, "ppo": ppo, "pretrain": pretrain, "reward": reward, "sft": sft,
-            "stack": stack}  # fmt: skip
+PROGRAMS = {"distill": distill, "dpo": dpo, "mixture_search": mixture_search, "ppo": ppo, "pretrain": pretrain,
+            "reward": reward, "sft": sft, "stack": stack}  # fmt: skip
 
 
 def test_the_checkpoint_to_go_on_from(tmp_path):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The package and its libraries alone: what tests make of them may depend on the number of processes.
 _CONTEXT.set_forkserver_preload(
-    [f"hf_objectives.recipes.{name}" for name in ("pretrain", "sft", "dpo", "reward", "ppo")]
+    [f"hf_objectives.recipes.{name}" for name in ("pretrain", "sft", "dpo", "reward", "ppo", "distill")]
     + ["torch.distributed.fsdp", "torch.distributed.tensor.experimental"]
 )
 

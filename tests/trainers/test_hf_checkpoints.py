@@ -16,7 +16,13 @@ import transformers.trainer
 from transformers import Trainer, TrainerState
 
 from hf_objectives.errors import CheckpointError, ConfigError, DiskFullError
-from hf_objectives.trainers import PerplexityDPOTrainer, PerplexityTrainer, PPOTrainer, RewardModelTrainer
+from hf_objectives.trainers import (
+    PerplexityDistillationTrainer,
+    PerplexityDPOTrainer,
+    PerplexityTrainer,
+    PPOTrainer,
+    RewardModelTrainer,
+)
 from hf_objectives.trainers.checkpoints import fault_of
 from hf_objectives.trainers.hf_checkpoints import WholeCheckpoints, no_space
 from tests.support.language_models import trainer
@@ -47,7 +53,9 @@ def test_methods(name):
     assert found == METHODS[name], MOVED.format(f"Trainer.{name} takes {found}")
 
 
-@pytest.mark.parametrize("kind", [PerplexityTrainer, PerplexityDPOTrainer, RewardModelTrainer, PPOTrainer])
+@pytest.mark.parametrize(
+    "kind", [PerplexityTrainer, PerplexityDPOTrainer, RewardModelTrainer, PPOTrainer, PerplexityDistillationTrainer]
+)
 def test_every_trainer_saves_whole_checkpoints(kind):
     """The methods of the mixin stand before those of transformers and TRL."""
     for name in (*METHODS, "_run_epoch"):
