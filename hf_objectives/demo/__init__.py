@@ -11,10 +11,12 @@ from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
     from hf_objectives.demo.corpus import (
-        SYSTEM,  # The system message of every conversation
+        CARELESS,  # A careless annotator: the share of wrong answers of some skills
+        SYSTEM,  # The system message of conversations with a tool
         TOOLS,  # The schema of the calculator
         answer_reward,  # Reward right answers, with TRL's signature
         chats,  # Make conversations, some of which call the calculator
+        exam,  # Make as many distinct questions of every skill
         preferences,  # Make preference pairs
         questions,  # Make questions of a split
         texts,  # Make documents
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
         build_model,  # Make a tiny Llama with random weights
         build_tokenizer,  # Train a byte-level BPE on the corpus
         exact_match,  # Measure the share of questions that a model answers rightly
+        expected,  # What a model has to say to a question
     )
     from hf_objectives.demo.skills import (
+        FACTS,  # Skills with few questions, whose answers stand in the texts
+        HARD,  # Skills that a tiny model does not learn in minutes
         SKILLS,  # The generators of questions, by name
         Question,  # A question with its right and its wrong answer
     )

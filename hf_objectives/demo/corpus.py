@@ -6,15 +6,16 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_objectives.demo.skills import SKILLS, Question
+from hf_objectives.demo.skills import FACTS, HARD, SKILLS, Question
 from hf_objectives.types import check_one_of
 
 Split = Literal["train", "test"]
-SYSTEM = "Answer briefly."
+#: The system message of conversations with a tool; the others have none.
+SYSTEM = "Use the calculator for products."
 TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
@@ -29,7 +30,11 @@ TOOLS: list[dict[str, Any]] = [
         },
     }
 ]
+#: A careless annotator: the share of wrong answers in skills that the model could do. Alignment is there to mend this.
+CARELESS: Mapping[str, float] = {"sorting": 0.75, "reversing": 0.75, "spelling": 0.75}
 _TEST_SHARE = 0.15
+_PLAIN = tuple(name for name in SKILLS if name != "multiplication")  # answered without a tool
+_JUDGED = tuple(name for name in _PLAIN if name not in (*HARD, *FACTS))  # what a tiny model can work out
 
 
 def questions(n: int, *, seed: int = 0, split: Split = "train", skills: Sequence[str] | None = None) -> list[Question]:
@@ -39,6 +44,28 @@ def questions(n: int, *, seed: int = 0, split: Split = "train", skills: Sequence
         ConfigError: an unknown split or skill.
     """
     return list(itertools.islice(_stream(random.Random(f"{seed} {split}"), split, skills), n))
+
+
+def exam(each: int, *, seed: int = 0, split: Split = "test", skills: Sequence[str] | None = None) -> list[Question]:
+    """`each` distinct questions of every skill, or of some; of a skill of facts, fewer where it has no more.
+
+    Of the training split they are those that `chats` of this seed ask first.
+
+    Raises:
+        ConfigError: an unknown split or skill.
+    """
+    asked: list[Question] = []
+    for name in skills or SKILLS:
+        stream = _stream(random.Random(f"{seed} exam"), split, [name])
+        if split == "train":
+            stream = (q for talk in _conversations(seed, split) for q in talk if q.skill == name)
+        distinct: dict[str, Question] = {}
+        for question in itertools.islice(stream, 20 * each):
+            distinct[question.question] = question
+            if len(distinct) == each:
+                break
+        asked += distinct.values()
+    return asked
 
 
 def _stream(rng: random.Random, split: Split, skills: Sequence[str] | None = None) -> Iterator[Question]:
@@ -59,39 +86,63 @@ def _is_test(question: str) -> bool:
 def texts(
     n: int, *, seed: int = 0, split: Split = "train", skills: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """`n` documents (`text`) of two to five questions with their answers, of all skills or of some.
+    """`n` documents (`text`) of two to five questions, each answer in a line of its own; facts are told in other words.
+
+    Args:
+        skills: those to write about; all that need no tool by default.
 
     Raises:
         ConfigError: an unknown split or skill.
     """
     rng = random.Random(f"{seed} {split} texts")
-    stream = _stream(rng, split, skills)
+    stream = _stream(rng, split, skills or _PLAIN)
     return [
-        {"text": "\n".join(f"{q.question} {q.answer}" for q in (next(stream) for _ in range(rng.randint(2, 5))))}
+        {
+            "text": "\n".join(
+                q.fact or f"{q.question}\n{q.answer}" for q in (next(stream) for _ in range(rng.randint(2, 5)))
+            )
+        }
         for _ in range(n)
     ]
 
 
-def chats(n: int, *, seed: int = 0, split: Split = "train") -> list[dict[str, Any]]:
-    """`n` conversations of two to six questions: `messages` and `source`, "chat" or, with `tools` and a call, "tool"."""
+def _conversations(seed: int, split: Split) -> Iterator[list[Question]]:
+    """The questions of each conversation, without end."""
     rng = random.Random(f"{seed} {split} chats")
     stream = _stream(rng, split)
+    return ([next(stream) for _ in range(rng.randint(1, 4))] for _ in itertools.count())
+
+
+def chats(
+    n: int, *, seed: int = 0, split: Split = "train", careless: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """`n` conversations of two to six questions: `messages` and `source`, "chat" or, with `tools` and a call, "tool".
+
+    Args:
+        careless: by the name of a skill, the share of answers that are wrong, such as `CARELESS`; none by default.
+
+    Raises:
+        ConfigError: an unknown split, or an unknown skill of `careless`.
+    """
+    for name in careless or ():
+        check_one_of("careless", name, SKILLS)
+    slips = random.Random(f"{seed} {split} careless")
     rows = []
-    for _ in range(n):
-        asked = [next(stream) for _ in range(rng.randint(2, 6))]
-        messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
-        for question in asked:
-            messages += _exchange(question)
+    for asked in itertools.islice(_conversations(seed, split), n):
         calls = any(question.expression for question in asked)
+        messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}] if calls else []
+        for question in asked:
+            is_wrong = slips.random() < (careless or {}).get(question.skill, 0.0)
+            messages += _exchange(question, question.wrong if is_wrong else question.answer)
         rows.append(
             {"messages": messages, "source": "tool" if calls else "chat", **({"tools": TOOLS} if calls else {})}
         )
     return rows
 
 
-def _exchange(question: Question) -> list[dict[str, Any]]:
+def _exchange(question: Question, answer: str) -> list[dict[str, Any]]:
     asked: dict[str, Any] = {"role": "user", "content": question.question}
-    answered: dict[str, Any] = {"role": "assistant", "content": question.answer}
+    answered: dict[str, Any] = {"role": "assistant", "content": answer}
     if not question.expression:
         return [asked, answered]
     function = {"name": "calculator", "arguments": {"expression": question.expression}}
@@ -103,17 +154,26 @@ def _exchange(question: Question) -> list[dict[str, Any]]:
     ]
 
 
-def preferences(n: int, *, seed: int = 0, split: Split = "train") -> list[dict[str, Any]]:
-    """`n` preference pairs: `prompt`, `chosen` and `rejected` as messages, and the right `answer`."""
-    plain = [name for name in SKILLS if name != "multiplication"]
+def preferences(
+    n: int, *, seed: int = 0, split: Split = "train", skills: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """`n` preference pairs: `prompt`, `chosen` and `rejected` as messages, the right `answer` and the `skill`.
+
+    Args:
+        skills: those to ask for; by default all that need no tool and are neither `HARD` nor `FACTS`.
+
+    Raises:
+        ConfigError: an unknown split or skill.
+    """
     return [
         {
-            "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question.question}],
+            "prompt": [{"role": "user", "content": question.question}],
             "chosen": [{"role": "assistant", "content": question.answer}],
             "rejected": [{"role": "assistant", "content": question.wrong}],
             "answer": question.answer,
+            "skill": question.skill,
         }
-        for question in questions(n, seed=seed, split=split, skills=plain)
+        for question in questions(n, seed=seed, split=split, skills=skills or _JUDGED)
     ]
 
 

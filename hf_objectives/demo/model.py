@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_objectives.demo.corpus import SYSTEM, TOOLS, texts
-from hf_objectives.demo.skills import Question
+from hf_objectives.demo.corpus import SYSTEM, TOOLS, questions, texts
+from hf_objectives.demo.skills import SKILLS, Question
 
 #: ChatML with tools: the shape of most templates in use, small enough to read.
 CHAT_TEMPLATE = """\
@@ -63,12 +64,14 @@ def _trained(vocab_size: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [row["text"] for row in texts(2000)] + [SYSTEM, "system user assistant tool Tools: calculator"] * 50
+    frame = f"system\n{SYSTEM}\nTools: calculator\nuser\nassistant\ntool\n"
+    corpus = [row["text"] for row in texts(4000, skills=tuple(SKILLS))] + [frame] * 500
+    corpus += [question.answer for question in questions(2000)]  # an answer begins a turn
     backend.train_from_iterator([*corpus, *(str(tool) for tool in TOOLS)], trainer)
     return backend.to_str()
 
 
-def build_model(tokenizer: Any, *, hidden_size: int = 128, num_layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
+def build_model(tokenizer: Any, *, hidden_size: int = 96, num_layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
     """A tiny Llama with random weights, fixed by the seed, in float32."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -79,6 +82,8 @@ def build_model(tokenizer: Any, *, hidden_size: int = 128, num_layers: int = 4, 
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        # With tied embeddings logits begin at variance 1; at the usual 0.02 a short run is spent on its first plateau.
+        initializer_range=hidden_size**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -90,15 +95,19 @@ def build_model(tokenizer: Any, *, hidden_size: int = 128, num_layers: int = 4, 
 
 @torch.no_grad()
 def exact_match(
-    model: nn.Module, tokenizer: Any, asked: Sequence[Question], *, max_new_tokens: int = 32
+    model: nn.Module, tokenizer: Any, asked: Sequence[Question], *, max_new_tokens: int = 48
 ) -> tuple[float, list[tuple[Question, str]]]:
-    """Answer questions greedily.
+    """Answer questions greedily, one a conversation; where a calculator is needed, its call is the answer.
 
     Returns:
         The share of answers that are right to the letter, and each question with its answer.
     """
-    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q.question}] for q in asked]
-    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    framed = {False: ([], None), True: ([{"role": "system", "content": SYSTEM}], TOOLS)}
+    prompts = []
+    for question in asked:
+        system, tools = framed[bool(question.expression)]
+        messages = [*system, {"role": "user", "content": question.question}]
+        prompts.append(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False))
     device = next(model.parameters()).device
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     was_training = model.training
@@ -111,6 +120,17 @@ def exact_match(
         pad_token_id=tokenizer.pad_token_id,
     )
     model.train(was_training)
-    said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    answers = [(question, text.strip()) for question, text in zip(asked, said, strict=True)]
-    return sum(text == question.answer for question, text in answers) / len(answers), answers
+    said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :])
+    ends = (tokenizer.eos_token, tokenizer.pad_token)
+    answers = [
+        (question, min((text.split(end)[0] for end in ends), key=len).strip())
+        for question, text in zip(asked, said, strict=True)
+    ]
+    return sum(text == expected(question) for question, text in answers) / len(answers), answers
+
+
+def expected(question: Question) -> str:
+    """What a model has to say to a question: the answer, or the call of the calculator."""
+    if not question.expression:
+        return question.answer
+    return f"<tool_call>calculator {json.dumps({'expression': question.expression})}</tool_call>"

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
-    from hf_objectives.evaluation.calibration import Reliability  # confidence against accuracy, in bins
+    from hf_objectives.evaluation.calibration import (
+        Reliability,  # confidence against accuracy, in bins
+        wilson_interval,  # the 95 % interval of a share
+    )
     from hf_objectives.evaluation.causality import (
         probe_causality,  # no token sees those after it, or an error
         probed_logits,  # logits of a probe, with the same dropout in every call

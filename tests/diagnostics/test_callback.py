@@ -44,11 +44,11 @@ def test_the_bad_batch_is_written_with_its_examples(kind, accumulation, tmp_path
 
 @pytest.mark.slow
 def test_one_bad_row_among_good_ones_is_named(tmp_path):
-    trainer = trainer_of("ours", tmp_path, per_device_train_batch_size=8, max_steps=40)
+    trainer = trainer_of("ours", tmp_path, per_device_train_batch_size=8, max_steps=120)
     draw, tokenizer = random.Random(1), demo.build_tokenizer()
-    lines = [(tokenizer(row["text"])["input_ids"] * 20)[:48] for row in demo.texts(320)]
-    bad = 8 * (35 - 1) + 3
-    lines[bad] = [draw.randrange(300, 600) for _ in range(48)]
+    lines = [(tokenizer(row["text"])["input_ids"] * 20)[:48] for row in demo.texts(960)]
+    bad = 8 * (115 - 1) + 3
+    lines[bad] = [draw.randrange(100, 250) for _ in range(48)]
     data = [{"input_ids": ids, "labels": list(ids), "source": "web", "row": i} for i, ids in enumerate(lines)]
     trainer.train_dataset = Dataset.from_list(data)
     trainer.add_callback(DiagnosticsCallback(trainer))
@@ -56,7 +56,7 @@ def test_one_bad_row_among_good_ones_is_named(tmp_path):
     found = {
         name: [one["row"] for one in event["examples"] if one["suspect"]] for name, event in events(tmp_path).items()
     }
-    assert found == {"step_35_rank_0": [bad]}
+    assert found == {"step_115_rank_0": [bad]}
 
 
 @pytest.mark.slow

@@ -31,3 +31,18 @@ def test_a_policy_at_rest_is_no_fault():
     losses[-40:] = 0
     assert "non_finite" in kinds(log(losses))
     assert not kinds(log(losses, value_loss=losses, **policy))
+
+
+def test_a_divergence_is_no_text_and_no_policy():
+    """The loss of distillation may be small from the beginning; that it rises is told, whatever answers are logged."""
+    small = 0.02 + 0.05 * np.exp(-np.arange(N) / 50) + 0.001 * np.random.default_rng(1).standard_normal(N)
+    assert "too_good" in kinds(log(small, epochs=1))
+    given, own = {"on_policy": np.zeros(N)}, {"on_policy": np.ones(N), "completions/mean_length": np.full(N, 4.0)}
+    for curves in (given, own):
+        assert not kinds(log(small, epochs=1, **{key.replace("/", "__"): value for key, value in curves.items()}))
+        jumps = np.where(np.arange(N) < 150, small, 50)
+        found = kinds(log(jumps, **{key.replace("/", "__"): value for key, value in curves.items()}))
+        assert "spike_sustained" in found
+    evaluated = log(eval_loss=[0.5, 0.2, 0.05])
+    evaluated.append({"step": 300, "eval_divergence": 0.05})
+    assert not kinds(evaluated)

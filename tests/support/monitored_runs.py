@@ -33,7 +33,7 @@ def rows(tokenizer, *, accumulation=1):
     for i, row in enumerate(demo.texts(STEPS * per_step)):
         ids = (tokenizer(row["text"])["input_ids"] * 20)[:48]
         if i // per_step == BAD - 1:
-            ids = [draw.randrange(300, 600) for _ in range(48)]
+            ids = [draw.randrange(100, 250) for _ in range(48)]
         made.append({"input_ids": ids, "labels": list(ids)})
     return made
 

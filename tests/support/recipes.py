@@ -34,9 +34,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def sharegpt(row: dict) -> dict:
     """A preference row as LLaMA-Factory's files have it."""
-    system, question = (message["content"] for message in row["prompt"])
+    (question,) = (message["content"] for message in row["prompt"])
     answers = {name: {"from": "gpt", "value": row[name][0]["content"]} for name in ("chosen", "rejected")}
-    return {"system": system, "conversations": [{"from": "human", "value": question}], **answers}
+    return {"conversations": [{"from": "human", "value": question}], **answers}
 
 
 def few_built_in(monkeypatch: Any, rows: int) -> None:

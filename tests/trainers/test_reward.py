@@ -281,7 +281,7 @@ def test_learns(tmp_path):
 
 def test_rows_that_are_too_long_lose_their_prompt(tmp_path):
     rows = demo.preferences(12)
-    rows[3]["prompt"][1]["content"] = "word " * 300 + rows[3]["prompt"][1]["content"]
+    rows[3]["prompt"][0]["content"] = "word " * 300 + rows[3]["prompt"][0]["content"]
     run = trainer(tmp_path, rows, max_length=64)
     sizes = [len(ids) for ids in run.train_dataset["chosen_ids"]]
     assert len(sizes) == 12 and max(sizes) <= 64
@@ -305,7 +305,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, error, words):
 
 def test_control_tokens_out_of_a_users_text(tmp_path):
     row = demo.preferences(1)[0]
-    row["prompt"][1]["content"] += "<|im_end|>"
+    row["prompt"][0]["content"] += "<|im_end|>"
     plain = encode_reward_row(TOKENIZER, row)["chosen_ids"]
     allowed = encode_reward_row(TOKENIZER, row, control_tokens="allow")["chosen_ids"]
     assert allowed.count(TOKENIZER.eos_token_id) == plain.count(TOKENIZER.eos_token_id) + 1
