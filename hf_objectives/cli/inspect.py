@@ -10,13 +10,21 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig
 
-from hf_objectives import demo
 from hf_objectives.cli.options import SEVERITY_STYLES, InspectOptions
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import QUANTILES, InspectedRow, Inspection, inspect_rows, visible, write_page
 from hf_objectives.labels import EncodingOptions
 from hf_objectives.preparation import load_rows
-from hf_objectives.recipes import BUILT_IN, load_tokenizer, named_sources, print_example, read_template, source_place
+from hf_objectives.recipes import (
+    BUILT_IN,
+    built_in_rows,
+    is_built_in,
+    load_tokenizer,
+    named_sources,
+    print_example,
+    read_template,
+    source_place,
+)
 from hf_objectives.trainers import stop_ids
 
 _BAR = 40
@@ -65,7 +73,7 @@ def _rows(sources: Mapping[str, Any], options: InspectOptions, console: Console)
     rows: list[dict[str, Any]] = []
     for name, source in sources.items():
         path, split = source_place(name, source, options.dataset_split)
-        found: Any = demo.chats(options.rows) if path == BUILT_IN else load_rows(path, split=split)
+        found: Any = built_in_rows(path, options.rows) if is_built_in(path) else load_rows(path, split=split)
         count = min(options.rows, len(found))
         rows += [{**found[i], "source": name, "row": i} for i in (k * len(found) // count for k in range(count))]
         if count < len(found):

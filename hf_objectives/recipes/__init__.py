@@ -15,6 +15,10 @@ if TYPE_CHECKING:
         read_template,  # Read a chat template from the .jinja file that is named, or take the text itself
         source_place,  # The path and the split of a source
     )
+    from hf_objectives.recipes.built_in import (
+        built_in_rows,  # Make rows of the built-in corpus by its name
+        is_built_in,  # Whether a path is a name of the built-in corpus
+    )
     from hf_objectives.recipes.models import (
         load_tokenizer,  # Load the built-in tokenizer, or that of a folder or a Hub id
     )

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from hf_objectives.recipes.arguments import (
     read_template,
     source_place,
 )
+from hf_objectives.recipes.built_in import built_in_rows, is_built_in, watched_rows
 from hf_objectives.types import Row, check_one_of, option, parse_json, parse_yaml
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,10 @@ _EXAMPLES = 64  # encoded rows that are kept for the preview, from the beginning
 class DataArguments(EncodingArguments):
     """Where the rows of fine-tuning come from, and how they become tokens."""
 
-    dataset_name: str | None = option(None, "Hub id, a .json/.jsonl/.parquet/.txt file, or 'builtin'.")
+    dataset_name: str | None = option(
+        None, "Hub id, a .json/.jsonl/.parquet/.txt file, 'builtin', 'builtin:careless' or 'builtin:texts'."
+    )
+    built_in_rows: int = option(30_000, "Rows of a built-in source.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
     sources: str | None = option(None, "Names and paths, or mappings with path, split, weight and max_epochs (JSON).")
     mixture: str | None = option(None, MIXTURE_HELP)
@@ -159,7 +163,7 @@ def set_template(tokenizer: Any, chat_template: str | None) -> None:
 
 def _version(path: str, split: str) -> Any:
     """A value that changes when the rows of a source do."""
-    if path == BUILT_IN:
+    if is_built_in(path):
         return __version__
     if is_hub_id(path):
         return load_rows(path, split=split)._fingerprint  # type: ignore[union-attr]
@@ -173,9 +177,10 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     train: Rows = []
     held_out: Rows = []
     for name, (path, split) in data.places().items():
-        if path == BUILT_IN:
-            train += demo.chats(14_000, seed=seed)
-            held_out += demo.chats(400, seed=seed, split="test")
+        if is_built_in(path):
+            named = {} if len(data.places()) == 1 else {"source": name}
+            train += [{**row, **named} for row in built_in_rows(path, data.built_in_rows, seed=seed)]
+            held_out += [{**row, **named} for row in built_in_rows(path, 400, seed=seed, split="test")]
             continue
         kept, out = _split(path, name, split, data.eval_share, seed)
         train += kept
@@ -183,7 +188,7 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     ledger = Ledger()
     # A mixture packs the documents that it draws.
     packing = data.packing and data.mixture_settings() is None
-    with naming_places({name: path for name, (path, _) in data.places().items() if path != BUILT_IN}):
+    with naming_places({name: path for name, (path, _) in data.places().items() if not is_built_in(path)}):
         encoded = _encode(data, train, tokenizer, packing, ledger)
         evaluation = _encode(data, held_out, tokenizer, data.packing, Ledger()) if held_out else None
     ends = [encoded.slice(0, _EXAMPLES), encoded.slice(max(_EXAMPLES, len(encoded) - _EXAMPLES))]
@@ -242,25 +247,21 @@ class WatchedArguments(RowArguments):
         """The rows that are watched, by name."""
         if not self.lm_datasets:
             return None
-        built_in = {"texts": demo.texts, "chats": demo.chats}
-        rows: dict[str, Any] = {}
-        for name, path in read_mapping("lm_datasets", self.lm_datasets).items():
-            if path == BUILT_IN and name not in built_in:
-                raise ConfigError(
-                    f"lm_datasets: {name!r} is 'builtin'; the built-in corpus has {' and '.join(built_in)}"
-                )
-            rows[name] = built_in[name](200, split="test") if path == BUILT_IN else load_rows(path)
-        return rows
+        named = read_mapping("lm_datasets", self.lm_datasets).items()
+        return {name: watched_rows(name, path) if is_built_in(path) else load_rows(path) for name, path in named}
 
 
-def split_rows(data: RowArguments, *, seed: int, built_in: tuple[int, int]) -> tuple[Rows, Rows]:
+def split_rows(
+    data: RowArguments, *, seed: int, built_in: tuple[int, int], skills: Sequence[str] | None = None
+) -> tuple[Rows, Rows]:
     """Rows to train on and rows held out, each with its `source` and its number there in `row`.
 
-    `built_in` says how many built-in rows to train on, and how many to hold out.
+    Of built-in rows, `built_in` says how many to train on and to hold out, and `skills` of which skills they are.
     """
     if data.dataset_name != BUILT_IN:
         return _split(data.dataset_name, Path(data.dataset_name).name, data.dataset_split, data.eval_share, seed)
-    parts = (demo.preferences(built_in[0], seed=seed), demo.preferences(built_in[1], seed=seed, split="test"))
+    given: dict[str, Any] = {"seed": seed, "skills": skills}
+    parts = (demo.preferences(built_in[0], **given), demo.preferences(built_in[1], split="test", **given))
     train, held_out = ([{**row, "source": BUILT_IN, "row": i} for i, row in enumerate(part)] for part in parts)
     return train, held_out
 

@@ -43,7 +43,7 @@ class Distill(Recipe):
     figures: ClassVar[dict[str, str]] = {
         "eval_divergence": "divergence to the teacher (nats per token)",
         "eval_on_policy_divergence": "  on the student's own answers",
-        "eval_exact_match": "exact match",
+        "eval_exact_match": "exact match, unseen questions",
         "eval_teacher_exact_match": "  of the teacher",
         "eval_completions/mean_length": "tokens of an answer",
         "eval_completions/clipped_ratio": "answers that did not stop",
@@ -113,9 +113,9 @@ class Distill(Recipe):
         """Held-out figures; of the built-in corpus also the shares of right answers of student and teacher."""
         metrics = super().evaluate(trainer)
         if self.data.dataset_name == BUILT_IN:
-            metrics["eval_exact_match"] = self.answer_built_in(trainer)[0]
+            metrics |= {f"eval_{name}": value for name, value in self.examine(trainer).figures().items()}
             if self.teacher_exact_match is None:
-                self.teacher_exact_match = self.answer_built_in(trainer, trainer.teacher_model)[0]
+                self.teacher_exact_match = self.examine(trainer, trainer.teacher_model).figures()["exact_match"]
             metrics["eval_teacher_exact_match"] = self.teacher_exact_match
         return metrics
 

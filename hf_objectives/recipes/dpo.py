@@ -35,7 +35,7 @@ class Dpo(PairRecipe):
     objective = "dpo"
     encode_row = encode_pair
     encoding_options = ("max_length", "train_on", "control_tokens")
-    built_in = (16_000, 400)
+    built_in = (8_000, 500)
     figures: ClassVar[dict[str, str]] = {
         "eval_chosen_perplexity": "perplexity of chosen answers",
         "eval_rejected_perplexity": "perplexity of rejected answers",

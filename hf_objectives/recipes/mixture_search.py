@@ -79,7 +79,7 @@ class SearchData(CorpusSettings):
         if self.prepared:
             named = dict.fromkeys(Manifest.read(Path(self.prepared)).named)
         elif self.sources == BUILT_IN:
-            named = dict.fromkeys(demo.SKILLS)
+            named = dict.fromkeys(name for name in demo.SKILLS if name not in (*demo.FACTS, *demo.HARD))
         else:
             named = dict(named_sources(self.sources, None)) if self.sources else {}
         if len(named) < 2:

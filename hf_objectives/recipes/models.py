@@ -25,6 +25,9 @@ from hf_objectives.recipes.arguments import BUILT_IN
 from hf_objectives.trainers import suppress_seqcls_warning
 from hf_objectives.types import option, parse_json
 
+#: Sizes of the built-in model by its names.
+_SIZES: dict[str | None, dict[str, int]] = {BUILT_IN: {}, f"{BUILT_IN}:small": {"hidden_size": 64, "num_layers": 3}}
+
 
 @dataclass
 class RecipeModel(ModelConfig):
@@ -50,7 +53,7 @@ class PretrainModel(TrustedModel):
 
 def load_tokenizer(name: str, revision: str = "main", *, trust_remote_code: bool = False) -> Any:
     """A tokenizer: the built-in one, or that of a folder or a Hub id."""
-    if name == BUILT_IN:
+    if name in _SIZES:
         return demo.build_tokenizer()
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -59,8 +62,8 @@ def load_model(config: ModelConfig, *, use_cpu: bool = False, trust_remote_code:
     """Load a language model and its tokenizer."""
     name = _checked_name(config, use_cpu)
     tokenizer = load_tokenizer(name, config.model_revision, trust_remote_code=trust_remote_code)
-    if name == BUILT_IN:
-        return demo.build_model(tokenizer), tokenizer
+    if name in _SIZES:
+        return demo.build_model(tokenizer, **_SIZES[name]), tokenizer
     # Adapters leave the weights as they are, so these may stay in the checkpoint's dtype; not on a CPU, which is slow then.
     dtype = "auto" if config.use_peft and not use_cpu else "float32"
     settings = _loading(config, dtype, trust_remote_code)
@@ -85,8 +88,8 @@ def load_scorer(config: ModelConfig, *, use_cpu: bool = False, trust_remote_code
     """Load a model with a score head, which is new where the folder has none, and its tokenizer."""
     name = _checked_name(config, use_cpu)
     tokenizer = load_tokenizer(name, config.model_revision, trust_remote_code=trust_remote_code)
-    if name == BUILT_IN:
-        settings = demo.build_model(tokenizer).config
+    if name in _SIZES:
+        settings = demo.build_model(tokenizer, **_SIZES[name]).config
         settings.num_labels = 1
         return LlamaForSequenceClassification(settings), tokenizer
     base = _base_of_adapter(config)
@@ -103,7 +106,7 @@ def load_scorer(config: ModelConfig, *, use_cpu: bool = False, trust_remote_code
 def _checked_name(config: ModelConfig, use_cpu: bool) -> str:
     if not config.model_name_or_path:
         raise ConfigError("model_name_or_path is missing; give a Hub id, a folder, or 'builtin'")
-    if config.load_in_4bit and use_cpu and config.model_name_or_path != BUILT_IN:
+    if config.load_in_4bit and use_cpu and config.model_name_or_path not in _SIZES:
         raise ConfigError(
             "load_in_4bit on a CPU: bitsandbytes packs weights for evaluation there, and writing a checkpoint after it "
             "leaves them wrong without an error (seen with 0.50.2); use a GPU, or leave it off"
@@ -127,7 +130,7 @@ def _loading(config: ModelConfig, dtype: str, trust_remote_code: bool) -> dict[s
 def _base_of_adapter(config: ModelConfig) -> str | None:
     """The model that an adapter was trained on, where a folder or Hub id holds an adapter."""
     name = config.model_name_or_path
-    found = find_adapter_config_file(name, revision=config.model_revision) if name and name != BUILT_IN else None
+    found = find_adapter_config_file(name, revision=config.model_revision) if name and name not in _SIZES else None
     return json.loads(Path(found).read_text())["base_model_name_or_path"] if found else None
 
 

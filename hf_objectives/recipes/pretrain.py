@@ -185,7 +185,7 @@ def prepare(data: PretrainData, tokenizer: Any, seed: int, folder: Path, origin:
         load_prepared(folder, tokenizer=tokenizer, expect=asked_for, streaming=True)  # opens the shards, and reads none
         return
     sources: dict[str, Any] = {
-        name: Dataset.from_list(demo.texts(20_000, seed=seed)) if source == BUILT_IN else source
+        name: Dataset.from_list(demo.texts(30_000, seed=seed)) if source == BUILT_IN else source
         for name, source in data.named_sources().items()
     }
     prepare_corpus(sources, tokenizer, folder, data)

@@ -40,7 +40,7 @@ class Reward(PairRecipe):
     objective = "reward"
     encode_row = encode_reward_row
     encoding_options = ("max_length", "control_tokens")
-    built_in = (24_000, 400)
+    built_in = (16_000, 500)
     figures: ClassVar[dict[str, str]] = {
         "eval_accuracy": "accuracy",
         "eval_margin": "margin (chosen less rejected)",

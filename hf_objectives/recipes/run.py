@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 from rich.console import Console
 from transformers import set_seed
 
-from hf_objectives import demo
 from hf_objectives.diagnostics import DiagnosticsCallback, plot_mixture, plot_training_metrics
 from hf_objectives.distributed import leave_group, rank
 from hf_objectives.errors import CheckpointError, ConfigError, HFObjectivesError
 from hf_objectives.mixture import DatasetMixture
 from hf_objectives.publishing import push, write_card
 from hf_objectives.recipes.arguments import parse_config
+from hf_objectives.recipes.built_in import Marks
 from hf_objectives.recipes.launch import LaunchRecord, launches_in, state_of
 from hf_objectives.recipes.plan import Line, check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
@@ -80,11 +80,10 @@ class Recipe:
         measured = trainer.eval_dataset is not None or getattr(trainer, "lm_evaluation", None) is not None
         return trainer.evaluate() if measured else {}
 
-    def answer_built_in(self, trainer: Any, model: Any = None) -> tuple[float, list[tuple[demo.Question, str]]]:
-        """The share of held-out built-in questions that a model answers rightly, and its answers; None: the trained one."""
-        asked = [question for question in demo.questions(200, split="test") if not question.expression]
+    def examine(self, trainer: Any, model: Any = None) -> Marks:
+        """Ask a model the questions of the built-in corpus; None: the one that is trained."""
         model = trainer.accelerator.unwrap_model(trainer.model if model is None else model)
-        return demo.exact_match(model, trainer.processing_class, asked)
+        return Marks.of(model, trainer.processing_class, seed=self.args.seed)
 
     def save(self, trainer: Any) -> None:
         """Write the model and the state of its training."""
@@ -138,7 +137,11 @@ class Recipe:
         """Write results, pictures and model card, then print the figures."""
         if self.mixture is not None:
             self.console.print(mixture_table(self.mixture.report(trainer.rows_taken)))
-            plot_mixture(trainer.state.log_history, folder / "mixture.png")
+            history = trainer.state.log_history
+            if any(
+                key.startswith("mixture/") for entry in history for key in entry
+            ):  # a run may end before its first log
+                plot_mixture(history, folder / "mixture.png")
         (folder / "results.json").write_text(json.dumps(results, indent=1))
         picture = self.draw(trainer, results["before"], folder / "training_curves.png")
         from_scratch = getattr(self.model_config, "model_config", None) is not None

@@ -7,15 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hf_objectives import demo
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
-from hf_objectives.demo import Question
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import save_label_preview
-from hf_objectives.recipes.arguments import BUILT_IN
+from hf_objectives.recipes.built_in import Marks, is_built_in, is_right
 from hf_objectives.recipes.data import DataArguments, Prepared, digest, digest_of_stream, mix_rows, prepare
 from hf_objectives.recipes.models import TrustedModel, load_model, with_lora
 from hf_objectives.recipes.preview import check_stops, print_preview
@@ -30,10 +30,12 @@ class Sft(Recipe):
     figures: ClassVar[dict[str, str]] = {
         "eval_bits_per_byte": "bits per byte",
         "eval_stop_probability": "probability of stopping at a turn's end",
-        "eval_exact_match": "exact match",
+        "eval_exact_match": "exact match, unseen questions",
+        "eval_exact_match_seen": "exact match, seen questions",
+        "eval_exact_match_facts": "exact match, facts in other words",
     }
     prepared: Prepared
-    answers: Sequence[tuple[Question, str]] = ()
+    marks: Marks | None = None
 
     def load_rows(self, tokenizer: Any) -> None:
         """Prepare the rows and mix them where weights ask for it."""
@@ -81,15 +83,20 @@ class Sft(Recipe):
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Exact perplexity; of the built-in corpus also the share of right answers."""
         metrics = super().evaluate(trainer)
-        if any(path == BUILT_IN for path, _ in self.data.places().values()):
-            metrics["eval_exact_match"], self.answers = self.answer_built_in(trainer)
+        if any(is_built_in(path) for path, _ in self.data.places().values()):
+            self.marks = self.examine(trainer)
+            metrics |= {f"eval_{name}": value for name, value in self.marks.figures().items()}
+            self.results["exact_match_by_skill"] = self.marks.by_skill()
         return metrics
 
     def print_figures(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Print the figures, and a few answers."""
         super().print_figures(before, after)
-        for question, said in self.answers[:6]:
-            verdict = "right" if said == question.answer else f"wrong, it is {question.answer!r}"
+        if self.marks is None:
+            return
+        self.console.print(self.marks.table())
+        for question, said in self.marks.unseen[:: len(self.marks.unseen) // 8]:
+            verdict = "right" if is_right(question, said) else f"wrong, it is {demo.expected(question)!r}"
             self.console.print(f"  {question.question} -> {said!r} ({verdict})", highlight=False, markup=False)
 
 

@@ -111,7 +111,7 @@ def test_built_in_pairs_from_a_config(tmp_path, monkeypatch, capsys):
     config = ["--config", str(ROOT / "recipes/configs/dpo_quickstart.yaml"), "--output_dir", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", ["dpo.py", *config, *words, ""])
     runpy.run_path(str(ROOT / "recipes/dpo.py"), run_name="__main__")
-    assert asked == [(16_000, "train"), (400, "test")]
+    assert asked == [(8_000, "train"), (500, "test")]
     assert "40 held-out pairs" in capsys.readouterr().out
 
 

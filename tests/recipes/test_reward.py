@@ -115,7 +115,7 @@ def test_the_built_in_pairs(tmp_path, monkeypatch):
     results = main(
         arguments(tmp_path, tmp_path / "run", "--model_name_or_path", "builtin", "--dataset_name", "builtin")
     )
-    assert asked == [(24_000, "train"), (400, "test")]
+    assert asked == [(16_000, "train"), (500, "test")]
     assert results["after"]["eval_num_pairs"] == results["num_pairs"] == 24
 
 

@@ -97,7 +97,7 @@ def test_lora(corpus, tmp_path):
     ("more", "error", "words"),
     [
         (("--max_lenght", "8"), ConfigError, "unknown option --max_lenght; did you mean '--max_length'"),
-        (("--max_length", "20"), NothingSupervisedError, "longer than max_length"),
+        (("--max_length", "8"), NothingSupervisedError, "longer than max_length"),
         (("--resume_from_checkpoint", "true"), ConfigError, "no checkpoint to resume from"),
         (("--sources", '{"a": "nowhere.json"}'), FileFormatError, "no such file: nowhere.json"),
         (("--sources", "{"), ConfigError, "sources is not a mapping"),
