@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pyarrow as pa
 import pytest
@@ -61,6 +62,20 @@ def test_few_rows_are_shown_once(chats, tmp_path):
     data = DataArguments(dataset_name=str(chats), max_length=256, eval_share=0.6)
     prepared = prepare(data, TOKENIZER, seed=0, output_dir=str(tmp_path))
     assert 64 < len(prepared.examples) == prepared.ledger.total().rows_out < 128
+
+
+def test_built_in_rows_of_some_skills():
+    train, held_out = split_rows(RowArguments(), seed=0, built_in=(20, 10), skills=["dates"])
+    assert {row["skill"] for row in train + held_out} == {"dates"}
+
+
+def test_chats_and_texts_of_the_built_in_corpus_are_mixed_by_their_names(tmp_path):
+    sources = {"talk": "builtin:careless", "tales": {"path": "builtin:texts", "weight": 0.5}}
+    data = DataArguments(sources=json.dumps(sources), max_length=128, built_in_rows=30)
+    prepared = prepare(data, TOKENIZER, seed=0, output_dir=str(tmp_path))
+    assert Counter(prepared.train["source"]) == {"talk": 30, "tales": 30}
+    alone = DataArguments(dataset_name="builtin", max_length=128, built_in_rows=30, packing=False)
+    assert {*prepare(alone, TOKENIZER, seed=0, output_dir=str(tmp_path)).train["source"]} == {"chat", "tool"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.recipes.models import PretrainModel, load_model, load_or_draw, load_policy, load_scorer
 from tests.support.recipes import save_small_model
 
+SIZES = ("builtin", "builtin:small")
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
 
@@ -56,6 +57,13 @@ def test_without_an_adapter_a_policy_is_the_model():
 
 
 @pytest.mark.slow
+def test_the_built_in_model_has_a_small_one_beside_it():
+    sizes = {name: load_model(ModelConfig(model_name_or_path=name))[0].num_parameters() for name in SIZES}
+    assert sizes["builtin:small"] < sizes["builtin"] / 2
+    model, tokenizer = load_scorer(ModelConfig(model_name_or_path="builtin:small"))
+    assert model.config.num_labels == 1 and len(tokenizer) == model.config.vocab_size
+
+
 def test_random_weights_follow_the_configuration_and_the_seed(tmp_path):
     config = PretrainModel(model_config=json.dumps(TINY), tokenizer_name="builtin")
     drawn = []
