@@ -71,10 +71,10 @@ def test_built_in_rows_of_some_skills():
 
 def test_chats_and_texts_of_the_built_in_corpus_are_mixed_by_their_names(tmp_path):
     sources = {"talk": "builtin:careless", "tales": {"path": "builtin:texts", "weight": 0.5}}
-    data = DataArguments(sources=json.dumps(sources), max_length=128, built_in_rows=30)
+    data = DataArguments(sources=json.dumps(sources), max_length=256, built_in_rows=30)
     prepared = prepare(data, TOKENIZER, seed=0, output_dir=str(tmp_path))
     assert Counter(prepared.train["source"]) == {"talk": 30, "tales": 30}
-    alone = DataArguments(dataset_name="builtin", max_length=128, built_in_rows=30, packing=False)
+    alone = DataArguments(dataset_name="builtin", max_length=256, built_in_rows=30, packing=False)
     assert {*prepare(alone, TOKENIZER, seed=0, output_dir=str(tmp_path)).train["source"]} == {"chat", "tool"}
 
 

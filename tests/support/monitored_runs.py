@@ -30,7 +30,7 @@ def rows(tokenizer, *, accumulation=1):
     draw = random.Random(0)
     made = []
     per_step = 2 * accumulation
-    for i, row in enumerate(demo.texts(STEPS * per_step)):
+    for i, row in enumerate(demo.texts(STEPS * per_step, skills=["sorting", "reversing"])):
         ids = (tokenizer(row["text"])["input_ids"] * 20)[:48]
         if i // per_step == BAD - 1:
             ids = [draw.randrange(100, 250) for _ in range(48)]
