@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## make the environment in .venv and install into it
 
-quickstart: $(STAMP)  ## fine-tune a tiny model on the built-in corpus (two CPU cores, under five minutes)
+quickstart: $(STAMP)  ## fine-tune a tiny model on the built-in corpus (two CPU cores, three minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/sft.py --config recipes/configs/quickstart.yaml
 
