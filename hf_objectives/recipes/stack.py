@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """
     (args,), _ = parse_config((StackArguments,), argv)
     console, folder = Console(soft_wrap=False), Path(args.output_dir)
+    console.width = max(console.width, 120)  # a figure that is cut says nothing
     exam = demo.exam(EACH, seed=args.seed)
     console.print(splits_line(args.seed, exam), highlight=False)
     rows: list[dict[str, Any]] = []
