@@ -18,20 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_objectives.recipes.stack_figures import COLUMNS, measure, tokens_of
+
 ROOT = Path(__file__).parents[1]
-COLUMNS = {
-    "texts": "text ppl",
-    "chats": "chat ppl",
-    "exact_match": "exact match",
-    "exact_match_seen": "seen",
-    "exact_match_facts": "facts",
-    "accuracy": "pairs",
-    "calibration_error": "ECE",
-    "reward": "reward",
-    "kl": "KL",
-    "tokens": "tokens",
-    "seconds": "s",
-}
 
 
 def run_stack(folder: Path, seed: int, skip: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -45,9 +34,6 @@ def run_stack(folder: Path, seed: int, skip: Sequence[str] = ()) -> list[dict[st
 
 def run_rloo(folder: Path, seed: int) -> dict[str, Any]:
     """RLOO from the fine-tuned model of a run, on as many answers as PPO has; its figures as a row."""
-    from hf_objectives import demo
-    from hf_objectives.recipes.stack_figures import EACH, measure, tokens_of
-
     out = folder / "rloo"
     if not (out / "results.json").exists():
         words = ["--config", ROOT / "recipes/configs/ppo_quickstart.yaml", "--algorithm", "rloo"]
@@ -56,7 +42,7 @@ def run_rloo(folder: Path, seed: int) -> dict[str, Any]:
         with (folder / "rloo.log").open("w") as log:
             program = [sys.executable, ROOT / "recipes/ppo.py", *map(str, words)]
             subprocess.run(program, stdout=log, stderr=log, check=True)
-    row = measure(out, str(folder / "reward"), str(folder / "sft"), demo.exam(EACH, seed=seed), seed=seed)
+    row = measure(out, str(folder / "reward"), str(folder / "sft"), seed=seed)
     return {"stage": "rloo", **row, "tokens": tokens_of(out)}
 
 

@@ -52,9 +52,8 @@ class RunView:
     @cached_property
     def is_policy(self) -> bool:
         """Whether `loss` is that of a policy gradient. Its value says nothing about how good the model is."""
-        others = "rewards/chosen" in self or self._logs(
-            _DISTILLATION
-        )  # KTO logs a kl as well, distillation its answers
+        # KTO logs a kl as well, and distillation its answers.
+        others = "rewards/chosen" in self or self._logs(_DISTILLATION)
         return any(key in self for key in _POLICY) and not others
 
     @cached_property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -13,7 +13,7 @@ from hf_objectives import demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import wilson_interval
 from hf_objectives.recipes.arguments import BUILT_IN
-from hf_objectives.recipes.preview import table
+from hf_objectives.recipes.preview import figure, table
 
 _ROWS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     BUILT_IN: lambda n, **given: demo.chats(n, **given),
@@ -36,8 +36,23 @@ def is_built_in(path: str) -> bool:
 
 def built_in_rows(path: str, n: int, **given: Any) -> list[dict[str, Any]]:
     """`n` rows of the built-in corpus by its name; an annotator is careless in the training split alone."""
-    name = path if given.get("split", "train") == "train" or path != f"{BUILT_IN}:careless" else BUILT_IN
-    return _ROWS[name](n, **given)
+    if path == f"{BUILT_IN}:careless" and given.get("split") == "test":
+        path = BUILT_IN
+    return _ROWS[path](n, **given)
+
+
+def pair_rows(
+    name: str, counts: tuple[int, int], *, seed: int, skills: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Built-in pairs to train on and to hold out, so many of some skills, each with its `source` and its number in `row`."""
+    if name != BUILT_IN:
+        raise ConfigError(
+            f"dataset_name is {name!r}, which has no pairs and no prompts of its own; expected {BUILT_IN!r}"
+        )
+    given: dict[str, Any] = {"seed": seed, "skills": skills}
+    parts = (demo.preferences(counts[0], **given), demo.preferences(counts[1], split="test", **given))
+    train, held_out = ([{**row, "source": BUILT_IN, "row": i} for i, row in enumerate(part)] for part in parts)
+    return train, held_out
 
 
 def watched_rows(name: str, path: str) -> list[dict[str, Any]]:
@@ -50,50 +65,54 @@ def watched_rows(name: str, path: str) -> list[dict[str, Any]]:
 
 @dataclass
 class Marks:
-    """What a model answered to an exam: as many questions of every skill, of which it may have seen some.
+    """What a model answered to an exam of as many questions of every skill.
 
     Attributes:
-        unseen, seen: each question with the answer.
+        unseen: each question of the test split with the answer.
+        trained: the same of the training split, in the order in which `demo.chats` asks; empty where it was not asked.
     """
 
     unseen: list[tuple[demo.Question, str]]
-    seen: list[tuple[demo.Question, str]]
+    trained: list[tuple[demo.Question, str]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, *, seed: int = 0, each: int = _EACH) -> Marks:
-        """Ask the questions of both splits; `seed` is that of the training rows."""
-        unseen, seen = (
-            demo.exact_match(model, tokenizer, demo.exam(each, seed=seed, split=split))[1]
-            for split in ("test", "train")
-        )
-        return cls(unseen, seen)
+    def of(cls, model: Any, tokenizer: Any, *, seed: int, each: int = _EACH, trained: bool = False) -> Marks:
+        """Ask a model; `seed` is that of the training rows, and `trained` asks the questions of the training split too."""
+        splits: tuple[Literal["test", "train"], ...] = ("test", "train") if trained else ("test",)
+        exams = (demo.exam(each, seed=seed, split=split) for split in splits)
+        return cls(*(demo.exact_match(model, tokenizer, exam)[1] for exam in exams))
 
     def figures(self) -> dict[str, float]:
-        """`exact_match` of unseen questions with its 95 % interval (Wilson 1927), of seen ones, and of the skills of facts.
+        """`exact_match` of unseen questions with its 95 % interval (Wilson 1927), `exact_match_trained` where those of the
+        training split were asked, and `exact_match_facts`.
 
         Skills of facts are in the last alone: their few questions are answered by heart.
         """
-        tried = [is_right(*answer) for answer in self.unseen if answer[0].skill not in demo.FACTS]
-        low, high = wilson_interval(sum(tried), len(tried))
-        seen = [is_right(*answer) for answer in self.seen if answer[0].skill not in demo.FACTS]
         facts = [is_right(*answer) for answer in self.unseen if answer[0].skill in demo.FACTS]
+        tried, trained = (
+            [is_right(*answer) for answer in answers if answer[0].skill not in demo.FACTS]
+            for answers in (self.unseen, self.trained)
+        )
+        low, high = wilson_interval(sum(tried), len(tried))
         return {
             "exact_match": _mean(tried),
             "exact_match_low": low,
             "exact_match_high": high,
-            "exact_match_seen": _mean(seen),
+            **({"exact_match_trained": _mean(trained)} if trained else {}),
             "exact_match_facts": _mean(facts),
         }
 
     def by_skill(self) -> dict[str, dict[str, float]]:
-        """Of each skill the share of right answers to unseen questions, their number, and the share of seen ones."""
-        tried, seen = _by_skill(self.unseen), _by_skill(self.seen)
+        """Of each skill the share of right answers to unseen questions, their number and the interval; and the share of the
+        training split where that was asked.
+        """
+        tried, trained = _by_skill(self.unseen), _by_skill(self.trained)
         return {
             skill: {
                 "exact_match": _mean(right),
                 "num_questions": len(right),
                 **dict(zip(("low", "high"), wilson_interval(sum(right), len(right)), strict=True)),
-                "seen": _mean(seen[skill]),
+                **({"trained": _mean(trained[skill])} if trained else {}),
             }
             for skill, right in tried.items()
         }
@@ -104,8 +123,8 @@ class Marks:
         for skill, marks in self.by_skill().items():
             kind = " (facts)" if skill in demo.FACTS else " (hard)" if skill in demo.HARD else ""
             interval = f"{marks['low']:.2f} to {marks['high']:.2f}"
-            rows.append((skill + kind, f"{marks['exact_match']:.2f}", interval, f"{marks['seen']:.2f}"))
-        return table("Exact match, by skill", ("", "unseen questions", "95 % interval", "seen ones"), rows)
+            rows.append((skill + kind, f"{marks['exact_match']:.2f}", interval, figure(marks.get("trained"))))
+        return table("Exact match, by skill", ("", "unseen questions", "95 % interval", "training split"), rows)
 
 
 def is_right(question: demo.Question, said: str) -> bool:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
 
-from hf_objectives import __version__, demo
+from hf_objectives import __version__
 from hf_objectives.errors import ConfigError, DataError, PreparedDataError
 from hf_objectives.labels import ON_ERROR, SKIPPED, Account, Ledger
 from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
@@ -44,7 +44,7 @@ from hf_objectives.recipes.arguments import (
     read_template,
     source_place,
 )
-from hf_objectives.recipes.built_in import built_in_rows, is_built_in, watched_rows
+from hf_objectives.recipes.built_in import built_in_rows, is_built_in, pair_rows, watched_rows
 from hf_objectives.types import Row, check_one_of, option, parse_json, parse_yaml
 
 logger = logging.getLogger(__name__)
@@ -258,12 +258,9 @@ def split_rows(
 
     Of built-in rows, `built_in` says how many to train on and to hold out, and `skills` of which skills they are.
     """
-    if data.dataset_name != BUILT_IN:
-        return _split(data.dataset_name, Path(data.dataset_name).name, data.dataset_split, data.eval_share, seed)
-    given: dict[str, Any] = {"seed": seed, "skills": skills}
-    parts = (demo.preferences(built_in[0], **given), demo.preferences(built_in[1], split="test", **given))
-    train, held_out = ([{**row, "source": BUILT_IN, "row": i} for i, row in enumerate(part)] for part in parts)
-    return train, held_out
+    if is_built_in(data.dataset_name):
+        return pair_rows(data.dataset_name, built_in, seed=seed, skills=skills)
+    return _split(data.dataset_name, Path(data.dataset_name).name, data.dataset_split, data.eval_share, seed)
 
 
 def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], account: Account | None = None) -> Rows:

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from hf_objectives import demo
 from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture import build_mixture
 from hf_objectives.preparation import CorpusSettings, Manifest, OrderedStream, load_prepared, prepare_corpus
 from hf_objectives.recipes.arguments import BUILT_IN, DEFAULT, named_sources
+from hf_objectives.recipes.built_in import built_in_rows, is_built_in
 from hf_objectives.recipes.data import (
     MIXTURE_HELP,
     digest_of_mixture,
@@ -184,10 +184,12 @@ def prepare(data: PretrainData, tokenizer: Any, seed: int, folder: Path, origin:
         asked_for = {name: getattr(data, name) for name in asked}
         load_prepared(folder, tokenizer=tokenizer, expect=asked_for, streaming=True)  # opens the shards, and reads none
         return
-    sources: dict[str, Any] = {
-        name: Dataset.from_list(demo.texts(30_000, seed=seed)) if source == BUILT_IN else source
-        for name, source in data.named_sources().items()
-    }
+    sources: dict[str, Any] = {}
+    for name, source in data.named_sources().items():
+        sources[name] = source
+        if isinstance(source, str) and is_built_in(source):
+            rows = built_in_rows(f"{BUILT_IN}:texts" if source == BUILT_IN else source, 30_000, seed=seed)
+            sources[name] = Dataset.from_list(rows)
     prepare_corpus(sources, tokenizer, folder, data)
 
 

@@ -80,10 +80,10 @@ class Recipe:
         measured = trainer.eval_dataset is not None or getattr(trainer, "lm_evaluation", None) is not None
         return trainer.evaluate() if measured else {}
 
-    def examine(self, trainer: Any, model: Any = None) -> Marks:
-        """Ask a model the questions of the built-in corpus; None: the one that is trained."""
+    def examine(self, trainer: Any, model: Any = None, *, trained: bool = False) -> Marks:
+        """Ask a model the questions of the built-in corpus, see `Marks.of`; None: the one that is trained."""
         model = trainer.accelerator.unwrap_model(trainer.model if model is None else model)
-        return Marks.of(model, trainer.processing_class, seed=self.args.seed)
+        return Marks.of(model, trainer.processing_class, seed=self.args.seed, trained=trained)
 
     def save(self, trainer: Any) -> None:
         """Write the model and the state of its training."""
@@ -138,9 +138,8 @@ class Recipe:
         if self.mixture is not None:
             self.console.print(mixture_table(self.mixture.report(trainer.rows_taken)))
             history = trainer.state.log_history
-            if any(
-                key.startswith("mixture/") for entry in history for key in entry
-            ):  # a run may end before its first log
+            # A run may end before its first log.
+            if any(key.startswith("mixture/") for entry in history for key in entry):
                 plot_mixture(history, folder / "mixture.png")
         (folder / "results.json").write_text(json.dumps(results, indent=1))
         picture = self.draw(trainer, results["before"], folder / "training_curves.png")

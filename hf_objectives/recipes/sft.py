@@ -31,7 +31,7 @@ class Sft(Recipe):
         "eval_bits_per_byte": "bits per byte",
         "eval_stop_probability": "probability of stopping at a turn's end",
         "eval_exact_match": "exact match, unseen questions",
-        "eval_exact_match_seen": "exact match, seen questions",
+        "eval_exact_match_trained": "exact match, questions of the training split",
         "eval_exact_match_facts": "exact match, facts in other words",
     }
     prepared: Prepared
@@ -84,7 +84,7 @@ class Sft(Recipe):
         """Exact perplexity; of the built-in corpus also the share of right answers."""
         metrics = super().evaluate(trainer)
         if any(is_built_in(path) for path, _ in self.data.places().values()):
-            self.marks = self.examine(trainer)
+            self.marks = self.examine(trainer, trained=True)
             metrics |= {f"eval_{name}": value for name, value in self.marks.figures().items()}
             self.results["exact_match_by_skill"] = self.marks.by_skill()
         return metrics

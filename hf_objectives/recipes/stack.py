@@ -54,6 +54,7 @@ STACK = {
     "student": Stage(sft.main, "stack_sft.yaml", 1000, model=f"{BUILT_IN}:small"),
     "distill": Stage(distill.main, "distill_quickstart.yaml", 300, ("student",)),
 }
+_OF_PPO = 1000  # added to the seed: PPO has prompts of its own
 _TEACHERS = ("ppo", "dpo", "sft", "pretrain")  # of distillation, best first
 
 
@@ -94,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     (args,), _ = parse_config((StackArguments,), argv)
     console, folder = Console(soft_wrap=False), Path(args.output_dir)
     console.width = max(console.width, 120)  # a figure that is cut says nothing
-    exam = demo.exam(EACH, seed=args.seed)
-    console.print(splits_line(args.seed, exam), highlight=False)
+    console.print(splits_line(args.seed), highlight=False)
     rows: list[dict[str, Any]] = []
     for name in (name for name in STACK if name not in args.skip):
         console.rule(name)
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     judge, base = (args.first(names) for names in (("reward",), ("sft", "pretrain")))
     for row in (row for row in rows if row["stage"] != "reward"):
         compared = base if row["stage"] in ("ppo", "dpo") else None
-        row |= measure(folder / row["stage"], judge, compared, exam, seed=args.seed)
+        row |= measure(folder / row["stage"], judge, compared, seed=args.seed)
     (folder / "results.json").write_text(json.dumps(rows, indent=1))
     lines = [(row["stage"], *(figure(row.get(key)) for key in COLUMNS)) for row in rows]
     console.print(table("Held out, after each stage", ("stage", *COLUMNS.values()), lines))
@@ -120,14 +120,19 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def splits_line(seed: int, exam: Sequence[demo.Question]) -> str:
-    """How many questions are trained and asked; none of them is in both."""
+def splits_line(seed: int) -> str:
+    """How many questions the stages may be trained on and how many are asked; none of them is in both."""
     talks = [row["messages"] for row in demo.chats(30_000, seed=seed)]
-    talks += [row["prompt"] for row in demo.preferences(16_000, seed=seed)]
+    for start in (seed, seed + _OF_PPO):
+        talks += [row["prompt"] for row in demo.preferences(16_000, seed=start)]
     trained = {message["content"] for talk in talks for message in talk if message["role"] == "user"}
-    asked = {question.question for question in exam}
-    assert not trained & asked
-    return f"{len(trained):,} distinct questions to train on, {len(asked):,} to be examined in, none in both"
+    lines = {line for row in demo.texts(30_000, seed=seed) for line in row["text"].splitlines()}
+    asked = {question.question for question in demo.exam(EACH, seed=seed)}
+    assert not (trained | lines) & asked
+    return (
+        f"{len(trained):,} distinct questions in chats and pairs, {len(lines):,} lines of text, {len(asked):,} questions of "
+        "the exam: none of them was trained"
+    )
 
 
 def arguments(name: str, args: StackArguments) -> list[str]:
@@ -139,8 +144,7 @@ def arguments(name: str, args: StackArguments) -> list[str]:
         "output_dir": Path(args.output_dir) / name,
         stage.unit: max(1, round(stage.length * args.length)),
         "eval_strategy": "no",
-        # Questions of its own: those that fine-tuning asked are known by heart. Pairs have a stream apart.
-        "seed": args.seed + 1000 * (name == "ppo"),
+        "seed": args.seed + _OF_PPO * (name == "ppo"),
     }
     if name == "distill":
         given["teacher_model_name_or_path"] = args.first(_TEACHERS)

@@ -20,7 +20,7 @@ COLUMNS = {
     "texts": "text ppl",
     "chats": "chat ppl",
     "exact_match": "exact",
-    "exact_match_seen": "seen",
+    "exact_match_trained": "trained",
     "exact_match_facts": "facts",
     "accuracy": "pairs",
     "reward": "reward",
@@ -38,9 +38,7 @@ _PANELS = {
 }
 
 
-def measure(
-    policy: Path, judge: str | None, base: str | None, exam: Sequence[demo.Question], *, seed: int
-) -> dict[str, Any]:
+def measure(policy: Path, judge: str | None, base: str | None, *, seed: int) -> dict[str, Any]:
     """Held-out figures of a checkpoint: perplexity of `texts` and `chats`, those of `Marks` (greedy), `by_skill`, the mean
     `reward` that a judge gives its sampled answers, and `kl` to the base in nats per answer.
     """
@@ -48,11 +46,13 @@ def measure(
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     held_out = {"texts": demo.texts(400, split="test"), "chats": demo.chats(400, split="test")}
     perplexities = LanguageModelEvaluation(held_out, tokenizer, max_length=None, batch_size=16).measure(model)
-    marks = Marks.of(model, tokenizer, seed=seed, each=EACH)
+    marks = Marks.of(model, tokenizer, seed=seed, each=EACH, trained=True)
     row: dict[str, Any] = {name: perplexities[f"eval_{name}_perplexity"] for name in held_out}
     row |= {**marks.figures(), "by_skill": marks.by_skill()}
     set_seed(seed)
-    prompts = [[{"role": "user", "content": question.question}] for question in exam if not question.expression]
+    prompts = [
+        [{"role": "user", "content": question.question}] for question, _ in marks.unseen if not question.expression
+    ]
     ids, mask, answered = sample(model, tokenizer, prompts)
     if judge is not None:
         said = torch.where(answered.bool(), ids, tokenizer.pad_token_id)

@@ -97,6 +97,11 @@ def test_preferences_and_reward():
     assert demo.answer_reward(prompts[:1], [f" {answers[0]} "], answers[:1]) == [1.0]
 
 
+def test_pairs_are_of_skills_that_can_be_worked_out():
+    skills = {row["skill"] for row in demo.preferences(400)}
+    assert skills == {*demo.SKILLS} - {*demo.HARD, *demo.FACTS, "multiplication"}
+
+
 def test_write(tmp_path):
     folder = demo.write(tmp_path, n=20, n_test=5)
     lines = (folder / "chats_test.jsonl").read_text().splitlines()

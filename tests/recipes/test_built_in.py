@@ -6,7 +6,7 @@ import pytest
 
 from hf_objectives import demo
 from hf_objectives.errors import ConfigError
-from hf_objectives.recipes.built_in import Marks, built_in_rows, is_built_in, is_right
+from hf_objectives.recipes.built_in import Marks, built_in_rows, is_built_in, is_right, pair_rows
 
 
 def test_names():
@@ -17,6 +17,13 @@ def test_names():
         is_built_in("builtin:text")
     assert built_in_rows("builtin", 5, seed=1) == demo.chats(5, seed=1)
     assert built_in_rows("builtin:texts", 5, split="test") == demo.texts(5, split="test")
+
+
+def test_pairs_have_one_name():
+    train, held_out = pair_rows("builtin", (20, 10), seed=1, skills=["dates"])
+    assert [row["row"] for row in train] == [*range(20)] and {row["skill"] for row in train + held_out} == {"dates"}
+    with pytest.raises(ConfigError, match="'builtin:careless', which has no pairs and no prompts of its own"):
+        pair_rows("builtin:careless", (1, 1), seed=0)
 
 
 def test_an_annotator_is_careless_in_training_alone():
@@ -35,7 +42,8 @@ def test_marks():
     marks = Marks(unseen, [(question(skill), "12") for skill in ("sorting", "dates", "multiplication")])
     assert [is_right(*answer) for answer in unseen] == [True, False, True, True, False]
     figures = marks.figures()
-    assert figures["exact_match"] == 0.5 and figures["exact_match_facts"] == 1 and figures["exact_match_seen"] == 1
+    assert figures["exact_match"] == 0.5 and figures["exact_match_facts"] == 1 and figures["exact_match_trained"] == 1
+    assert "exact_match_trained" not in Marks(unseen).figures() and "trained" not in Marks(unseen).by_skill()["sorting"]
     # Wilson's interval of 2 in 4 by its formula: (0.5 + z2/8 +- z sqrt(1/16 + z2/64)) / (1 + z2/4), z2 = 3.8415
     assert figures["exact_match_low"] == pytest.approx(0.1500, abs=1e-4)
     assert figures["exact_match_high"] == pytest.approx(0.8500, abs=1e-4)

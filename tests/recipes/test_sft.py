@@ -66,6 +66,15 @@ def test_from_files_to_a_model(corpus, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_mixture_that_ends_before_its_first_log_keeps_its_results(corpus, tmp_path):
+    sources = {"chats": {"path": str(corpus / "chats.jsonl"), "weight": 1}}
+    more = ("--sources", json.dumps(sources), "--max_steps", "1", "--logging_steps", "25", "--save_strategy", "no")
+    main(arguments(corpus, tmp_path / "run", *more))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["mixture"]
+    assert not (tmp_path / "run" / "mixture.png").exists()
+
+
+@pytest.mark.slow
 def test_resume_is_the_uninterrupted_run(corpus, tmp_path):
     saving = ("--save_strategy", "steps", "--save_steps", "2")
     main(arguments(corpus, tmp_path / "run", *saving))

@@ -57,12 +57,17 @@ def test_bad_settings(given, message):
         StackArguments(**given)
 
 
-def test_training_and_examination_share_no_question():
-    line = splits_line(0, demo.exam(3))
-    assert line.endswith("39 to be examined in, none in both")
-    asked = demo.chats(1)[0]["messages"][0]["content"]
+@pytest.mark.slow
+@pytest.mark.parametrize("leak", ["chats", "texts", "preferences"])
+def test_a_question_of_the_exam_that_is_trained_is_found(monkeypatch, leak):
+    few_built_in(monkeypatch, 300)
+    assert splits_line(0).endswith("questions of the exam: none of them was trained")
+    row = getattr(demo, leak)(300)[-1]
+    words = {"chats": lambda: row["messages"][-2]["content"], "texts": lambda: row["text"].splitlines()[0]}
+    trained = demo.Question("sorting", words.get(leak, lambda: row["prompt"][0]["content"])(), "", "")
+    monkeypatch.setattr(demo, "exam", lambda each, *, seed: [trained])
     with pytest.raises(AssertionError):
-        splits_line(0, [demo.Question("sorting", asked, "", "")])
+        splits_line(0)
 
 
 @pytest.mark.long
