@@ -8,4 +8,4 @@ COPY hf_objectives hf_objectives
 COPY recipes recipes
 RUN pip install --no-cache-dir torch -c constraints.txt \
     && pip install --no-cache-dir '.[trackio]' -c constraints.txt
-CMD ["accelerate", "launch", "--num_processes", "1", "recipes/sft.py", "--config", "recipes/configs/quickstart.yaml"]
+CMD ["accelerate", "launch", "--num_processes", "1", "recipes/sft.py", "--config", "quickstart"]

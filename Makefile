@@ -21,7 +21,7 @@ install: $(STAMP)  ## make the environment in .venv and install into it
 
 quickstart: $(STAMP)  ## fine-tune a tiny model on the built-in corpus (two CPU cores, three minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		recipes/sft.py --config recipes/configs/quickstart.yaml
+		recipes/sft.py --config quickstart
 
 test: $(STAMP)  ## run the tests but for the long ones, in two processes (eleven minutes on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"

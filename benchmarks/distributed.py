@@ -4,7 +4,7 @@
 
 Each run takes twenty steps of sixteen rows on a tiny model, in float32 on CPUs (gloo). A process that takes the sixteen
 rows in one batch gives the figures that all others must give: loss and gradient norm of each step, and an evaluation before
-and after. Each launch is one of torchrun, or of accelerate with the files of recipes/accelerate.
+and after. Each launch is one of torchrun, or of accelerate with the files of hf_objectives/recipes/accelerate.
 """
 
 from __future__ import annotations

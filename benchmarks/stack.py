@@ -36,7 +36,7 @@ def run_rloo(folder: Path, seed: int) -> dict[str, Any]:
     """RLOO from the fine-tuned model of a run, on as many answers as PPO has; its figures as a row."""
     out = folder / "rloo"
     if not (out / "results.json").exists():
-        words = ["--config", ROOT / "recipes/configs/ppo_quickstart.yaml", "--algorithm", "rloo"]
+        words = ["--config", "ppo_quickstart", "--algorithm", "rloo"]
         words += ["--num_generations", 4, "--model_name_or_path", folder / "sft", "--output_dir", out]
         words += ["--seed", seed + 1000, "--eval_strategy", "no"]
         with (folder / "rloo.log").open("w") as log:

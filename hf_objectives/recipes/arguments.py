@@ -17,6 +17,7 @@ from hf_objectives.types import check_keys, parse_json, parse_yaml
 BUILT_IN = "builtin"  # the name of the built-in model, tokenizer and data
 MIXTURE_KEYS = ("weight", "max_epochs")  # keys of a source that change no row
 COMMAND_LINE, DEFAULT = "command line", "default"
+CONFIGS = Path(__file__).parent / "configs"  # shipped with the package
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ def parse_config(
         from transformers import HfArgumentParser  # takes seconds to import
 
         parser = HfArgumentParser(list(classes))  # type: ignore[arg-type]
-    values = _read_yaml(config) if config else {}
+    values = _read_yaml(find_config(config)) if config else {}
     known = {action.dest for action in parser._actions} - {"help"}
     for key in values:
         if key not in known:
@@ -78,7 +79,7 @@ def parse_config(
         raise ConfigError(str(error)) from error
     origin = {
         **{f.name: DEFAULT for cls in classes for f in fields(cls)},
-        **dict.fromkeys(values, Path(config or "").name),
+        **dict.fromkeys(values, find_config(config).name if config else ""),
         **dict.fromkeys(typed, COMMAND_LINE),
     }
     return built, origin
@@ -95,9 +96,25 @@ def _options_of(words: Sequence[str], parser: ArgumentParser) -> set[str]:
     return typed
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def find_config(name: str, folder: Path = CONFIGS) -> Path:
+    """The YAML file of that path, or the one of that name that is shipped in `folder`.
+
+    Raises:
+        ConfigError: there is none; names those that are shipped.
+    """
+    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if Path(name).is_file() or name not in shipped:
+        if not Path(name).exists():
+            raise ConfigError(
+                f"cannot read the config {name}: no such file; shipped are {', '.join(shipped)}{nearest(name, shipped)}"
+            )
+        return Path(name)
+    return shipped[name]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Distil a teacher into a student, on the student's own answers, and report before and after.
 
-    accelerate launch recipes/distill.py --config recipes/configs/distill_quickstart.yaml --model_name_or_path runs/student
+    accelerate launch recipes/distill.py --config distill_quickstart --model_name_or_path runs/student
     accelerate launch recipes/distill.py --model_name_or_path path/or/id --teacher_model_name_or_path path/or/id \\
         --dataset_name chats.jsonl --lmbda 0.5 --output_dir runs/mine
 """

@@ -1,7 +1,7 @@
 """Align a chat model with preference pairs by DPO, and report what it gained and what it cost the language model.
 
-    accelerate launch recipes/dpo.py --config recipes/configs/dpo_quickstart.yaml --model_name_or_path runs/quickstart
-    accelerate launch recipes/dpo.py --config recipes/configs/smollm2_dpo.yaml \\
+    accelerate launch recipes/dpo.py --config dpo_quickstart --model_name_or_path runs/quickstart
+    accelerate launch recipes/dpo.py --config smollm2_dpo \\
         --model_name_or_path path/or/id --dataset_name pairs.jsonl --output_dir runs/mine
 """
 

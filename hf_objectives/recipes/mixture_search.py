@@ -3,7 +3,7 @@
 Train a small proxy model on many mixtures, fit how each evaluation loss depends on the weights, recommend the best weights,
 and train them beside the natural ones to check the recommendation.
 
-    python recipes/mixture_search.py --config recipes/configs/mixture_search_quickstart.yaml
+    python recipes/mixture_search.py --config mixture_search_quickstart
 
 A second run trains only what is missing. `--engine ray` sends the same trials through Ray Tune.
 """

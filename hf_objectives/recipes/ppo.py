@@ -1,7 +1,7 @@
 """Train a policy by reward with PPO, or with TRL's RLOO or GRPO from the same config, and report before and after.
 
-    accelerate launch recipes/ppo.py --config recipes/configs/ppo_quickstart.yaml --model_name_or_path runs/quickstart
-    accelerate launch recipes/ppo.py --config recipes/configs/ppo_quickstart.yaml --algorithm rloo ...
+    accelerate launch recipes/ppo.py --config ppo_quickstart --model_name_or_path runs/quickstart
+    accelerate launch recipes/ppo.py --config ppo_quickstart --algorithm rloo ...
     accelerate launch recipes/ppo.py --model_name_or_path path/or/id --dataset_name prompts.jsonl \\
         --reward_funcs rewards.py:my_reward runs/reward --reward_weights 1.0 0.5 --output_dir runs/mine
 """

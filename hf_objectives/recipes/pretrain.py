@@ -1,6 +1,6 @@
 """Pretrain a language model, from random weights or further, and report bits per byte and perplexity per source.
 
-    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain_quickstart.yaml
+    accelerate launch recipes/pretrain.py --config pretrain_quickstart
     accelerate launch recipes/pretrain.py --prepared corpus --model_name_or_path path/or/id --max_tokens 1_000_000_000 \\
         --lr_scheduler_type warmup_stable_decay --output_dir runs/further
 """

@@ -1,7 +1,7 @@
 """Train a reward model on preference pairs, and report how far it can be believed before and after.
 
-    accelerate launch recipes/reward.py --config recipes/configs/reward_quickstart.yaml --model_name_or_path runs/quickstart
-    accelerate launch recipes/reward.py --config recipes/configs/smollm2_reward.yaml \\
+    accelerate launch recipes/reward.py --config reward_quickstart --model_name_or_path runs/quickstart
+    accelerate launch recipes/reward.py --config smollm2_reward \\
         --model_name_or_path path/or/id --dataset_name pairs.jsonl --output_dir runs/mine
 """
 

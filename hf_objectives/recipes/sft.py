@@ -1,7 +1,7 @@
 """Fine-tune a chat model on what it has to produce, and report exact perplexity before and after.
 
-    accelerate launch recipes/sft.py --config recipes/configs/quickstart.yaml
-    accelerate launch recipes/sft.py --config recipes/configs/smollm2_lora.yaml \\
+    accelerate launch recipes/sft.py --config quickstart
+    accelerate launch recipes/sft.py --config smollm2_lora \\
         --model_name_or_path path/or/id --dataset_name chats.jsonl --output_dir runs/mine
 """
 

@@ -29,7 +29,7 @@ from hf_objectives.recipes.preview import figure, table
 from hf_objectives.recipes.stack_figures import COLUMNS, EACH, draw, measure, missed, pair_figures, tokens_of
 from hf_objectives.types import check_one_of, option
 
-CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"  # of a checkout
+CONFIGS = Path(__file__).parent / "configs"
 
 
 class Stage(NamedTuple):
@@ -71,7 +71,7 @@ class StackArguments:
 
     def __post_init__(self) -> None:
         if not Path(self.configs).is_dir():
-            raise ConfigError(f"configs: no folder {self.configs}; give that of the repository, recipes/configs")
+            raise ConfigError(f"configs: no folder {self.configs}; expected one with the configs of the stages")
         for name in self.skip:
             check_one_of("skip", name, STACK)
         if "student" in self.skip or not {*_TEACHERS} - {*self.skip}:

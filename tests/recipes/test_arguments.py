@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes import dpo, mixture_search, ppo, pretrain, reward, sft
-from hf_objectives.recipes.arguments import parse_config
+from hf_objectives.recipes.arguments import find_config, parse_config
 from hf_objectives.trainers import PerplexityTrainingArguments
 
 
@@ -70,3 +71,15 @@ def test_a_missing_config_is_named(tmp_path):
         parse_config((Data,), ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(ConfigError, match="--config needs"):
         parse_config((Data,), ["--config"])
+
+
+def test_a_config_is_a_file_or_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = find_config("quickstart")
+    assert shipped.is_file() and shipped.name == "quickstart.yaml"
+    Path("quickstart").mkdir()  # a folder is no config
+    assert find_config("quickstart") == shipped
+    Path("mine.yaml").write_text("seed: 1")
+    assert find_config("mine.yaml") == Path("mine.yaml")
+    with pytest.raises(ConfigError, match=r"no such file; shipped are .*; did you mean 'quickstart'"):
+        find_config("quikstart")

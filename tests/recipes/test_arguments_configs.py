@@ -15,7 +15,7 @@ from hf_objectives.recipes.pretrain import Pretrain
 from hf_objectives.recipes.reward import Reward
 from hf_objectives.recipes.sft import Sft
 
-CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "hf_objectives" / "recipes" / "configs").glob("*.yaml"))
 RECIPES = {
     "distill": Distill.arguments,
     "dpo": Dpo.arguments,

@@ -108,7 +108,7 @@ def test_built_in_pairs_from_a_config(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "preferences", few)
     words = "--model_name_or_path builtin --max_steps 1 --eval_strategy no --lm_datasets".split()
-    config = ["--config", str(ROOT / "recipes/configs/dpo_quickstart.yaml"), "--output_dir", str(tmp_path / "run")]
+    config = ["--config", "dpo_quickstart", "--output_dir", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", ["dpo.py", *config, *words, ""])
     runpy.run_path(str(ROOT / "recipes/dpo.py"), run_name="__main__")
     assert asked == [(8_000, "train"), (500, "test")]

@@ -121,7 +121,7 @@ def two_hosts(clusters: Clusters, ranks: int = 4) -> Iterator[Outcome]:
     yield from clusters.compare("torchrun on two hosts", runs, ranks, hosts=2)
 
 
-#: The files of recipes/accelerate that can run on a CPU, with the options that a machine of two processes changes.
+#: The files of hf_objectives/recipes/accelerate that run on a CPU, with the options that a machine of two processes changes.
 FILES: dict[str, tuple[str, ...]] = {
     "cpu": (),
     "ddp": ("--num_processes=2", "--mixed_precision=no", "--main_process_port={port}"),
@@ -134,9 +134,9 @@ FILES: dict[str, tuple[str, ...]] = {
 
 
 def from_files(clusters: Clusters) -> Iterator[Outcome]:
-    """`accelerate launch` with the files of recipes/accelerate."""
+    """`accelerate launch` with the files of hf_objectives/recipes/accelerate."""
     for name, changed in FILES.items():
-        file = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+        file = str(ROOT / "hf_objectives" / "recipes" / "accelerate" / f"{name}.yaml")
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *changed]
         runs, hosts = clusters.runs(few=True, sharded=name == "fsdp2"), 2 if name == "multi_node" else 1
         yield from clusters.compare(
