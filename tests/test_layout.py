@@ -136,7 +136,7 @@ def test_public_things_are_documented(path):
 @pytest.mark.parametrize("room", [room for room in ROOMS if (PACKAGE / room).is_dir()])
 def test_tests_mirror_the_package(room):
     """`labels/chat.py` has `tests/labels/test_chat.py` or `test_chat_<aspect>.py`; a room as a whole `test_<room>.py`."""
-    modules = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    modules = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__", "__main__"}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / room).glob("test_*.py")}
     untested = {m for m in modules if not any(test == m or test.startswith(f"{m}_") for test in tests)}
     assert not untested, f"no test file in tests/{room} for {', '.join(sorted(untested))}"

@@ -9,6 +9,7 @@ from hf_objectives import import_on_use
 if TYPE_CHECKING:
     from hf_objectives.recipes.arguments import (
         BUILT_IN,  # The name that stands for the built-in model, tokenizer and data
+        LAUNCHED,  # The environment variable that names the YAML keys of a launch
         EncodingArguments,  # The options under which rows are encoded, as options of a program
         named_sources,  # Read the sources by name from `sources` (JSON) or `dataset_name`
         parse_config,  # Parse a YAML file and the command line over it into dataclasses
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from hf_objectives.recipes.built_in import (
         built_in_rows,  # Make rows of the built-in corpus by its name
         is_built_in,  # Whether a path is a name of the built-in corpus
+    )
+    from hf_objectives.recipes.config_files import (
+        CONFIGS,  # The folder of the shipped configs
+        LAUNCH_CONFIGS,  # The folder of the shipped configs of accelerate launch
+        ConfigFile,  # A YAML file of options, with the line of each key
+        find_config,  # Find a YAML file by its path, or a shipped one by its name
     )
     from hf_objectives.recipes.models import (
         load_tokenizer,  # Load the built-in tokenizer, or that of a folder or a Hub id

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, get_type_hints
+
+import yaml
 
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
 from hf_objectives.labels import EncodingConfig
-from hf_objectives.types import check_keys, parse_json, parse_yaml
+from hf_objectives.recipes.config_files import ConfigFile, find_config, option_value
+from hf_objectives.types import check_keys, parse_json
 
 BUILT_IN = "builtin"  # the name of the built-in model, tokenizer and data
 MIXTURE_KEYS = ("weight", "max_epochs")  # keys of a source that change no row
 COMMAND_LINE, DEFAULT = "command line", "default"
-CONFIGS = Path(__file__).parent / "configs"  # shipped with the package
+LAUNCHED = "HF_OBJECTIVES_LAUNCH_KEYS"  # names the keys of the YAML that started the launch, where one did
+SYNONYMS: dict[str, str] = {}
 
 
 @dataclass(kw_only=True)
@@ -37,6 +41,8 @@ def parse_config(
 ) -> tuple[list[Any], dict[str, str]]:
     """Parse `--config file.yaml` and the options after it into dataclasses.
 
+    `--config` takes the name of a shipped config too. `--print_config` prints what was given as YAML and ends the program.
+
     Args:
         classes: dataclasses; their fields are the known keys.
         argv: the arguments; None for those of the program.
@@ -46,28 +52,28 @@ def parse_config(
         One instance per class, and the origin of each value: "command line", the name of the YAML file, or "default".
 
     Raises:
-        ConfigError: a YAML file that cannot be read, an unknown key or option (with the nearest known one), or a value
-            that a dataclass refuses.
+        ConfigError: a YAML file that cannot be read; every unknown key and option (each with the nearest known one) and
+            every value of another type, with file and line; or a value that a dataclass refuses.
     """
     before = ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config", nargs="?", const="")
+    before.add_argument("--print_config", "--print-config", action="store_true")
     found, words = before.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if (config := found.config) == "":
-        raise ConfigError("--config needs the path of a YAML file")
+    if found.config == "":
+        raise ConfigError("--config needs the path of a YAML file, or the name of a shipped one")
     if parser is None:
         from transformers import HfArgumentParser  # takes seconds to import
 
-        parser = HfArgumentParser(list(classes))  # type: ignore[arg-type]
-    values = _read_yaml(find_config(config)) if config else {}
-    known = {action.dest for action in parser._actions} - {"help"}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{config}: unknown key {key!r}{nearest(key, known)}")
-    # A mapping becomes JSON text, as on the command line. `1e-4`, which YAML reads as text, is parsed as a default.
-    parser.set_defaults(**{key: json.dumps(v) if isinstance(v, dict) else v for key, v in values.items()})
+        parser = HfArgumentParser(list(classes), allow_abbrev=False)  # type: ignore[arg-type]
+    parser.error = _refuse  # type: ignore[method-assign]
+    file = ConfigFile.read(find_config(found.config)) if found.config else None
+    options, problems = _words(words, parser)
+    values = _values(file, classes, parser, problems) if file else {}
+    if problems:
+        raise ConfigError("; ".join(problems))
+    parser.set_defaults(**values)
     for action in parser._actions:
         action.required = action.required and action.dest not in values
-    typed = _options_of(words, parser)
     parsed, left = parser.parse_known_args(words)
     if left:
         raise ConfigError(f"unexpected argument {left[0]!r}; expected --option value")
@@ -79,49 +85,67 @@ def parse_config(
         raise ConfigError(str(error)) from error
     origin = {
         **{f.name: DEFAULT for cls in classes for f in fields(cls)},
-        **dict.fromkeys(values, find_config(config).name if config else ""),
-        **dict.fromkeys(typed, COMMAND_LINE),
+        **dict.fromkeys(values, file.path.name if file else ""),
+        **dict.fromkeys(options, COMMAND_LINE),
     }
+    if found.print_config:
+        print(_given(file, parsed, origin), end="")
+        sys.exit()
     return built, origin
 
 
-def _options_of(words: Sequence[str], parser: ArgumentParser) -> set[str]:
-    """The names of the values that a command line sets; an unknown option is an error."""
+def _refuse(message: str) -> NoReturn:
+    """What a parser does with an argument that it cannot take: an error of ours in place of usage lines of a page."""
+    raise ConfigError(message)
+
+
+def _words(words: Sequence[str], parser: ArgumentParser) -> tuple[set[str], list[str]]:
+    """The names of the values that a command line sets, and what is wrong with its options."""
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
-    typed = set()
+    given, problems = set(), []
     for option in (word.split("=", 1)[0] for word in words if word.startswith("--")):
-        if option not in names:
-            raise ConfigError(f"unknown option {option}{nearest(option, [n for n in names if n.startswith('--')])}")
-        typed.add(names[option])
-    return typed
+        if option in names:
+            given.add(names[option])
+        else:
+            problems.append(f"unknown option {option}{_suggest(option, names)}")
+    return given, problems
 
 
-def find_config(name: str, folder: Path = CONFIGS) -> Path:
-    """The YAML file of that path, or the one of that name that is shipped in `folder`.
-
-    Raises:
-        ConfigError: there is none; names those that are shipped.
-    """
-    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    if Path(name).is_file() or name not in shipped:
-        if not Path(name).exists():
-            raise ConfigError(
-                f"cannot read the config {name}: no such file; shipped are {', '.join(shipped)}{nearest(name, shipped)}"
-            )
-        return Path(name)
-    return shipped[name]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}; expected keys and values")
+def _values(file: ConfigFile, classes: Sequence[type], parser: ArgumentParser, problems: list[str]) -> dict[str, Any]:
+    """The values of a YAML file as the parser takes them; what is wrong with it is added to `problems`."""
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    done, values = os.environ.get(LAUNCHED, "").split(","), {}
+    for key, value in file.values.items():
+        if key not in actions and key in done:
+            continue
+        if key not in actions:
+            problems.append(f"{file.place(key)}: unknown key {key!r}{_suggest(key, actions)}")
+            continue
+        try:
+            values[key] = option_value(value, hints[key], actions[key])
+        except ValueError as error:
+            problems.append(f"{file.place(key)}: {key} is {value!r}; {error}")
     return values
+
+
+def _suggest(word: str, known: Collection[str]) -> str:
+    """What may have been meant by an unknown key or option: a synonym of other tools before the nearest spelling."""
+    key = word.removeprefix("--").replace("-", "_")
+    other = SYNONYMS.get(key)
+    if other is not None and {other, f"--{other}"} & {*known}:
+        return f"; here it is {other!r}"
+    return nearest(word, [name for name in known if name.startswith("--") == word.startswith("--")])
+
+
+def _given(file: ConfigFile | None, parsed: Namespace, origin: Mapping[str, str]) -> str:
+    """What was given, as the YAML that gives it again."""
+    given = {key: source for key, source in origin.items() if source != DEFAULT}
+    values = {
+        key: file.values[key] if file and source != COMMAND_LINE else getattr(parsed, key)
+        for key, source in given.items()
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def read_mapping(name: str, text: str) -> dict[str, Any]:

@@ -25,11 +25,10 @@ from hf_objectives import demo
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes import distill, dpo, ppo, pretrain, reward, sft
 from hf_objectives.recipes.arguments import BUILT_IN, parse_config
+from hf_objectives.recipes.config_files import CONFIGS
 from hf_objectives.recipes.preview import figure, table
 from hf_objectives.recipes.stack_figures import COLUMNS, EACH, draw, measure, missed, pair_figures, tokens_of
 from hf_objectives.types import check_one_of, option
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 class Stage(NamedTuple):
@@ -67,10 +66,10 @@ class StackArguments:
     length: float = option(1.0, "Length of every stage, as a share of its usual steps.")
     seed: int = option(0, "Seed of every stage.")
     check: bool = option(False, "End with an error where a stage falls short of its bar.")
-    configs: str = option(str(CONFIGS), "Folder with the configs of the stages.")
+    configs: str | None = option(None, "Folder with the configs of the stages; by default the shipped ones.")
 
     def __post_init__(self) -> None:
-        if not Path(self.configs).is_dir():
+        if self.configs and not Path(self.configs).is_dir():
             raise ConfigError(f"configs: no folder {self.configs}; expected one with the configs of the stages")
         for name in self.skip:
             check_one_of("skip", name, STACK)
@@ -86,13 +85,16 @@ class StackArguments:
         return next((str(Path(self.output_dir) / name) for name in names if name not in self.skip), None)
 
 
+CLASSES = (StackArguments,)
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the stack; returns the rows of the table.
 
     Raises:
         ConfigError: with `check`, a stage that falls short of its bar.
     """
-    (args,), _ = parse_config((StackArguments,), argv)
+    (args,), _ = parse_config(CLASSES, argv)
     console, folder = Console(soft_wrap=False), Path(args.output_dir)
     console.width = max(console.width, 120)  # a figure that is cut says nothing
     console.print(splits_line(args.seed), highlight=False)
@@ -139,7 +141,7 @@ def arguments(name: str, args: StackArguments) -> list[str]:
     """The command line of a stage."""
     stage = STACK[name]
     given: dict[str, Any] = {
-        "config": Path(args.configs) / stage.config,
+        "config": Path(args.configs or CONFIGS) / stage.config,
         "model_name_or_path": args.first(stage.after) or stage.model,
         "output_dir": Path(args.output_dir) / name,
         stage.unit: max(1, round(stage.length * args.length)),

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_objectives.cli.main import RECIPES, main
+from hf_objectives import __version__
+from hf_objectives.cli.main import main
 from hf_objectives.cli.options import COMMANDS
+from hf_objectives.cli.recipe_options import read_table
 
+RECIPES = [*read_table()["recipes"]]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "trl", "accelerate")
 
 
@@ -38,12 +41,14 @@ def test_errors_are_one_line(words, message, refused):
 def test_help(capsys):
     main([])
     said = capsys.readouterr().out
-    assert "hf-objectives prepare --config" in said and ",".join((*COMMANDS, *RECIPES)) in said
+    assert all(f"    {name.replace('_', '-')}" in said for name in (*COMMANDS, *RECIPES, "completion"))
+    main(["--version"])
+    assert capsys.readouterr().out == f"hf-objectives {__version__}\n"
 
 
 def test_every_recipe_is_a_command():
     programs = {path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.py")}
-    assert programs == set(RECIPES)
+    assert programs == {*RECIPES}
 
 
 def test_help_imports_nothing_heavy():
@@ -51,7 +56,7 @@ def test_help_imports_nothing_heavy():
     program = f"""
 import contextlib, sys
 from hf_objectives.cli import main
-for words in (["--help"], *([command, "--help"] for command in {list(COMMANDS)})):
+for words in (["--help"], *([command, "--help"] for command in {[*COMMANDS, *RECIPES]})):
     with contextlib.suppress(SystemExit):
         main(words)
 print("heavy:", [name for name in {HEAVY} if name in sys.modules])
@@ -59,6 +64,7 @@ print("heavy:", [name for name in {HEAVY} if name in sys.modules])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "heavy: []", done.stdout[-500:] + done.stderr
     assert all(f"usage: hf-objectives {command} " in done.stdout for command in COMMANDS)
+    assert all(f"usage: hf-objectives {name.replace('_', '-')} " in done.stdout for name in RECIPES)
 
 
 def test_the_package_is_a_program():

@@ -124,7 +124,7 @@ def two_hosts(clusters: Clusters, ranks: int = 4) -> Iterator[Outcome]:
 #: The files of hf_objectives/recipes/accelerate that run on a CPU, with the options that a machine of two processes changes.
 FILES: dict[str, tuple[str, ...]] = {
     "cpu": (),
-    "ddp": ("--num_processes=2", "--mixed_precision=no", "--main_process_port={port}"),
+    "multi_gpu": ("--num_processes=2", "--mixed_precision=no", "--main_process_port={port}"),
     "fsdp2": ("--num_processes=2", "--mixed_precision=no", "--main_process_port={port}"),
     "multi_node": (
         *("--num_processes=2", "--mixed_precision=no", "--machine_rank={host}"),

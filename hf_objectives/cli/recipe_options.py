@@ -1,0 +1,64 @@
+"""The options of the recipes from a table, so that `--help` and completion need no import of transformers.
+
+`python -m hf_objectives.cli.option_table` writes the table; a test holds it to the live dataclasses.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, HelpFormatter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("recipe_options.json")
+
+
+@cache
+def read_table() -> dict[str, Any]:
+    """The table: what each recipe does, which classes its options come from, and the options of each class."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def groups_of(recipe: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """The options of a recipe in groups: a title, and the options by name."""
+    classes = read_table()["classes"]
+    found = []
+    for name, title in read_table()["recipes"][recipe]["classes"].items():
+        own = classes[name]["options"]
+        found.append((title, own))
+        if base := classes[name].get("base"):
+            inherited = {key: option for key, option in classes[base]["options"].items() if key not in own}
+            found.append(("The training, options of transformers.TrainingArguments", inherited))
+    return found
+
+
+def recipe_keys(recipe: str) -> set[str]:
+    """The names of a recipe's options."""
+    return {name for _, options in groups_of(recipe) for name in options}
+
+
+def make_recipe_parser(recipe: str) -> ArgumentParser:
+    """A parser for `--help` and for completion; the recipe itself parses by its dataclasses."""
+    command = recipe.replace("_", "-")
+    parser = ArgumentParser(
+        f"hf-objectives {command}",
+        usage=f"hf-objectives {command} [--config FILE or NAME] [--option value ...] [options of accelerate launch]",
+        description=read_table()["recipes"][recipe]["doc"],
+        epilog="Options of accelerate launch (--num_processes 8, --config_file fsdp2 ...) start the recipe through it.",
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=32),
+        allow_abbrev=False,
+    )
+    first = parser.add_argument_group("Where options come from")
+    first.add_argument(
+        "--config", metavar="FILE", help="YAML file, or the name of a shipped one; options come before it."
+    )
+    first.add_argument("--print_config", action="store_true", help="Print what was given as YAML, and end.")
+    for title, options in groups_of(recipe):
+        group = parser.add_argument_group(title)
+        for name, given in options.items():
+            text = given["help"] + ("" if given["default"] is None else f" (default: {given['default']})")
+            choices = given.get("choices")
+            metavar = None if choices and len(choices) < 9 else "VALUE"
+            group.add_argument(f"--{name}", help=text.replace("%", "%%"), choices=choices, metavar=metavar)
+    return parser
