@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 from rich.console import Console
@@ -15,7 +17,7 @@ from transformers import AutoTokenizer
 from hf_objectives.cli.options import MixtureOptions, PrepareOptions, RowsOptions
 from hf_objectives.diagnostics import plot_mixture, read_curves, report_of_log
 from hf_objectives.inspection import visible
-from hf_objectives.mixture import build_mixture
+from hf_objectives.mixture import MixtureReport, build_mixture
 from hf_objectives.preparation import prepare_corpus
 from hf_objectives.recipes import mixture_table, read_template, rows_of_step
 
@@ -27,18 +29,22 @@ def prepare(options: PrepareOptions) -> None:
     settings = replace(options, chat_template=read_template(options.chat_template))
     tokenizer, folder = AutoTokenizer.from_pretrained(options.tokenizer), str(options.output_dir)
     manifest = prepare_corpus(options.named_sources(), tokenizer, folder, settings, overwrite=options.overwrite)
+    if options.json:
+        print(
+            json.dumps({"folder": folder, "ledgers": {k: v.to_dict() for k, v in manifest.ledgers.items()}}, indent=1)
+        )
+        return
     print("\n".join(manifest.lines()))
     print(f"load_prepared({folder!r}) or load_dataset({options.file_format!r}, data_dir={folder!r})")
 
 
 def mixture(options: MixtureOptions) -> None:
     """Say what a mixture will give, or has given, and draw it."""
-    console = Console()
     if options.run is not None:
         curves = read_curves(options.run)
-        console.print(mixture_table(report_of_log(curves)))
+        _show(report_of_log(curves), [], options)
         if options.plot:
-            print(plot_mixture(curves, options.plot))
+            _say(str(plot_mixture(curves, options.plot)), options)
         return
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
     made = build_mixture(options.mixture, tokenizer=tokenizer, seed=options.seed)  # type: ignore[arg-type]
@@ -47,11 +53,24 @@ def mixture(options: MixtureOptions) -> None:
         first, tokens = made.first_rows()
         rows = math.ceil(options.tokens * first / tokens) if tokens else rows
     reports = [made.report(rows * i // _POINTS) for i in range(1, _POINTS + 1)]
-    console.print(mixture_table(reports[-1]))
-    for line in made.expect(reports[-1].row):
-        console.print(line, highlight=False, markup=False)
+    _show(reports[-1], made.expect(reports[-1].row), options)
     if options.plot:
-        print(plot_mixture(reports, options.plot))
+        _say(str(plot_mixture(reports, options.plot)), options)
+
+
+def _show(report: MixtureReport, expected: Iterable[str], options: MixtureOptions) -> None:
+    if options.json:
+        print(json.dumps({**report.to_dict(), "notes": [*expected]}, indent=1, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(mixture_table(report))
+    for line in expected:
+        console.print(line, highlight=False, markup=False)
+
+
+def _say(line: str, options: MixtureOptions) -> None:
+    """A line for people: beside JSON it goes to stderr."""
+    print(line, file=sys.stderr if options.json else sys.stdout)
 
 
 def rows(options: RowsOptions) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -32,7 +34,8 @@ _BAR = 40
 
 def inspect(options: InspectOptions) -> int | None:
     """Show how rows are rendered and which tokens are trained, and warn; 2 where training would refuse a row."""
-    console, name = Console(highlight=False), str(options.tokenizer)
+    # Beside JSON, what is for people goes to stderr.
+    console, name = Console(highlight=False, stderr=options.json), str(options.tokenizer)
     tokenizer = _tokenizer(name)
     encoding = {field: getattr(options, field) for field in EncodingOptions.__annotations__}
     inspection = inspect_rows(
@@ -45,7 +48,15 @@ def inspect(options: InspectOptions) -> int | None:
         stops=_stops(name),
         show=1000 if options.html else max(1, options.examples),
     )
-    print_inspection(inspection, tokenizer, console, examples=options.examples)
+    if options.json:
+        figures = {"statistics": asdict(inspection.statistics), "settings": inspection.settings}
+        found = {
+            "ledger": inspection.ledger.to_dict(),
+            "warnings": [asdict(warning) for warning in inspection.warnings],
+        }
+        print(json.dumps({**figures, **found}, indent=1, ensure_ascii=False))
+    else:
+        print_inspection(inspection, tokenizer, console, examples=options.examples)
     if options.html:
         console.print(Text(f"The page is {write_page(inspection, options.html, tokenizer)}"))
     return 2 if any(warning.kind == "refused" for warning in inspection.warnings) else None

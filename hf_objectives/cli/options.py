@@ -13,7 +13,7 @@ from typing import Any
 from hf_objectives.errors import ConfigError
 from hf_objectives.preparation import CorpusSettings
 from hf_objectives.recipes import EncodingArguments, named_sources, parse_config
-from hf_objectives.types import option
+from hf_objectives.types import check_one_of, option
 
 SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
 _LOG = "output folder, trainer_state.json, JSON lines, CSV, TensorBoard or trackio"
@@ -28,6 +28,7 @@ class PrepareOptions(CorpusSettings):
     tokenizer: str | None = option(None, "Hub id or folder of the tokenizer.")
     output_dir: str | None = option(None, "Folder of the shards.")
     overwrite: bool = option(False, "Replace a folder made under other settings.")
+    json: bool = option(False, "What happened to every token, as JSON.", flag=True)
 
     def __post_init__(self) -> None:
         for name in ("tokenizer", "output_dir"):
@@ -51,6 +52,7 @@ class MixtureOptions:
     rows: int = option(10_000, "How far to look, in rows.")
     seed: int = option(0, "Of the order.")
     plot: str | None = option(None, "A picture of the shares (png, svg, pdf).")
+    json: bool = option(False, "The shares as JSON.", flag=True)
 
     def __post_init__(self) -> None:
         if (self.mixture is None) == (self.run is None):
@@ -73,6 +75,7 @@ class InspectOptions(EncodingArguments):
     examples: int = option(5, "Rows to show in the terminal.")
     rows: int = option(1000, "Rows to look at in each source, spread evenly over it.")
     html: str | None = option(None, "A page to write, with every token.")
+    json: bool = option(False, "Figures, ledger and warnings as JSON.", flag=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +83,26 @@ class InspectOptions(EncodingArguments):
             raise ConfigError("tokenizer is missing; give a Hub id, a folder, or 'builtin'")
         if self.rows < 1 or self.examples < 0:
             raise ConfigError(f"rows is {self.rows} and examples {self.examples}; expected at least 1 and 0")
+
+
+@dataclass
+class PerplexityOptions:
+    """Measure the exact perplexity of texts under a model."""
+
+    model: str | None = option(None, "Hub id or folder of the model.")
+    dataset_name: str | None = option(None, "Rows with a text: a .json/.jsonl/.parquet/.txt file, a glob, or a Hub id.")
+    sources: str | None = option(None, "A mapping of names to paths (JSON); each has figures of its own.")
+    dataset_split: str = option("train", "Split of a Hub dataset.")
+    max_length: int | None = option(None, "Tokens of a window; by default as many as the model takes.")
+    stride: int | None = option(None, "Tokens by which a window moves; without one documents are cut at max_length.")
+    batch_tokens: int | None = option(None, "Tokens computed at a time.")
+    dtype: str = option("float32", "Of the weights: figures of bfloat16 differ in the third digit.")
+    json: bool = option(False, "The figures as JSON.", flag=True)
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model is missing; give a Hub id or a folder")
+        check_one_of("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
 
 
 @dataclass
@@ -106,6 +129,7 @@ class ReplayOptions:
 
     folder: str = field(metadata={"help": "diagnostics/step_<n>_rank_<r> of a run"})
     model: str | None = option(None, "Folder or Hub id; by default the weights of the step, or the checkpoint before.")
+    json: bool = option(False, "The examples and their losses as JSON.", flag=True)
 
 
 @dataclass
@@ -136,6 +160,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "prepare": ("data", PrepareOptions),
     "mixture": ("data", MixtureOptions),
     "inspect": ("inspect", InspectOptions),
+    "perplexity": ("perplexity", PerplexityOptions),
     "diagnose": ("runs", DiagnoseOptions),
     "plot": ("runs", PlotOptions),
     "replay": ("runs", ReplayOptions),

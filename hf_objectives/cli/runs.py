@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -82,6 +83,9 @@ def replay(options: ReplayOptions) -> None:
     """Print the losses of a batch as they were written and as they are now."""
     done = diagnostics.replay(options.folder, options.model)
     event, console = done.event, Console(highlight=False)
+    if options.json:
+        print(json.dumps({**asdict(done), "largest_difference": done.largest_difference}, indent=1, ensure_ascii=False))
+        return
     weights = "the weights of that step" if done.exact else "other weights than those of that step"
     usual = "" if math.isnan(event["level"]) else f", usually {event['level']:.5g}"
     console.print(

@@ -30,6 +30,18 @@ def test_prepare(files, capsys):
     assert set(load_dataset("parquet", data_dir=str(files / "out"))) == {"train", "validation"}
 
 
+def test_prepare_and_mixture_as_json(files, capsys):
+    main(["prepare", "--config", str(files / "corpus.yaml"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {name: account["rows_in"] for name, account in found["ledgers"]["train"].items()} == {"a": 50, "b": 2}
+    yaml = f"sources:\n  a: {{path: {files}/out, weight: 1}}\nunit: rows\n"
+    (files / "one.yaml").write_text(yaml)
+    main(["mixture", "--mixture", str(files / "one.yaml"), "--rows", "60", "--json", "--plot", str(files / "plan.png")])
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["row"], report["sources"][0]["share"]) == (60, 1.0) and "plan.png" in printed.err
+
+
 def test_sources_are_checked(files, refused):
     config = ["prepare", "--config", str(files / "corpus.yaml")]
     with refused("give dataset_name or sources, one of the two"):

@@ -46,6 +46,19 @@ def test_warnings_and_a_terminal_that_data_cannot_steer(capsys, tmp_path):
     assert "(rows: chats 1, 2)" in flat
 
 
+def test_json(capsys, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": [{"role": "me", "content": "x"}]}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = inspect(
+        ["--dataset_name", str(path), "--tokenizer", "builtin", "--json", "--html", str(tmp_path / "a.html")]
+    )
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert code == 2 and "a.html" in printed.err
+    assert found["statistics"]["rows"] == 2 and [w["kind"] for w in found["warnings"]].count("refused") == 1
+
+
 def test_rows_are_spread_and_sources_named(capsys, tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(10)))
