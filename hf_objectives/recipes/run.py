@@ -197,10 +197,11 @@ def on_main() -> bool:
 
 
 def run_program(main: Callable[[], Any]) -> None:
-    """Run a recipe as a program: an error of ours ends it with one line, and the process group is left in order."""
+    """Run a recipe as a program: an error of ours is one line and exit code 2, and the process group is left in order."""
     try:
         main()
     except HFObjectivesError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
     finally:
         leave_group()
