@@ -94,6 +94,7 @@ def _one_device() -> bool:
 def _launch(words: Sequence[str], options: Mapping[str, Any], keys: Mapping[str, Any]) -> int | None:
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_command_parser().parse_args(words)
     vars(args).update(options)
@@ -104,6 +105,8 @@ def _launch(words: Sequence[str], options: Mapping[str, Any], keys: Mapping[str,
         launch_command(args)
     except subprocess.CalledProcessError as error:  # the recipe has said why
         return error.returncode
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
     return None
 
 

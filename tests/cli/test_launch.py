@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import accelerate.commands.launch
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from hf_objectives.cli.launch import run_recipe
 from hf_objectives.cli.main import main
@@ -119,6 +120,16 @@ def test_the_exit_code_of_a_launch_is_that_of_the_recipe(started, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main(["sft", "--num_processes", "1"])
     assert ended.value.code == 3
+
+
+def test_of_several_processes_it_is_that_of_the_first_that_failed(started, monkeypatch):
+    def fail(args):
+        failures = {rank: ProcessFailure(rank, 1, code, "none") for rank, code in ((0, 2), (1, -15))}
+        failures[0].timestamp, failures[1].timestamp = 1, 2
+        raise ChildFailedError("recipe", failures)
+
+    monkeypatch.setattr(accelerate.commands.launch, "launch_command", fail)
+    assert run_recipe("sft", ["--num_processes", "2"]) == 2
 
 
 @pytest.mark.long
