@@ -25,7 +25,13 @@ def place(source: str | None = None, row: int | None = None, turn: int | None = 
 
 
 class HFObjectivesError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        exit_code: that of a program which the error ends.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(HFObjectivesError, ValueError):
@@ -109,6 +115,12 @@ class DiskFullError(HFObjectivesError, OSError):
 
 class PreparedDataError(HFObjectivesError, ValueError):
     """A prepared folder that is not what the run asks for: made under other settings, unfinished, or damaged."""
+
+
+class PushError(HFObjectivesError, RuntimeError):
+    """A model that is not on the Hub: a name, a login, a connection, or an answer of the server. The run is whole on disk."""
+
+    exit_code = 3  # of a program: it trained, and did not publish
 
 
 class PackingLeakError(HFObjectivesError, RuntimeError):

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = run_command(words)
     except (HFObjectivesError, OSError) as error:  # a tokenizer that is not found, a folder that cannot be made
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = getattr(error, "exit_code", 2)
     if code:
         sys.exit(code)
 

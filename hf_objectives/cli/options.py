@@ -155,6 +155,28 @@ class RowsOptions:
             raise ConfigError("step is missing; say which one")
 
 
+@dataclass
+class PushOptions:
+    """Upload the model of a run with its card and results, and nothing else that lies there."""
+
+    folder: str = field(metadata={"help": "output folder of a recipe"})
+    hub_model_id: str | None = option(None, "The repository; by default it is named after the folder.")
+    private: bool | None = option(None, "Whether a new repository is private; by default its owner's settings say.")
+    revision: str | None = option(None, "The branch; by default the main one.")
+    json: bool = option(False, "The address and the files as JSON.", flag=True)
+
+
+@dataclass
+class VerifyOptions:
+    """Measure the figures of a published model again, and say of each whether it holds."""
+
+    model: str = field(metadata={"help": "folder of a run, or repository of the Hub"})
+    revision: str | None = option(None, "Branch, tag or commit of a repository.")
+    data_dir: str | None = option(None, "Where the local files lie that the run was evaluated on.")
+    use_cpu: bool | None = option(None, "Measure on the CPU; by default as the run did.")
+    json: bool = option(False, "The checks as JSON.", flag=True)
+
+
 #: The module of each command, which has a function of its name, and its options.
 COMMANDS: dict[str, tuple[str, type]] = {
     "prepare": ("data", PrepareOptions),
@@ -166,6 +188,8 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "replay": ("runs", ReplayOptions),
     "report": ("runs", ReportOptions),
     "rows": ("data", RowsOptions),
+    "push": ("publishing", PushOptions),
+    "verify": ("publishing", VerifyOptions),
 }
 
 

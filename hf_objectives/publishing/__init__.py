@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING
 from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
-    from hf_objectives.publishing.hub import (
-        push,  # Upload a finished run; a failure costs nothing but the upload
+    from hf_objectives.publishing.card import (
+        CardFacts,  # What a card tells of a run
+        card_figures,  # Read the figures that a card publishes
+        settings_to_show,  # Leave secrets and folders out of settings
         write_card,  # Write the model card, with measured facts only
+    )
+    from hf_objectives.publishing.hub import (
+        files_to_push,  # List what of a run's folder is pushed
+        push,  # Upload a finished run; a failure costs nothing but the upload
     )
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

@@ -39,5 +39,9 @@ if TYPE_CHECKING:
     from hf_objectives.recipes.step_rows import (
         rows_of_step,  # Find the rows that a step of a run was trained on
     )
+    from hf_objectives.recipes.verification import (
+        Check,  # One thing of a published model that was checked
+        verify,  # Measure the figures of a published model again
+    )
 else:
     __getattr__, __dir__ = import_on_use(__name__, __file__)

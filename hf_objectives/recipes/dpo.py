@@ -33,6 +33,7 @@ class Dpo(PairRecipe):
 
     arguments = (RecipeModel, DpoData, PerplexityDPOConfig)
     objective = "dpo"
+    of_model_alone = r"eval_(?!reference)\w+_perplexity"
     encode_row = encode_pair
     encoding_options = ("max_length", "train_on", "control_tokens")
     built_in = (8_000, 500)

@@ -38,6 +38,7 @@ class Reward(PairRecipe):
 
     arguments = (RecipeModel, RewardData, RewardModelConfig)
     objective = "reward"
+    of_model_alone = r"eval_(?!runtime|\w+_per_second).+"
     encode_row = encode_reward_row
     encoding_options = ("max_length", "control_tokens")
     built_in = (16_000, 500)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
 from transformers import set_seed
 
-from hf_objectives.diagnostics import DiagnosticsCallback, plot_mixture, plot_training_metrics
+from hf_objectives.diagnostics import DiagnosticsCallback, diagnose, plot_mixture, plot_training_metrics
 from hf_objectives.distributed import leave_group, rank
-from hf_objectives.errors import CheckpointError, ConfigError, HFObjectivesError
+from hf_objectives.errors import CheckpointError, ConfigError, FileFormatError, HFObjectivesError
+from hf_objectives.inspection import Finding
 from hf_objectives.mixture import DatasetMixture
-from hf_objectives.publishing import push, write_card
-from hf_objectives.recipes.arguments import parse_config
+from hf_objectives.publishing import CardFacts, push, settings_to_show, write_card
+from hf_objectives.recipes.arguments import DEFAULT, parse_config
 from hf_objectives.recipes.built_in import Marks
+from hf_objectives.recipes.evaluated import write_evaluated
 from hf_objectives.recipes.launch import LaunchRecord, launches_in, state_of
 from hf_objectives.recipes.plan import Line, check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
-from hf_objectives.trainers import find_checkpoint
+from hf_objectives.trainers import find_checkpoint, guard_trackers
+
+logger = logging.getLogger(__name__)
 
 
 class Recipe:
@@ -42,11 +48,13 @@ class Recipe:
         mixture: the mixture to train on; set by `load_rows` where there is one.
         reads_again: whether the rows of an earlier run are read again, so that nothing is prepared.
         results: what `results.json` holds beside the metrics.
+        of_model_alone: a pattern of the metrics that follow from the trained model alone, for `verify`; empty: none.
     """
 
     arguments: ClassVar[tuple[type, ...]]
     figures: ClassVar[dict[str, str]]
     objective = "sft"
+    of_model_alone = ""
 
     def __init__(self, model_config: Any, data: Any, args: Any, origin: Mapping[str, str]) -> None:
         self.model_config, self.data, self.args, self.origin = model_config, data, args, origin
@@ -110,10 +118,9 @@ class Recipe:
         check_launch(args)
         begin = resume_point(args)
         set_seed(args.seed)
-        wants_push, args.push_to_hub = args.push_to_hub, False  # pushed at the end, when everything is on disk
         recipe = cls(model_config, data, args, origin)
         trainer = recipe.build_trainer()
-        folder = Path(args.output_dir)
+        guard_trackers(trainer)
         if on_main():
             recipe.introduce(trainer)
         known = {"recipe": cls.__name__.lower()}
@@ -122,35 +129,115 @@ class Recipe:
         before = recipe.evaluate(trainer)
         trainer.train(resume_from_checkpoint=begin)
         after = recipe.evaluate(trainer)
+        wants_push, args.push_to_hub = args.push_to_hub, False  # at the end, when everything is on disk
         recipe.save(trainer)
         results = {"before": before, "after": after, "figures": list(cls.figures), **recipe.results}
         if recipe.mixture is not None:
             results["mixture"] = recipe.mixture.report(trainer.rows_taken).to_dict()
         if on_main():
-            recipe.report(trainer, results, folder)
-            if wants_push:
-                push(folder, args.hub_model_id, private=bool(args.hub_private_repo), console=recipe.console)
+            recipe.report(trainer, results, Path(args.output_dir))
         trainer.accelerator.wait_for_everyone()
+        if wants_push and on_main():
+            recipe.push(trainer)
         return results
 
+    def push(self, trainer: Any) -> None:
+        """Push the run as the Hub's fields of the arguments say.
+
+        Raises:
+            PushError: see `publishing.push`.
+        """
+        args = self.args
+        url = push(
+            Path(args.output_dir),
+            trainer.hub_model_id or args.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            token=args.hub_token,
+        )
+        self.console.print(f"Pushed to {url}", highlight=False)
+
     def report(self, trainer: Any, results: dict[str, Any], folder: Path) -> None:
-        """Write results, pictures and model card, then print the figures."""
+        """Write results, pictures and model card, then print the figures. A picture or a card that fails is told."""
+        history = trainer.state.log_history
         if self.mixture is not None:
             self.console.print(mixture_table(self.mixture.report(trainer.rows_taken)))
-            history = trainer.state.log_history
             # A run may end before its first log.
             if any(key.startswith("mixture/") for entry in history for key in entry):
-                plot_mixture(history, folder / "mixture.png")
+                self.attempt("mixture.png", lambda: plot_mixture(history, folder / "mixture.png"))
         (folder / "results.json").write_text(json.dumps(results, indent=1))
-        picture = self.draw(trainer, results["before"], folder / "training_curves.png")
-        from_scratch = getattr(self.model_config, "model_config", None) is not None
-        base_model = None if from_scratch else self.model_config.model_name_or_path
-        write_card(
-            folder, results=results, base_model=base_model, data=self.data, args=self.args, objective=self.objective
-        )
+        picture = folder / "training_curves.png"
+        self.attempt(picture.name, lambda: self.draw(trainer, results["before"], picture))
+        self.attempt("the model card", lambda: self.write_card(trainer, results, folder))
         if results["after"]:
             self.print_figures(results["before"], results["after"])
         self.console.print(f"Model, {picture.name}, results.json and README.md are in {folder}", highlight=False)
+
+    def attempt(self, what: str, make: Callable[[], Any]) -> None:
+        """Make something that the run can do without: what goes wrong is told, and costs neither the model nor its push."""
+        try:
+            make()
+        except Exception as error:
+            logger.exception("%s could not be made", what)
+            self.console.print(
+                f"{what} could not be made ({type(error).__name__}: {error}); the rest is there", markup=False
+            )
+
+    def write_card(self, trainer: Any, results: Mapping[str, Any], folder: Path) -> None:
+        """Write the model card, and what `verify` needs."""
+        configs = (self.model_config, self.data, self.args)
+        given = {name: found for name in self.origin for found in _given(name, configs) if self.origin[name] != DEFAULT}
+        settings = settings_to_show(given)
+        recipe = type(self).__name__.lower()
+        write_evaluated(folder, recipe, settings, trainer, results["after"])
+        from_scratch = getattr(self.model_config, "model_config", None) is not None
+        write_card(
+            folder,
+            CardFacts(
+                objective=self.objective,
+                recipe=recipe,
+                results=results,
+                base_model=None if from_scratch else self.model_config.model_name_or_path,
+                sources=self.sources(),
+                labels=self.labels(),
+                settings=settings,
+                findings=_findings(trainer.state.log_history),
+            ),
+        )
+
+    def sources(self) -> dict[str, str]:
+        """Name and path of each source of rows."""
+        if hasattr(self.data, "places"):
+            return {name: path for name, (path, _) in self.data.places().items()}
+        name = getattr(self.data, "dataset_name", None)
+        return {Path(str(name)).name: str(name)} if name else {}
+
+    def labels(self) -> str:
+        """Which tokens were trained, in words."""
+        train_on = getattr(self.data, "train_on", getattr(self.args, "train_on", None))
+        return _LABELS.get(str(train_on), "")
+
+
+_LABELS = {
+    "assistant": "Trained are the tokens that the model would have to produce: each assistant turn from the end of the "
+    "generation prompt to its stop token.",
+    "last_assistant": "Trained is the last assistant turn alone, from the end of the generation prompt to its stop token.",
+    "all": "Trained is every token.",
+}
+
+
+def _findings(history: list[dict[str, float]]) -> Sequence[Finding] | str:
+    """What `diagnose` finds in a log, or why it cannot judge it."""
+    try:
+        return diagnose(history) if history else "nothing was logged"
+    except FileFormatError as error:  # a run of a few steps
+        return str(error)
+
+
+def _given(name: str, configs: Sequence[Any]) -> list[Any]:
+    """The value of a setting, where one of the configs has it, as YAML takes it."""
+    found = [getattr(config, name) for config in configs if hasattr(config, name)]
+    return [value.value if isinstance(value, Enum) else value for value in found[:1]]
 
 
 def resume_point(args: Any) -> str | None:
@@ -197,11 +284,11 @@ def on_main() -> bool:
 
 
 def run_program(main: Callable[[], Any]) -> None:
-    """Run a recipe as a program: an error of ours is one line and exit code 2, and the process group is left in order."""
+    """Run a recipe as a program: an error of ours is one line and its exit code, and the process group is left in order."""
     try:
         main()
     except HFObjectivesError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     finally:
         leave_group()

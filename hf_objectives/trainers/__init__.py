@@ -42,6 +42,17 @@ if TYPE_CHECKING:
         train_batch_size,  # rows of a training batch on one process
         watch_steps,  # watch batches, losses and gradient norms of any Trainer
     )
+    from hf_objectives.trainers.hf_hub import (
+        reason_of,  # why a request to the Hub failed, in one line
+    )
+    from hf_objectives.trainers.hub_contents import (
+        CARD,  # the name of a model card
+        CARD_FILES,  # the card, and what it rests on
+        EVALUATED,  # the name of the file that `verify` reads
+        MODEL_FILES,  # the files of a model
+        listed_files,  # the files of a folder that patterns name
+        model_files,  # the files of the model in a folder
+    )
     from hf_objectives.trainers.isolation import (
         probe_isolation,  # prove that packed documents do not see each other
     )
@@ -61,6 +72,9 @@ if TYPE_CHECKING:
     )
     from hf_objectives.trainers.termination import (
         RunTerminated,  # ends a program at SIGTERM, when its checkpoint is saved
+    )
+    from hf_objectives.trainers.trackers import (
+        guard_trackers,  # let a run outlast its trackers
     )
     from hf_objectives.trainers.trl_compat import (
         suppress_seqcls_warning,  # a context in which a new score head is no warning

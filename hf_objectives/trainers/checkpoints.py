@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 #: Transformers does not take it for a checkpoint, and its pushes to the Hub leave out what begins with "_".
+_UNREAD = "training_args.bin"  # a pickle, which no resume reads and no push takes along
 _STAGING = "_tmp-checkpoint-"
 _STATE = "trainer_state.json"
 _WEIGHTS = (
@@ -112,6 +113,8 @@ def publish(staged: Path, run: Path, *, saves: bool, together: bool, step_rows: 
     listed = {}
     for name in names:
         _sync(staged / name)
+        if name == _UNREAD:
+            continue
         crc = sums.get(name) or _checksum(staged / name)
         listed[name] = {"size": (staged / name).stat().st_size, "crc32": crc}
     manifest = staged / MANIFEST

@@ -28,6 +28,7 @@ from hf_objectives.trainers.checkpoints import (
     staging_folder,
     step_rows_of,
 )
+from hf_objectives.trainers.hf_hub import HubPushes
 from hf_objectives.trainers.termination import RunTerminated, SaveOnTermination
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _COUNTERS = "counters"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(HubPushes):
     """Checkpoints that are whole or not there; a mixin that stands before the Trainer.
 
     The Trainer writes into a staging folder. When all ranks have written, the folder is renamed; then come rotation and push.
@@ -195,7 +196,7 @@ class WholeCheckpoints:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run, saves = Path(self._get_output_dir(trial)), self.args.should_save

@@ -1,78 +1,121 @@
-"""A card that passes the Hub's own reader, and a push that fails without harm."""
+"""A push: what goes up, where to, and what a failure says and costs; against a server that speaks the Hub's protocol."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
+import pytest
 
-from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
-from rich.console import Console
+from hf_objectives.errors import ConfigError, PushError
+from hf_objectives.publishing import files_to_push, push
+from tests.support.hub_server import TOKEN, Repo
 
-from hf_objectives.publishing.hub import push, write_card
-
-RESULTS = {
-    "before": {"eval_perplexity": 10.0, "eval_num_tokens": 7},
-    "after": {"eval_perplexity": 5.0, "eval_num_tokens": 7},
-    "ledger": {"chats": {"rows_in": 3, "tokens_in": 30, "trained": 9, "dropped_tokens": {"too long": 4}}},
-}
-DATA = SimpleNamespace(max_length=128, packing=True, overlength="drop", train_on="assistant")
-ARGS = SimpleNamespace(learning_rate=1e-4, per_device_train_batch_size=2, gradient_accumulation_steps=1, seed=42)
+MARK = "secret-marked-text"
 
 
-def card(folder, base_model):
-    return ModelCard.load(write_card(folder, results=RESULTS, base_model=base_model, data=DATA, args=ARGS))
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run: what is to go up, and secrets and texts everywhere else."""
+    folder = tmp_path / "mine"
+    wanted = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md", "results.json")
+    for name in wanted:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith("json") else f"fine {name}")
+    others = [
+        *(
+            "training_args.bin",
+            "labels.json",
+            "environment.json",
+            "trainer_state.json",
+            "notes.txt",
+            ".env",
+            "model.bin",
+        ),
+        *(
+            "prepared/0a/ready.json",
+            "prepared/0a/data.arrow",
+            "diagnostics/step_3/event.json",
+            "runs/x/events.out",
+        ),
+        *("checkpoint-3/model.safetensors", "checkpoint-3/optimizer.pt", "ref/model.safetensors", "data.safetensors"),
+    ]
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{MARK} {TOKEN}")
+    (folder / "tokenizer_config.json").symlink_to(folder / "labels.json")
+    return folder, sorted(wanted)
 
 
-def test_card_holds_measured_facts_only(tmp_path):
-    read = card(tmp_path, "org/base")
-    assert read.data.base_model == "org/base" and read.data.license is None
-    assert "| perplexity | 7 | 10 | 5 |" in read.text and "| chats | 3 | 30 | 9 | 4 |" in read.text
+def test_what_is_needed_goes_up_and_nothing_that_happens_to_lie_there(hub, run):
+    folder, wanted = run
+    url = push(folder, "me/mine")
+    assert url == f"{hub.url}/me/mine" and sorted(hub.repos["me/mine"].files["main"]) == wanted
+    assert hub.repos["me/mine"].files["main"]["model.safetensors"] == b"fine model.safetensors"
+    sent = b"".join(hub.bodies)
+    assert MARK.encode() not in sent and TOKEN.encode() not in sent
 
 
-def test_a_card_is_utf_8_whatever_the_machine_writes(tmp_path, monkeypatch):
-    usual, encodings = Path.write_text, []
-
-    def write_text(path, text, encoding="cp1252", **options):
-        encodings.append(encoding)
-        return usual(path, text, encoding=encoding, **options)
-
-    monkeypatch.setattr(Path, "write_text", write_text)
-    (tmp_path / "模型").mkdir()
-    assert "# 模型" in card(tmp_path / "模型", None).text and encodings == ["utf-8"]
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no model.safetensors and no adapter"):
+        push(tmp_path, "me/mine")
 
 
-def test_licence_is_read_from_the_base_and_a_local_base_is_not_called_a_hub_id(tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
-    read = card(tmp_path, str(base))
-    assert read.data.license == "mit" and read.data.base_model is None
-    assert str(tmp_path) not in read.text
+def test_code_of_the_model_goes_up_where_its_config_names_it(run):
+    folder, wanted = run
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_mine.Mine"}}')
+    for name in ("modeling_mine.py", "other.py"):
+        (folder / name).write_text("")
+    assert sorted(files_to_push(folder)) == sorted([*wanted, "modeling_mine.py"])
 
 
-def test_what_was_trained_on_and_checkpoints_are_not_pushed(tmp_path, monkeypatch):
-    for name in ("model.safetensors", "prepared/0a1b/ready.json", "prepared/0a1b/train/data.arrow",
-                 "prepared/.lock", "checkpoint-3/model.safetensors"):  # fmt: skip
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    sent = []
-
-    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
-        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
-        sent.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
-
-    monkeypatch.setattr(
-        "hf_objectives.publishing.hub.HfApi.create_repo", lambda *_, **__: SimpleNamespace(repo_id="org/model")
-    )
-    monkeypatch.setattr("hf_objectives.publishing.hub.HfApi.upload_folder", upload_folder)
-    assert push(tmp_path, "org/model", private=False, console=Console(quiet=True))
-    assert sent == ["model.safetensors"]
+@pytest.mark.parametrize("private", [True, False])
+def test_private_and_branch(hub, run, private):
+    push(run[0], None, private=private, revision="v2")  # named after its folder
+    repo = hub.repos["me/mine"]
+    assert repo.private is private and repo.files["main"] == {} and "model.safetensors" in repo.files["v2"]
 
 
-def test_a_failing_push_leaves_the_run_and_says_how_to_try_again(tmp_path):
-    console = Console(record=True, width=300)
-    assert push(tmp_path, "org/model", private=False, console=console) is False  # tests are offline
-    printed = console.export_text()
-    assert "The push failed" in printed and f"hf upload org/model {tmp_path}" in printed
-    assert "'prepared/*'" in printed
+def test_a_repository_that_is_there_keeps_what_it_is(hub, run):
+    hub.repos["me/mine"] = Repo(private=True)
+    push(run[0], "me/mine", private=False)
+    assert hub.repos["me/mine"].private
+
+
+STATUSES = (401, 403, 409, 413, 429, 500, 503, 0)
+PLACES = [*((status, "/commit/") for status in STATUSES), (401, "repos/create"), (0, "repos/create"), (404, "/branch/")]
+
+
+@pytest.mark.parametrize(("status", "where"), [*PLACES, (429, "preupload"), (403, "PUT /lfs"), (0, "PUT /lfs")])
+def test_a_failure_is_one_line_with_the_command_that_tries_again(hub, run, status, where):
+    folder = run[0]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.fail = (where, status)
+    with pytest.raises(PushError) as failed:
+        push(folder, "me/mine", private=True, revision="v2", token=TOKEN)
+    said = str(failed.value)
+    assert f"hf-objectives push {folder} --hub_model_id me/mine --private true --revision v2" in said
+    assert "\n" not in said and TOKEN not in said and (not status or str(status) in said)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.fail = None
+    push(folder, "me/mine", private=True, revision="v2")
+    assert "model.safetensors" in hub.repos["me/mine"].files["v2"] and hub.repos["me/mine"].private
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("me/mi ne", "HFValidationError"), ("a/b/c", "HFValidationError"), ("me/" + "x" * 100, "HFValidationError")],
+)
+def test_a_name_that_is_not_allowed(hub, run, name, words):
+    with pytest.raises(PushError, match=words):
+        push(run[0], name)
+    assert not hub.repos
+
+
+def test_no_login_and_no_connection(hub, run, monkeypatch):
+    with pytest.raises(PushError, match="401"):
+        push(run[0], "me/mine", token="hf_" + "B" * 34)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(PushError, match="ConnectError"):
+        push(run[0], "me/mine")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="OfflineModeIsEnabled"):
+        push(run[0], "me/mine")

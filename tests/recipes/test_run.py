@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_objectives.errors import ConfigError
+from hf_objectives.errors import ConfigError, PushError
 from hf_objectives.recipes import distill, dpo, mixture_search, ppo, pretrain, reward, sft, stack
 from hf_objectives.recipes.run import resume_point, run_program
 from tests.support.recipes import few_built_in
@@ -74,15 +74,16 @@ def test_a_program_ends_with_the_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_push_costs_nothing(tmp_path, monkeypatch, capsys):
+def test_the_course_as_a_whole(tmp_path, monkeypatch, capsys):
     """The course as a whole on a few built-in chats; what every recipe leaves in its folder, and prints."""
     few_built_in(monkeypatch, 40)
     words = "--model_name_or_path builtin --dataset_name builtin --max_steps 1 --use_cpu true --report_to none"
-    results = sft.main(
-        [*words.split(), "--push_to_hub", "true", "--hub_model_id", "org/name", "--output_dir", str(tmp_path)]
-    )
+    with pytest.raises(PushError, match="no repository 'org/name' to push to .*OfflineModeIsEnabled"):
+        sft.main([*words.split(), "--push_to_hub", "true", "--hub_model_id", "org/name", "--output_dir", str(tmp_path)])
+    assert not (tmp_path / "model.safetensors").exists()  # before an hour is spent
+    results = sft.main([*words.split(), "--output_dir", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "The push failed" in printed and "exact match" in printed and "(wrong, it is" in printed
+    assert "exact match" in printed and "(wrong, it is" in printed
     assert set(results) >= {"before", "after", "ledger"} and "eval_exact_match" in results["before"]
     written = {path.name for path in tmp_path.iterdir()}
     assert {"model.safetensors", "trainer_state.json", "environment.json", "labels.json", "README.md"} <= written

@@ -59,7 +59,7 @@ def test_a_published_checkpoint(tmp_path):
     manifest = json.loads((tmp_path / "checkpoint-7" / "manifest.json").read_text())
     assert manifest["files"]["pytorch_model_fsdp_0/.metadata"] == {"size": 9, "crc32": "cbf43926"}
     assert manifest["files"].keys() == {
-        *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "model.safetensors", "config.json"),
+        *("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "config.json"),
         *("trainer_state.json", "pytorch_model_fsdp_0/.metadata"),
     }
     assert manifest["processes"] == 1 and fault_of(tmp_path / "checkpoint-7") is None

@@ -25,6 +25,7 @@ from hf_objectives.trainers import (
 )
 from hf_objectives.trainers.checkpoints import fault_of
 from hf_objectives.trainers.hf_checkpoints import WholeCheckpoints, no_space
+from hf_objectives.trainers.hf_hub import HubPushes
 from tests.support.language_models import trainer
 
 MOVED = (
@@ -124,7 +125,7 @@ def test_push_and_rotation_wait_for_the_name(tmp_path, monkeypatch):
         seen.append(("written", whole()))
 
     monkeypatch.setattr(TrainerState, "save_to_json", saved)
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, path: seen.append((Path(path).name, whole())))
+    monkeypatch.setattr(HubPushes, "_push_from_checkpoint", lambda self, path: seen.append((Path(path).name, whole())))
     run = trainer(tmp_path, **{**SAVING, "max_steps": 4}, save_total_limit=1)
     run.args.push_to_hub = True
     run.train()

@@ -1,0 +1,154 @@
+"""Measure the figures of a published model again, and say of each whether it holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
+
+from hf_objectives.errors import ConfigError
+from hf_objectives.publishing import card_figures
+from hf_objectives.recipes.arguments import parse_config
+from hf_objectives.recipes.evaluated import checksums, read_evaluated, rows_checksum, sha256
+from hf_objectives.trainers import CARD, CARD_FILES, MODEL_FILES, reason_of
+
+_EXACT, _ROUNDED = 1e-6, 1e-2  # relative; the second for runs in half precision
+#: Settings that are not of the evaluation.
+_LEFT_OUT = (
+    "use_peft",
+    "resume_from_checkpoint",
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "report_to",
+    "eval_strategy",
+    "eval_on_start",
+)
+_PATHS = ("dataset_name", "mixture", "sources", "lm_datasets", "prepared")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was checked.
+
+    Attributes:
+        name: of a figure or a file.
+        published: what the model says of itself.
+        found: what was found.
+        holds: whether they are the same, up to rounding.
+    """
+
+    name: str
+    published: Any
+    found: Any
+    holds: bool
+
+
+def verify(
+    where: str, *, revision: str | None = None, data_dir: str | None = None, use_cpu: bool | None = None
+) -> list[Check]:
+    """Check weights, template and held-out rows against their checksums, and measure every published figure again.
+
+    The card's figures are compared. In float32 they have to agree to 1e-6 of their size, in half precision to 1e-2.
+
+    Args:
+        where: the folder of a run, or a repository of the Hub.
+        revision: branch, tag or commit of a repository.
+        data_dir: where the local files lie that the run was evaluated on.
+        use_cpu: whether to measure on the CPU; None as the run was.
+
+    Raises:
+        ConfigError: there is nothing to verify, or the held-out rows cannot be made again.
+    """
+    folder = _folder(where, revision)
+    try:
+        facts = read_evaluated(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    sums, template = checksums(folder), sha256(str(AutoTokenizer.from_pretrained(folder).chat_template))
+    checks = [_same(f"file {name}", digest, sums.get(name, "missing")) for name, digest in facts["weights"].items()]
+    checks.append(_same("chat template", facts["chat_template"], template))
+    if (folder / CARD).is_file():  # which shows the figures of the run
+        shown = card_figures(folder / CARD)
+        checks += [
+            _close(f"card, {name}", value, facts["figures"].get(name, math.nan), 1e-9) for name, value in shown.items()
+        ]
+    measured, rows = _measure(folder, facts, data_dir, use_cpu)
+    if facts["rows"] is not None:
+        checks.append(_same("held-out rows", facts["rows"], str(rows)))
+    half = any(facts["settings"].get(name) is True for name in ("bf16", "fp16"))
+    for name, figure in facts["figures"].items():
+        if name in measured:
+            checks.append(_close(name, figure, measured[name], _ROUNDED if half else _EXACT))
+    return checks
+
+
+def _same(name: str, published: str, found: str) -> Check:
+    return Check(name, published[:12], found[:12], published == found)
+
+
+def _close(name: str, published: float, found: float, bound: float) -> Check:
+    return Check(name, published, found, math.isclose(published, found, rel_tol=bound, abs_tol=1e-9))
+
+
+def _folder(where: str, revision: str | None) -> Path:
+    if Path(where).is_dir():
+        return Path(where)
+    try:
+        return Path(snapshot_download(where, revision=revision, allow_patterns=[*MODEL_FILES, *CARD_FILES, "*.py"]))
+    except Exception as error:
+        raise ConfigError(f"{where} is no folder, and cannot be loaded from the Hub ({reason_of(error)})") from error
+
+
+def _measure(
+    folder: Path, facts: Mapping[str, Any], data_dir: str | None, use_cpu: bool | None
+) -> tuple[dict[str, float], Any]:
+    """The figures of the model as it is now, those that follow from it alone; and the checksum of its held-out rows."""
+    recipe = _recipe(str(facts["recipe"]))
+    settings = {name: value for name, value in facts["settings"].items() if name not in _LEFT_OUT}
+    settings |= {"model_name_or_path": str(folder), "report_to": "none", "eval_strategy": "no"}
+    settings |= {} if use_cpu is None else {"use_cpu": use_cpu}
+    for name in _PATHS:
+        if name in settings:
+            settings[name] = _found_data(settings[name], Path(data_dir or "."))
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [f"--{name}={_word(value)}" for name, value in {**settings, "output_dir": scratch}.items()]
+        given, origin = parse_config(recipe.arguments, words)
+        run = recipe(*given, origin)
+        trainer = run.build_trainer()
+        measured = run.evaluate(trainer)
+        rows = rows_checksum(trainer.eval_dataset)
+    alone = re.compile(recipe.of_model_alone)
+    return {name: value for name, value in measured.items() if alone.fullmatch(name)}, rows
+
+
+def _recipe(name: str) -> Any:
+    try:
+        recipe = import_module(f"hf_objectives.recipes.{name}").main.__self__
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the model was trained by {name!r}, which is no recipe of this release") from error
+    if not recipe.of_model_alone:
+        raise ConfigError(
+            f"figures of {name} are of sampled answers, or of a second model; they cannot be measured from this one alone"
+        )
+    return recipe
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def _found_data(value: Any, folder: Path) -> Any:
+    """A setting that names data, with its local files where they lie now."""
+    if isinstance(value, Mapping):
+        return {name: _found_data(inner, folder) for name, inner in value.items()}
+    return str(folder / value) if isinstance(value, str) and (folder / value).exists() else value
