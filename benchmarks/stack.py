@@ -95,7 +95,7 @@ def draw(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) 
             for stage in (row["stage"] for row in seeds[0]):
                 values = [row[key] for rows in seeds for row in rows if row["stage"] == stage and key in row]
                 if values:
-                    names.append(stage + kind.replace(" without", "\nwithout"))
+                    names.append(stage + kind.replace(" ", "\n"))
                     bars.append((statistics.median(values), min(values), max(values)))
         middle = [bar[0] for bar in bars]
         ends = [[bar[0] - bar[1] for bar in bars], [bar[2] - bar[0] for bar in bars]]
