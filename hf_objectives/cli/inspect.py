@@ -25,7 +25,6 @@ from hf_objectives.recipes import (
     named_sources,
     print_example,
     read_template,
-    source_place,
 )
 from hf_objectives.trainers import stop_ids
 
@@ -83,8 +82,8 @@ def _rows(sources: Mapping[str, Any], options: InspectOptions, console: Console)
     """Rows of every source, spread evenly over it, each with its source and number."""
     rows: list[dict[str, Any]] = []
     for name, source in sources.items():
-        path, split = source_place(name, source, options.dataset_split)
-        found: Any = built_in_rows(path, options.rows) if is_built_in(path) else load_rows(path, split=split)
+        place = options.place(name, source)
+        found: Any = built_in_rows(place.path, options.rows) if is_built_in(place.path) else load_rows(place)
         count = min(options.rows, len(found))
         rows += [{**found[i], "source": name, "row": i} for i in (k * len(found) // count for k in range(count))]
         if count < len(found):

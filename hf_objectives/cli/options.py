@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.preparation import CorpusSettings
-from hf_objectives.recipes import EncodingArguments, named_sources, parse_config
+from hf_objectives.recipes import EncodingArguments, HubArguments, named_sources, parse_config
 from hf_objectives.types import check_one_of, option
 
 SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
@@ -62,12 +62,11 @@ class MixtureOptions:
 
 
 @dataclass(kw_only=True)
-class InspectOptions(EncodingArguments):
+class InspectOptions(HubArguments, EncodingArguments):
     """Show which tokens of a dataset are trained, and warn of what is wrong."""
 
     dataset_name: str | None = option(None, "A .json/.jsonl/.parquet/.txt file, a glob, a Hub id, or 'builtin'.")
     sources: str | None = option(None, "A mapping of names to paths (JSON).")
-    dataset_split: str = option("train", "Split of a Hub dataset.")
     tokenizer: str | None = option(None, "Hub id or folder, or 'builtin'.")
     max_length: int | None = option(1024, "Tokens of a row.")
     packing: bool = option(False, "Pack several documents into a row.")
@@ -85,14 +84,13 @@ class InspectOptions(EncodingArguments):
             raise ConfigError(f"rows is {self.rows} and examples {self.examples}; expected at least 1 and 0")
 
 
-@dataclass
-class PerplexityOptions:
+@dataclass(kw_only=True)
+class PerplexityOptions(HubArguments):
     """Measure the exact perplexity of texts under a model."""
 
     model: str | None = option(None, "Hub id or folder of the model.")
     dataset_name: str | None = option(None, "Rows with a text: a .json/.jsonl/.parquet/.txt file, a glob, or a Hub id.")
     sources: str | None = option(None, "A mapping of names to paths (JSON); each has figures of its own.")
-    dataset_split: str = option("train", "Split of a Hub dataset.")
     max_length: int | None = option(None, "Tokens of a window; by default as many as the model takes.")
     stride: int | None = option(None, "Tokens by which a window moves; without one documents are cut at max_length.")
     batch_tokens: int | None = option(None, "Tokens computed at a time.")

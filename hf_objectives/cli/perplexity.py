@@ -17,7 +17,7 @@ from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import compute_perplexity
 from hf_objectives.inspection import visible
 from hf_objectives.preparation import load_rows
-from hf_objectives.recipes import named_sources, source_place
+from hf_objectives.recipes import named_sources
 
 
 def perplexity(options: PerplexityOptions) -> None:
@@ -50,6 +50,5 @@ def perplexity(options: PerplexityOptions) -> None:
 
 def _rows(options: PerplexityOptions) -> Iterator[dict[str, Any]]:
     for name, source in named_sources(options.sources, options.dataset_name).items():
-        path, split = source_place(name, source, options.dataset_split)
-        for row in load_rows(path, split=split):
+        for row in load_rows(options.place(name, source)):
             yield {**row, "source": name}

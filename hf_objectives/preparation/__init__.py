@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from hf_objectives.preparation.ordered_stream import (
         OrderedStream,
     )  # base of streams that ranks and workers read alike
+    from hf_objectives.preparation.places import (
+        Place,  # where rows lie: files, an object store, or a dataset of the Hub
+        local_files,  # the files of a path, those of an object store copied here
+    )
     from hf_objectives.preparation.readers import (
         load_rows,  # all rows of local files, or a dataset of the Hub
         naming_places,  # adds file and line to errors about such rows

@@ -28,9 +28,10 @@ from hf_objectives.errors import (
 )
 from hf_objectives.labels import detect_format
 from hf_objectives.preparation.config import CorpusConfig, Source, difference
-from hf_objectives.preparation.files import Segment, is_hub_id, list_files, plan_file, whole_file
+from hf_objectives.preparation.files import Segment, is_hub_id, plan_file, whole_file
 from hf_objectives.preparation.lock import exclusive
 from hf_objectives.preparation.manifest import MANIFEST, Manifest
+from hf_objectives.preparation.places import Place, local_files
 from hf_objectives.preparation.readers import Skipped, read_segment
 from hf_objectives.preparation.shards import PROGRESS, Shard
 from hf_objectives.preparation.splits import SPLITS
@@ -172,13 +173,14 @@ def _list_sources(sources: Mapping[str, Any] | Sequence[Source]) -> tuple[dict[s
             source = entry if isinstance(entry, Source) else Source.read(name, entry)
             paths = [source.path] if isinstance(source.path, str) else list(source.path)
             on_hub = len(paths) == 1 and is_hub_id(paths[0])
-            dataset = load_dataset(paths[0], split=source.split) if on_hub else None
+            dataset = Place(paths[0], source.split).load_dataset() if on_hub else None
         if dataset is not None:
             path = f"dataset:{dataset._fingerprint}"
             datasets[path] = dataset
             listed.append((source, [path]))
         else:
-            files = [str(Path(file).resolve()) for pattern in paths for file in list_files(pattern)]
+            # Links stay: in the Hub's cache what they lead to has no ending.
+            files = [str(Path(file).absolute()) for pattern in paths for file in local_files(pattern)]
             listed.append((source, list(dict.fromkeys(files))))
     return datasets, listed
 

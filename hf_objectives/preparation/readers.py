@@ -14,13 +14,14 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from hf_objectives.errors import DataError, FileFormatError
 from hf_objectives.preparation import files
 from hf_objectives.preparation.files import DOCUMENTS, Segment, count_lines, kind_of, open_file
 from hf_objectives.preparation.json_array import bad_byte, elements
+from hf_objectives.preparation.places import Place, local_files
 from hf_objectives.types import parse_json
 
 _SKIPPED_NAMED = 5
@@ -52,30 +53,33 @@ class Skipped:
             self.named.append(str(error))
 
 
-def load_rows(name: str, *, split: str = "train", documents: str = "blank_line") -> list[dict[str, Any]] | Dataset:
+def load_rows(
+    name: str | Place, *, split: str = "train", documents: str = "blank_line"
+) -> list[dict[str, Any]] | Dataset:
     """Load all rows of local files, or a dataset of the Hub.
 
     JSON is read as Python values, not as an Arrow table, so tools with different parameters keep their own keys.
 
     Args:
         name: a file, folder or glob (.json, .jsonl, .parquet, .txt, plain or with .gz or .zst), or a dataset's id on the
-            Hub.
-        split: split of a Hub dataset.
+            Hub, or an address of an object store; a `Place` says more.
+        split: split of a Hub dataset, where `name` is no `Place`.
         documents: how a text file is cut into documents: "blank_line", "line" or "file".
 
     Raises:
         FileFormatError: a file is missing, empty or not what its name says; names file and line.
-        ConfigError: the ending of a file is not known.
+        ConfigError: the ending of a file is not known, or see `Place`.
     """
-    if files.is_hub_id(name):
-        return load_dataset(name, split=split)
+    place = name if isinstance(name, Place) else Place(name, split)
+    if place.on_hub:
+        return place.rename(place.load_dataset())
     rows: list[dict[str, Any]] = []
-    for file in files.list_files(name):
+    for file in local_files(place.path):
         for records in read_segment(files.whole_file("", file, documents)):
             rows += records.rows
     if not rows:
-        raise FileFormatError(f"{name} holds no rows")
-    return rows
+        raise FileFormatError(f"{place.path} holds no rows")
+    return place.rename(rows)
 
 
 @contextlib.contextmanager
@@ -96,7 +100,7 @@ def naming_places(paths: Mapping[str, str], documents: str = "blank_line") -> It
 def _place(name: str, row: int, documents: str) -> str | None:
     """File and line of a row of `load_rows`; None for a dataset of the Hub, and for a row that has a number of its own."""
     left = row
-    for file in [] if files.is_hub_id(name) else files.list_files(name):
+    for file in [] if files.is_hub_id(name) else local_files(name):
         segment = files.whole_file("", file, documents)
         for records in read_segment(segment):
             if left < len(records.rows):

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         named_sources,  # Read the sources by name from `sources` (JSON) or `dataset_name`
         parse_config,  # Parse a YAML file and the command line over it into dataclasses
         read_template,  # Read a chat template from the .jinja file that is named, or take the text itself
-        source_place,  # The path and the split of a source
     )
     from hf_objectives.recipes.built_in import (
         built_in_rows,  # Make rows of the built-in corpus by its name
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
         LAUNCH_CONFIGS,  # The folder of the shipped configs of accelerate launch
         ConfigFile,  # A YAML file of options, with the line of each key
         find_config,  # Find a YAML file by its path, or a shipped one by its name
+    )
+    from hf_objectives.recipes.data_arguments import (
+        HubArguments,  # Which part of a dataset of the Hub, as options
     )
     from hf_objectives.recipes.models import (
         load_tokenizer,  # Load the built-in tokenizer, or that of a folder or a Hub id

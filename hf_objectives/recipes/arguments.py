@@ -15,7 +15,7 @@ import yaml
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
 from hf_objectives.labels import EncodingConfig
 from hf_objectives.recipes.config_files import ConfigFile, find_config, option_value
-from hf_objectives.types import check_keys, parse_json
+from hf_objectives.types import parse_json
 
 BUILT_IN = "builtin"  # the name of the built-in model, tokenizer and data
 MIXTURE_KEYS = ("weight", "max_epochs")  # keys of a source that change no row
@@ -168,17 +168,6 @@ def named_sources(sources: str | None, dataset_name: str | None) -> Mapping[str,
             raise ConfigError("sources is an empty mapping; expected names and paths")
         return named
     return {Path(str(dataset_name)).name.split(".")[0].strip("*-_") or "data": dataset_name}
-
-
-def source_place(name: str, source: Any, split: str) -> tuple[str, str]:
-    """The path and the split of a source that is a path, or a mapping with `path`; `split` where it names none."""
-    given = source if isinstance(source, Mapping) else {"path": source}
-    check_keys(f"source {name!r}", given, ("path", "split", *MIXTURE_KEYS))
-    if not isinstance(path := given.get("path"), str):
-        raise ConfigError(
-            f"source {name!r} is {source!r}; expected a path, or a mapping with path (and split, weight, max_epochs)"
-        )
-    return path, str(given.get("split", split))
 
 
 def read_template(template: str | None) -> str | None:

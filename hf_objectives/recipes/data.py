@@ -19,80 +19,35 @@ from tqdm.auto import tqdm
 
 from hf_objectives import __version__
 from hf_objectives.errors import ConfigError, DataError, PreparedDataError
-from hf_objectives.labels import ON_ERROR, SKIPPED, Account, Ledger
+from hf_objectives.labels import SKIPPED, Account, Ledger
 from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
 from hf_objectives.packing import check_packing, pack_table
 from hf_objectives.preparation import (
     MANIFEST,
     OrderedStream,
-    check_share,
+    Place,
     encode_rows,
     exclusive,
     hold_out,
     is_hub_id,
-    list_files,
     load_rows,
+    local_files,
     naming_places,
     tokenizer_digest,
 )
 from hf_objectives.recipes.arguments import (
     BUILT_IN,
-    MIXTURE_KEYS,
-    EncodingArguments,
-    named_sources,
-    read_mapping,
     read_template,
-    source_place,
 )
-from hf_objectives.recipes.built_in import built_in_rows, is_built_in, pair_rows, watched_rows
-from hf_objectives.types import Row, check_one_of, option, parse_json, parse_yaml
+from hf_objectives.recipes.built_in import built_in_rows, is_built_in, pair_rows
+from hf_objectives.recipes.data_arguments import DataArguments, RowArguments
+from hf_objectives.types import Row, parse_json
 
 logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 _READY, _SPLITS = "ready.json", ("train", "evaluation")
 _OVERFLOW = "split"  # texts longer than a packed row
-MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
-_ON_ERROR = "A row that cannot be used: raise its error, or skip and count it."
 _EXAMPLES = 64  # encoded rows that are kept for the preview, from the beginning and from the end
-
-
-@dataclass(kw_only=True)
-class DataArguments(EncodingArguments):
-    """Where the rows of fine-tuning come from, and how they become tokens."""
-
-    dataset_name: str | None = option(
-        None, "Hub id, a .json/.jsonl/.parquet/.txt file, 'builtin', 'builtin:careless' or 'builtin:texts'."
-    )
-    built_in_rows: int = option(30_000, "Rows of a built-in source.")
-    dataset_split: str = option("train", "Split of a Hub dataset.")
-    sources: str | None = option(None, "Names and paths, or mappings with path, split, weight and max_epochs (JSON).")
-    mixture: str | None = option(None, MIXTURE_HELP)
-    eval_share: float = option(0.1, "Share of each source that is held out.")
-    max_length: int = option(1024, "Tokens of a row.")
-    packing: bool = option(True, "Pack several documents into a row.")
-    strategy: str = option("best_fit", "best_fit or concat.")
-    num_proc: int | None = option(None, "Processes that prepare data.")
-    on_error: str = option("raise", _ON_ERROR)
-    allow_no_stop: bool = option(False, "Train also where most of the assistant's turns end without a control token.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_one_of("on_error", self.on_error, ON_ERROR)
-        check_share("eval_share", self.eval_share)
-        self.places()
-        self.mixture_settings()
-
-    def named_sources(self) -> Mapping[str, Any]:
-        """The sources by name, as they were given."""
-        return named_sources(self.sources, self.dataset_name)
-
-    def places(self) -> dict[str, tuple[str, str]]:
-        """The path and the split of each source, see `source_place`."""
-        return {name: source_place(name, source, self.dataset_split) for name, source in self.named_sources().items()}
-
-    def mixture_settings(self) -> dict[str, Any] | None:
-        """The settings of the mixture to train on; None where the rows are trained as they are."""
-        return read_mixture(self.mixture, self.named_sources())
 
 
 @dataclass
@@ -141,12 +96,18 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _prepare(data, tokenizer, seed=seed)
     # Weights change no token.
+    places = {name: asdict(place) for name, place in data.places().items()}
     mixed = data.mixture_settings() is not None
     settings = {
         **asdict(data),
-        **{"num_proc": None, "chat_template": tokenizer.chat_template, "sources": data.places(), "mixture": mixed},
+        **{
+            "num_proc": None,
+            "chat_template": tokenizer.chat_template,
+            "sources": places,
+            "mixture": mixed,
+        },
     }
-    versions = [_version(*place) for place in data.places().values()]
+    versions = [_version(place) for place in data.places().values()]
     fingerprint = json.dumps([settings, seed, tokenizer_digest(tokenizer), versions], sort_keys=True)
     folder = Path(output_dir) / "prepared" / hashlib.sha256(fingerprint.encode()).hexdigest()[:20]
     with exclusive(folder, lambda: "encoding rows"):
@@ -161,13 +122,13 @@ def set_template(tokenizer: Any, chat_template: str | None) -> None:
         tokenizer.chat_template = template
 
 
-def _version(path: str, split: str) -> Any:
+def _version(place: Place) -> Any:
     """A value that changes when the rows of a source do."""
-    if is_built_in(path):
+    if is_built_in(place.path):
         return __version__
-    if is_hub_id(path):
-        return load_rows(path, split=split)._fingerprint  # type: ignore[union-attr]
-    stats = {file: Path(file).stat() for file in list_files(path)}
+    if place.on_hub:
+        return load_rows(place)._fingerprint  # type: ignore[union-attr]
+    stats = {file: Path(file).stat() for file in local_files(place.path)}
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()]
 
 
@@ -176,19 +137,20 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
         check_packing(data.max_length, data.strategy, _OVERFLOW)
     train: Rows = []
     held_out: Rows = []
-    for name, (path, split) in data.places().items():
-        if is_built_in(path):
+    for name, place in data.places().items():
+        if is_built_in(place.path):
             named = {} if len(data.places()) == 1 else {"source": name}
-            train += [{**row, **named} for row in built_in_rows(path, data.built_in_rows, seed=seed)]
-            held_out += [{**row, **named} for row in built_in_rows(path, 400, seed=seed, split="test")]
+            train += [{**row, **named} for row in built_in_rows(place.path, data.built_in_rows, seed=seed)]
+            held_out += [{**row, **named} for row in built_in_rows(place.path, 400, seed=seed, split="test")]
             continue
-        kept, out = _split(path, name, split, data.eval_share, seed)
+        kept, out = _split(place, name, data, seed)
         train += kept
         held_out += out
     ledger = Ledger()
     # A mixture packs the documents that it draws.
     packing = data.packing and data.mixture_settings() is None
-    with naming_places({name: path for name, (path, _) in data.places().items() if not is_built_in(path)}):
+    paths = {name: place.path for name, place in data.places().items()}
+    with naming_places({name: path for name, path in paths.items() if not is_built_in(path)}):
         encoded = _encode(data, train, tokenizer, packing, ledger)
         evaluation = _encode(data, held_out, tokenizer, data.packing, Ledger()) if held_out else None
     ends = [encoded.slice(0, _EXAMPLES), encoded.slice(max(_EXAMPLES, len(encoded) - _EXAMPLES))]
@@ -211,44 +173,19 @@ def _pack(data: DataArguments, encoded: pa.Table, packing: bool) -> Dataset:
     )
 
 
-def _split(path: str, source: str, split: str, eval_share: float, seed: int) -> tuple[Rows, Rows]:
-    """Rows to train on and rows held out, each with its source and its number there."""
-    rows = load_rows(path, split=split)
-    train, held_out = (
-        [{**rows[i], "source": source, "row": i} for i in part] for part in hold_out(rows, eval_share, seed=seed)
-    )
+def _split(place: Place, source: str, data: DataArguments | RowArguments, seed: int) -> tuple[Rows, Rows]:
+    """Rows to train on and rows held out, each with its source and its number there.
+
+    `dataset_test_split` of a dataset of the Hub is held out as a whole; of others `eval_share`.
+    """
+    rows = load_rows(place)
+    if data.dataset_test_split and place.on_hub:
+        test = load_rows(replace(place, split=data.dataset_test_split))
+        parts = [(found, list(range(len(found)))) for found in (rows, test)]
+    else:
+        parts = [(rows, part) for part in hold_out(rows, data.eval_share, seed=seed)]
+    train, held_out = ([{**found[i], "source": source, "row": i} for i in part] for found, part in parts)
     return train, held_out
-
-
-@dataclass
-class RowArguments:
-    """Where the rows of alignment come from."""
-
-    dataset_name: str = option(BUILT_IN, "Rows: a Hub id, a file, or 'builtin'.")
-    dataset_split: str = option("train", "Split of a Hub dataset.")
-    eval_share: float = option(0.1, "Share of the rows that is held out.")
-    on_error: str = option("raise", _ON_ERROR)
-    packing, overlength = False, "the prompt's beginning goes first"  # what the plan says
-
-    def __post_init__(self) -> None:
-        check_one_of("on_error", self.on_error, ON_ERROR)
-        check_share("eval_share", self.eval_share)
-
-
-@dataclass
-class WatchedArguments(RowArguments):
-    """Rows of alignment, and rows whose perplexity is watched beside them."""
-
-    lm_datasets: str | None = option(
-        None, "Rows whose perplexity is watched: a mapping of name to file, Hub id or 'builtin' (JSON)."
-    )
-
-    def watched(self) -> dict[str, Any] | None:
-        """The rows that are watched, by name."""
-        if not self.lm_datasets:
-            return None
-        named = read_mapping("lm_datasets", self.lm_datasets).items()
-        return {name: watched_rows(name, path) if is_built_in(path) else load_rows(path) for name, path in named}
 
 
 def split_rows(
@@ -260,7 +197,8 @@ def split_rows(
     """
     if is_built_in(data.dataset_name):
         return pair_rows(data.dataset_name, built_in, seed=seed, skills=skills)
-    return _split(data.dataset_name, Path(data.dataset_name).name, data.dataset_split, data.eval_share, seed)
+    name = Path(data.dataset_name).name
+    return _split(data.place(name, data.dataset_name), name, data, seed)
 
 
 def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], account: Account | None = None) -> Rows:
@@ -328,7 +266,7 @@ def digest_of_mixture(settings: Mapping[str, Any]) -> str:
             if manifest.is_file():  # it has the checksums of its shards
                 files.append(manifest.read_text(encoding="utf-8"))
             elif not is_hub_id(path):
-                stats = [Path(file).stat() for file in list_files(path)]  # reading terabytes would take hours
+                stats = [Path(file).stat() for file in local_files(path)]  # reading terabytes would take hours
                 files += [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     return sha256([asdict(config), files])
 
@@ -336,44 +274,6 @@ def digest_of_mixture(settings: Mapping[str, Any]) -> str:
 def sha256(values: Any) -> str:
     """A checksum of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def read_mixture(mixture: str | None, sources: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of a mixture, with the weights beside the sources; None where nothing asks for one.
-
-    `mixture` is JSON text of a mapping or the path of a YAML file; `sources` are paths or mappings.
-    """
-    beside = {name: source_settings(source) for name, source in sources.items()}
-    if not mixture and not any(beside.values()):
-        return None
-    settings = _mixture_settings(mixture) if mixture else {}
-    if not sources:
-        return settings
-    own = settings.get("sources") or {}
-    if not isinstance(own, dict) or not all(source is None or isinstance(source, dict) for source in own.values()):
-        raise ConfigError(f"mixture: sources is {own!r}; expected names with weight and max_epochs")
-    for name in own:
-        if name not in sources:
-            raise ConfigError(f"mixture names source {name!r}; expected one of {', '.join(sources)}")
-    return {**settings, "sources": {name: {**beside[name], **(own.get(name) or {})} for name in sources}}
-
-
-def source_settings(source: Any) -> dict[str, Any]:
-    """Of a source, what the mixture reads: its weight and its epochs, where it has them."""
-    return {key: source[key] for key in MIXTURE_KEYS if key in source} if isinstance(source, Mapping) else {}
-
-
-def _mixture_settings(mixture: str) -> dict[str, Any]:
-    is_json = mixture.lstrip().startswith("{")
-    if not is_json and not Path(mixture).is_file():
-        raise ConfigError(f"mixture names a file that does not exist: {mixture}")
-    try:
-        settings = parse_json(mixture) if is_json else parse_yaml(Path(mixture).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"mixture cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"mixture is {type(settings).__name__}; expected a mapping, see MixtureConfig")
-    return settings
 
 
 def mix_folder(settings: Mapping[str, Any], folder: Path, tokenizer: Any, seed: int) -> DatasetMixture:

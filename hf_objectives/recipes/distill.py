@@ -16,7 +16,8 @@ from trl import get_peft_config
 from hf_objectives.errors import ConfigError
 from hf_objectives.labels import Account
 from hf_objectives.recipes.arguments import BUILT_IN
-from hf_objectives.recipes.data import Rows, WatchedArguments, digest, set_template, split_rows, usable_rows
+from hf_objectives.recipes.data import Rows, digest, set_template, split_rows, usable_rows
+from hf_objectives.recipes.data_arguments import WatchedArguments
 from hf_objectives.recipes.models import RecipeModel, load_policy
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import (

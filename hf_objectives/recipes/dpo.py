@@ -14,7 +14,7 @@ from typing import ClassVar
 from trl import get_peft_config
 
 from hf_objectives.labels import encode_pair
-from hf_objectives.recipes.data import WatchedArguments
+from hf_objectives.recipes.data_arguments import WatchedArguments
 from hf_objectives.recipes.models import RecipeModel, load_policy
 from hf_objectives.recipes.pairs import PairRecipe
 from hf_objectives.trainers import PerplexityDPOConfig, PerplexityDPOTrainer

@@ -45,7 +45,7 @@ from hf_objectives.mixture import (
 )
 from hf_objectives.preparation import CorpusSettings, Manifest, load_prepared, prepare_corpus
 from hf_objectives.recipes.arguments import BUILT_IN, named_sources, parse_config
-from hf_objectives.recipes.data import source_settings
+from hf_objectives.recipes.data_arguments import source_settings
 from hf_objectives.recipes.models import PretrainModel, load_or_draw
 from hf_objectives.recipes.pretrain import PretrainArguments, set_length
 from hf_objectives.recipes.preview import table

@@ -22,7 +22,8 @@ from hf_objectives.errors import ConfigError, nearest
 from hf_objectives.evaluation import LanguageModelEvaluation
 from hf_objectives.labels import Account, to_prompt, with_prompts
 from hf_objectives.recipes.arguments import BUILT_IN
-from hf_objectives.recipes.data import Rows, WatchedArguments, split_rows, usable_rows
+from hf_objectives.recipes.data import Rows, split_rows, usable_rows
+from hf_objectives.recipes.data_arguments import WatchedArguments
 from hf_objectives.recipes.models import RecipeModel, load_policy
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.trainers import PPOConfig, PPOTrainer

@@ -22,13 +22,12 @@ from hf_objectives.preparation import CorpusSettings, Manifest, OrderedStream, l
 from hf_objectives.recipes.arguments import BUILT_IN, DEFAULT, named_sources
 from hf_objectives.recipes.built_in import built_in_rows, is_built_in
 from hf_objectives.recipes.data import (
-    MIXTURE_HELP,
     digest_of_mixture,
     digest_of_stream,
     mix_folder,
-    read_mixture,
     sha256,
 )
+from hf_objectives.recipes.data_arguments import MIXTURE_HELP, read_mixture
 from hf_objectives.recipes.models import PretrainModel, load_or_draw
 from hf_objectives.recipes.preview import figures_table, print_example
 from hf_objectives.recipes.run import Recipe

@@ -17,7 +17,7 @@ from trl import get_peft_config
 from hf_objectives.diagnostics import plot_reward_model
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import Reliability
-from hf_objectives.recipes.data import RowArguments
+from hf_objectives.recipes.data_arguments import RowArguments
 from hf_objectives.recipes.models import RecipeModel, load_scorer
 from hf_objectives.recipes.pairs import PairRecipe
 from hf_objectives.trainers import RewardModelConfig, RewardModelTrainer, encode_reward_row

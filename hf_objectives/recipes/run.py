@@ -208,7 +208,7 @@ class Recipe:
     def sources(self) -> dict[str, str]:
         """Name and path of each source of rows."""
         if hasattr(self.data, "places"):
-            return {name: path for name, (path, _) in self.data.places().items()}
+            return {name: place.path for name, place in self.data.places().items()}
         name = getattr(self.data, "dataset_name", None)
         return {Path(str(name)).name: str(name)} if name else {}
 

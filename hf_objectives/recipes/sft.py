@@ -16,7 +16,8 @@ from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollator
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import save_label_preview
 from hf_objectives.recipes.built_in import Marks, is_built_in, is_right
-from hf_objectives.recipes.data import DataArguments, Prepared, digest, digest_of_stream, mix_rows, prepare
+from hf_objectives.recipes.data import Prepared, digest, digest_of_stream, mix_rows, prepare
+from hf_objectives.recipes.data_arguments import DataArguments
 from hf_objectives.recipes.models import TrustedModel, load_model, with_lora
 from hf_objectives.recipes.preview import check_stops, print_preview
 from hf_objectives.recipes.run import Recipe
@@ -84,7 +85,7 @@ class Sft(Recipe):
     def evaluate(self, trainer: Any) -> dict[str, Any]:
         """Exact perplexity; of the built-in corpus also the share of right answers."""
         metrics = super().evaluate(trainer)
-        if any(is_built_in(path) for path, _ in self.data.places().values()):
+        if any(is_built_in(place.path) for place in self.data.places().values()):
             self.marks = self.examine(trainer, trained=True)
             metrics |= {f"eval_{name}": value for name, value in self.marks.figures().items()}
             self.results["exact_match_by_skill"] = self.marks.by_skill()

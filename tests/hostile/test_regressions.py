@@ -23,7 +23,8 @@ from hf_objectives.preparation.manifest import MANIFEST, Manifest
 from hf_objectives.preparation.shards import PROGRESS
 from hf_objectives.preparation.work import Finished
 from hf_objectives.recipes.arguments import read_mapping, read_template
-from hf_objectives.recipes.data import Prepared, read_mixture
+from hf_objectives.recipes.data import Prepared
+from hf_objectives.recipes.data_arguments import read_mixture
 from hf_objectives.trainers.checkpoints import MANIFEST as CHECKPOINT_MANIFEST
 from hf_objectives.trainers.checkpoints import fault_of, step_rows_of
 from hf_objectives.types import parse_json, parse_yaml

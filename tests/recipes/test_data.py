@@ -13,7 +13,8 @@ from hf_objectives import demo
 from hf_objectives.errors import ConfigError, ConversationError
 from hf_objectives.preparation import hold_out, load_rows
 from hf_objectives.recipes import data as recipe_data
-from hf_objectives.recipes.data import DataArguments, RowArguments, WatchedArguments, digest, prepare, split_rows
+from hf_objectives.recipes.data import digest, prepare, split_rows
+from hf_objectives.recipes.data_arguments import DataArguments, RowArguments
 
 TOKENIZER = demo.build_tokenizer()
 
@@ -78,41 +79,6 @@ def test_chats_and_texts_of_the_built_in_corpus_are_mixed_by_their_names(tmp_pat
     assert {*prepare(alone, TOKENIZER, seed=0, output_dir=str(tmp_path)).train["source"]} == {"chat", "tool"}
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("[1]", "not a mapping"),
-        ("{", "not a mapping"),
-        ('{"poems": "builtin"}', "the built-in corpus has texts and chats"),
-    ],
-)
-def test_bad_lm_datasets(given, message):
-    with pytest.raises(ConfigError, match=message):
-        WatchedArguments(lm_datasets=given).watched()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"dataset_name": "x.json", "sources": "{}"}, "dataset_name or sources, one of the two"),
-        ({"sources": "{"}, "sources is not a mapping"),
-        ({"sources": "{}"}, "one of the two|an empty mapping"),
-        ({"dataset_name": "x.json", "train_on": "user"}, "train_on is 'user'"),
-        ({"sources": '{"a": {"path": "x.json", "slpit": "test"}}'}, "source 'a': unknown key 'slpit' .*'split'"),
-        ({"sources": '{"a": {"weight": 2}}'}, "source 'a' is .*expected a path"),
-    ],
-)
-def test_bad_arguments(given, message):
-    with pytest.raises(ConfigError, match=message):
-        DataArguments(**given)
-
-
-def test_a_source_names_its_own_split():
-    sources = {"a": "x.json", "b": {"path": "org/rows", "split": "validation"}}
-    given = DataArguments(sources=json.dumps(sources), dataset_split="test")
-    assert given.places() == {"a": ("x.json", "test"), "b": ("org/rows", "validation")}
-
-
 def test_rows_that_cannot_be_used_are_left_out_and_counted_on_request(tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
@@ -140,3 +106,16 @@ def test_a_checksum_of_rows_does_not_depend_on_how_a_table_is_cut():
     for other in ([[1], [2, 3], [], [4, 5, 6]], [[1, 2], [3], [], [4, 5, 7]]):
         changed = table.set_column(0, "input_ids", pa.array(other, pa.list_(pa.int32())))
         assert digest(Dataset(changed)) != digest(Dataset(table))
+
+
+def test_a_test_split_of_the_hub_is_held_out_as_a_whole(monkeypatch):
+    sizes = {"train": 5, "test": 3}
+
+    def load(place):
+        return [{"prompt": f"{place.split} {i}", "completion": "x"} for i in range(sizes[place.split])]
+
+    monkeypatch.setattr(recipe_data, "load_rows", load)
+    data = RowArguments(dataset_name="org/rows", dataset_test_split="test")
+    train, held_out = split_rows(data, seed=0, built_in=(1, 1))
+    assert [row["prompt"] for row in train] == [f"train {i}" for i in range(5)]
+    assert [(row["prompt"], row["row"]) for row in held_out] == [(f"test {i}", i) for i in range(3)]

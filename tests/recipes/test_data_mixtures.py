@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 
 from hf_objectives.errors import ConfigError
-from hf_objectives.recipes.data import mix_rows, read_mixture
+from hf_objectives.recipes.data import mix_rows
+from hf_objectives.recipes.data_arguments import read_mixture
 
 SOURCES = {"a": {"path": "a.jsonl", "weight": 1}, "b": "b.jsonl"}
 

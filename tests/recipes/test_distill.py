@@ -80,7 +80,7 @@ def test_from_a_file_to_a_student(corpus, tmp_path, capsys):
         "Trained on a teacher's distributions (distillation) from `model`, teacher `teacher`, with hf_objectives"
         in card
     )
-    assert str(corpus) not in card and "- distill" in card and '"lmbda": 0.5' in card
+    assert str(corpus) not in card and "- distill" in card and "lmbda: 0.5" in card
     printed = " ".join(capsys.readouterr().out.split())
     assert "divergence to the teacher" in printed and "50% of the steps on answers of the student" in printed
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_objectives import compute_perplexity, demo
 from hf_objectives.errors import ConfigError, FileFormatError, NothingSupervisedError
-from hf_objectives.recipes.data import DataArguments, prepare
+from hf_objectives.recipes.data import prepare
+from hf_objectives.recipes.data_arguments import DataArguments
 from hf_objectives.recipes.sft import main
 from tests.support.recipes import QUIET, command_line, run_two_processes, save_small_model, write_rows
 

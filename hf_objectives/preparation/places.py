@@ -1,0 +1,148 @@
+"""Where the rows of a source lie: files, an object store, or a dataset of the Hub with subset, revision and split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from datasets import Dataset, config, get_dataset_config_names, load_dataset
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+
+from hf_objectives.errors import ConfigError, FileFormatError, nearest
+from hf_objectives.preparation import files
+from hf_objectives.types import check_keys
+
+Files = str | Sequence[str] | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows lie.
+
+    Attributes:
+        path: a file, folder or glob, an address of an object store (`s3://...`, by fsspec), or a dataset of the Hub.
+        split: of a dataset of the Hub: a name, or an expression as `load_dataset` takes it (`train[:10%]`, `train+test`).
+        config, revision, data_files, data_dir: of a dataset of the Hub, see `datasets.load_dataset`.
+        column_mapping: our name of a column by its name there (`{"question": "prompt"}`); other columns keep their names.
+    """
+
+    path: str
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    data_files: Files = None
+    data_dir: str | None = None
+    column_mapping: Mapping[str, str] | None = None
+
+    @classmethod
+    def read(cls, name: str, source: Any, default: Place, others: Sequence[str] = ()) -> Place:
+        """The place of a source that is a path, or a mapping of the attributes; what it does not name is as in `default`.
+
+        Raises:
+            ConfigError: no path, a key that is neither an attribute nor in `others`, or something else for a mapping.
+        """
+        given = source if isinstance(source, Mapping) else {"path": source}
+        own = [field.name for field in fields(cls)]
+        check_keys(f"source {name!r}", given, (*own, *others))
+        if not isinstance(given.get("path"), str):
+            keys = ", ".join((*own[1:], *others))
+            raise ConfigError(f"source {name!r} is {source!r}; expected a path, or a mapping with path (and {keys})")
+        place = replace(default, **{key: value for key, value in given.items() if key in own})
+        columns = place.column_mapping
+        texts = isinstance(columns, Mapping) and all(isinstance(name, str) for name in columns.values())
+        if columns is not None and not texts:
+            raise ConfigError(f"column_mapping of source {name!r} is {columns!r}; expected their names and ours (JSON)")
+        if not files.is_hub_id(place.path) and (asked := [key for key in own[2:6] if getattr(place, key)]):
+            raise ConfigError(f"source {name!r}, {place.path}, is no dataset of the Hub; {asked[0]} is for those")
+        return place
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the rows are a dataset of the Hub."""
+        return files.is_hub_id(self.path)
+
+    def load_dataset(self) -> Dataset:
+        """Load a dataset of the Hub, by the login of its client.
+
+        Raises:
+            ConfigError: no such dataset, subset or split (those that exist are named), or no connection.
+        """
+        try:
+            return load_dataset(
+                self.path,
+                self.config,
+                split=self.split,
+                revision=self.revision,
+                data_files=self.data_files,
+                data_dir=self.data_dir,
+            )
+        except (DatasetNotFoundError, DataFilesNotFoundError, ConnectionError, ValueError, OSError) as error:
+            raise ConfigError(f"{self.path}: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        said = " ".join(str(error).split())
+        if "Config name is missing" in said or "BuilderConfig" in said:
+            known = get_dataset_config_names(self.path, revision=self.revision)
+            asked = "dataset_config is missing" if self.config is None else f"no subset {self.config!r}"
+            return f"{asked}; expected one of {', '.join(known)}{nearest(str(self.config), known)}"
+        if isinstance(error, ConnectionError):
+            return f"the Hub cannot be reached ({said[:200]}); give a local file, or the dataset once with a connection"
+        return said[:400]
+
+    def rename(self, rows: Any) -> Any:
+        """Rows, a list or a Dataset, with their columns renamed.
+
+        Raises:
+            ConfigError: a column that is to be renamed is not there; names those that are.
+        """
+        if not self.column_mapping:
+            return rows
+        mapped = isinstance(rows, Dataset)
+        known = rows.column_names if mapped else list(dict.fromkeys(key for row in rows for key in row))
+        for column in self.column_mapping:
+            if column not in known:
+                raise ConfigError(f"column_mapping: {self.path} has no column {column!r}; it has {', '.join(known)}")
+        new = dict(self.column_mapping)
+        replaced = [name for name in new.values() if name in known and name not in new]
+        if mapped:
+            return rows.remove_columns(replaced).rename_columns(new)
+        return [{new.get(key, key): value for key, value in row.items() if key not in replaced} for row in rows]
+
+
+def local_files(name: str) -> list[str]:
+    """The files of a path, as `files.list_files`; those of an object store are copied into the cache of `datasets` once.
+
+    Raises:
+        FileFormatError: there is no file.
+        ConfigError: the package for an address is not installed, or the store refuses.
+    """
+    if "://" not in name:
+        return files.list_files(name)
+    cache, local = Path(config.HF_DATASETS_CACHE) / "object_stores", []
+    try:
+        store, _, found = fsspec.get_fs_token_paths(name, mode="rb", expand=True)
+        for path in sorted(found):
+            kept = (
+                cache
+                / sha256(f"{name.split('://')[0]} {path} {store.ukey(path)}".encode()).hexdigest()[:20]
+                / Path(path).name
+            )
+            if not kept.exists():  # a new version of a file has another key
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                draft = kept.with_name(f"{kept.name}.{os.getpid()}.draft")
+                store.get_file(path, str(draft))
+                draft.replace(kept)
+            local.append(str(kept))
+    except FileNotFoundError as error:
+        raise FileFormatError(f"no such file: {name}") from error
+    except (ImportError, ValueError, OSError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{name} cannot be read ({type(error).__name__}: {words})") from error
+    if not local:
+        raise FileFormatError(f"no such file: {name}")
+    return [file for path in local for file in files.list_files(path)]

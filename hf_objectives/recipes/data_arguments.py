@@ -1,0 +1,153 @@
+"""Where the rows of a recipe come from, as options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_objectives.errors import ConfigError
+from hf_objectives.labels import ON_ERROR
+from hf_objectives.preparation import Place, check_share, load_rows
+from hf_objectives.recipes.arguments import BUILT_IN, MIXTURE_KEYS, EncodingArguments, named_sources, read_mapping
+from hf_objectives.recipes.built_in import is_built_in, watched_rows
+from hf_objectives.types import check_one_of, option, parse_json, parse_yaml
+
+MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
+_ON_ERROR = "A row that cannot be used: raise its error, or skip and count it."
+
+
+@dataclass(kw_only=True)
+class HubArguments:
+    """Which part of a dataset of the Hub, and what its columns are here."""
+
+    dataset_config: str | None = option(None, "Subset of a Hub dataset.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
+    dataset_split: str = option("train", "Split of a Hub dataset, or an expression: train[:10%%], train+test.")
+    dataset_test_split: str | None = option(None, "Split of a Hub dataset that is held out, in place of eval_share.")
+    data_files: str | None = option(None, "Files of a Hub dataset: a path or pattern there, or several (JSON).")
+    data_dir: str | None = option(None, "Folder of a Hub dataset.")
+    column_mapping: str | None = option(None, 'Our names of columns by theirs (JSON): {"question": "prompt"}.')
+
+    def place(self, name: str, source: Any) -> Place:
+        """The place of a source, see `Place.read`."""
+        columns = None if self.column_mapping is None else read_mapping("column_mapping", self.column_mapping)
+        files: Any = self.data_files
+        if files is not None and files.lstrip().startswith(("[", "{")):
+            try:
+                files = parse_json(files)
+            except ValueError as error:
+                raise ConfigError(f"data_files is {files!r}, which is no JSON ({error})") from error
+        own: dict[str, Any] = {"config": self.dataset_config, "revision": self.dataset_revision, "data_files": files}
+        own |= {"data_dir": self.data_dir, "column_mapping": columns}
+        path = source.get("path") if isinstance(source, Mapping) else source
+        if is_built_in(str(path)) and (asked := [key for key, value in own.items() if value is not None]):
+            raise ConfigError(f"{asked[0]} is for datasets of the Hub; {path} is made here")
+        return Place.read(name, source, Place("", self.dataset_split, **own), MIXTURE_KEYS)
+
+
+@dataclass(kw_only=True)
+class DataArguments(HubArguments, EncodingArguments):
+    """Where the rows of fine-tuning come from, and how they become tokens."""
+
+    dataset_name: str | None = option(
+        None, "Hub id, a .json/.jsonl/.parquet/.txt file, 'builtin', 'builtin:careless' or 'builtin:texts'."
+    )
+    built_in_rows: int = option(30_000, "Rows of a built-in source.")
+    sources: str | None = option(None, "Names and paths, or mappings with path, split, weight and max_epochs (JSON).")
+    mixture: str | None = option(None, MIXTURE_HELP)
+    eval_share: float = option(0.1, "Share of each source that is held out.")
+    max_length: int = option(1024, "Tokens of a row.")
+    packing: bool = option(True, "Pack several documents into a row.")
+    strategy: str = option("best_fit", "best_fit or concat.")
+    num_proc: int | None = option(None, "Processes that prepare data.")
+    on_error: str = option("raise", _ON_ERROR)
+    allow_no_stop: bool = option(False, "Train also where most of the assistant's turns end without a control token.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("on_error", self.on_error, ON_ERROR)
+        check_share("eval_share", self.eval_share)
+        self.places()
+        self.mixture_settings()
+
+    def named_sources(self) -> Mapping[str, Any]:
+        """The sources by name, as they were given."""
+        return named_sources(self.sources, self.dataset_name)
+
+    def places(self) -> dict[str, Place]:
+        """Where the rows of each source lie."""
+        return {name: self.place(name, source) for name, source in self.named_sources().items()}
+
+    def mixture_settings(self) -> dict[str, Any] | None:
+        """The settings of the mixture to train on; None where the rows are trained as they are."""
+        return read_mixture(self.mixture, self.named_sources())
+
+
+@dataclass(kw_only=True)
+class RowArguments(HubArguments):
+    """Where the rows of alignment come from."""
+
+    dataset_name: str = option(BUILT_IN, "Rows: a Hub id, a file, or 'builtin'.")
+    eval_share: float = option(0.1, "Share of the rows that is held out.")
+    on_error: str = option("raise", _ON_ERROR)
+    packing, overlength = False, "the prompt's beginning goes first"  # what the plan says
+
+    def __post_init__(self) -> None:
+        check_one_of("on_error", self.on_error, ON_ERROR)
+        check_share("eval_share", self.eval_share)
+
+
+@dataclass(kw_only=True)
+class WatchedArguments(RowArguments):
+    """Rows of alignment, and rows whose perplexity is watched beside them."""
+
+    lm_datasets: str | None = option(
+        None, "Rows whose perplexity is watched: a mapping of name to file, Hub id or 'builtin' (JSON)."
+    )
+
+    def watched(self) -> dict[str, Any] | None:
+        """The rows that are watched, by name."""
+        if not self.lm_datasets:
+            return None
+        named = read_mapping("lm_datasets", self.lm_datasets).items()
+        return {name: watched_rows(name, path) if is_built_in(path) else load_rows(path) for name, path in named}
+
+
+def read_mixture(mixture: str | None, sources: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of a mixture, with the weights beside the sources; None where nothing asks for one.
+
+    `mixture` is JSON text of a mapping or the path of a YAML file; `sources` are paths or mappings.
+    """
+    beside = {name: source_settings(source) for name, source in sources.items()}
+    if not mixture and not any(beside.values()):
+        return None
+    settings = _mixture_settings(mixture) if mixture else {}
+    if not sources:
+        return settings
+    own = settings.get("sources") or {}
+    if not isinstance(own, dict) or not all(source is None or isinstance(source, dict) for source in own.values()):
+        raise ConfigError(f"mixture: sources is {own!r}; expected names with weight and max_epochs")
+    for name in own:
+        if name not in sources:
+            raise ConfigError(f"mixture names source {name!r}; expected one of {', '.join(sources)}")
+    return {**settings, "sources": {name: {**beside[name], **(own.get(name) or {})} for name in sources}}
+
+
+def source_settings(source: Any) -> dict[str, Any]:
+    """Of a source, what the mixture reads: its weight and its epochs, where it has them."""
+    return {key: source[key] for key in MIXTURE_KEYS if key in source} if isinstance(source, Mapping) else {}
+
+
+def _mixture_settings(mixture: str) -> dict[str, Any]:
+    is_json = mixture.lstrip().startswith("{")
+    if not is_json and not Path(mixture).is_file():
+        raise ConfigError(f"mixture names a file that does not exist: {mixture}")
+    try:
+        settings = parse_json(mixture) if is_json else parse_yaml(Path(mixture).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"mixture cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"mixture is {type(settings).__name__}; expected a mapping, see MixtureConfig")
+    return settings
