@@ -175,6 +175,15 @@ class VerifyOptions:
     json: bool = option(False, "The checks as JSON.", flag=True)
 
 
+@dataclass
+class ConvertOptions:
+    """Write a config of axolotl or LLaMA-Factory as ours, and list what it has no match for."""
+
+    file: str = field(metadata={"help": "their YAML; one of TRL's runs as it is"})
+    output: str | None = option(None, "The YAML to write; by default it is printed.")
+    json: bool = option(False, "Recipe, settings and the rest as JSON.", flag=True)
+
+
 #: The module of each command, which has a function of its name, and its options.
 COMMANDS: dict[str, tuple[str, type]] = {
     "prepare": ("data", PrepareOptions),
@@ -186,6 +195,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "replay": ("runs", ReplayOptions),
     "report": ("runs", ReportOptions),
     "rows": ("data", RowsOptions),
+    "convert": ("convert", ConvertOptions),
     "push": ("publishing", PushOptions),
     "verify": ("publishing", VerifyOptions),
 }

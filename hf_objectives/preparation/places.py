@@ -29,6 +29,7 @@ class Place:
         split: of a dataset of the Hub: a name, or an expression as `load_dataset` takes it (`train[:10%]`, `train+test`).
         config, revision, data_files, data_dir: of a dataset of the Hub, see `datasets.load_dataset`.
         column_mapping: our name of a column by its name there (`{"question": "prompt"}`); other columns keep their names.
+        columns: the columns to keep, by their names there; None keeps all.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Place:
     data_files: Files = None
     data_dir: str | None = None
     column_mapping: Mapping[str, str] | None = None
+    columns: Sequence[str] | None = None
 
     @classmethod
     def read(cls, name: str, source: Any, default: Place, others: Sequence[str] = ()) -> Place:
@@ -100,14 +102,20 @@ class Place:
         Raises:
             ConfigError: a column that is to be renamed is not there; names those that are.
         """
-        if not self.column_mapping:
+        if not self.column_mapping and not self.columns:
             return rows
         mapped = isinstance(rows, Dataset)
         known = rows.column_names if mapped else list(dict.fromkeys(key for row in rows for key in row))
-        for column in self.column_mapping:
+        new = dict(self.column_mapping or {})
+        keep = list(dict.fromkeys([*self.columns, *new])) if self.columns else known
+        for column in dict.fromkeys([*new, *keep]):
             if column not in known:
-                raise ConfigError(f"column_mapping: {self.path} has no column {column!r}; it has {', '.join(known)}")
-        new = dict(self.column_mapping)
+                raise ConfigError(f"{self.path} has no column {column!r}; it has {', '.join(known)}")
+        if mapped:
+            rows = rows.select_columns(keep)
+        else:
+            rows = [{key: value for key, value in row.items() if key in keep} for row in rows]
+        known = keep
         replaced = [name for name in new.values() if name in known and name not in new]
         if mapped:
             return rows.remove_columns(replaced).rename_columns(new)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from hf_objectives.recipes.models import (
         load_tokenizer,  # Load the built-in tokenizer, or that of a folder or a Hub id
     )
+    from hf_objectives.recipes.other_tools import (
+        convert_config,  # A config of axolotl or LLaMA-Factory as ours
+    )
     from hf_objectives.recipes.preview import (
         mixture_table,  # Show what each source of a mixture was to give and gave
         print_example,  # Print the name and the beginning of a row

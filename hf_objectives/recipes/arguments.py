@@ -15,13 +15,15 @@ import yaml
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
 from hf_objectives.labels import EncodingConfig
 from hf_objectives.recipes.config_files import ConfigFile, find_config, option_value
+from hf_objectives.recipes.other_tools import SYNONYMS, tool_of
+from hf_objectives.recipes.trl_keys import translate
 from hf_objectives.types import parse_json
 
 BUILT_IN = "builtin"  # the name of the built-in model, tokenizer and data
 MIXTURE_KEYS = ("weight", "max_epochs")  # keys of a source that change no row
+FRACTION = "fraction"  # key of a source, as in TRL: its share of the rows, none of them twice
 COMMAND_LINE, DEFAULT = "command line", "default"
 LAUNCHED = "HF_OBJECTIVES_LAUNCH_KEYS"  # names the keys of the YAML that started the launch, where one did
-SYNONYMS: dict[str, str] = {}
 
 
 @dataclass(kw_only=True)
@@ -68,7 +70,7 @@ def parse_config(
     parser.error = _refuse  # type: ignore[method-assign]
     file = ConfigFile.read(find_config(found.config)) if found.config else None
     options, problems = _words(words, parser)
-    values = _values(file, classes, parser, problems) if file else {}
+    values, answers = _values(file, classes, parser, problems) if file else ({}, [])
     if problems:
         raise ConfigError("; ".join(problems))
     parser.set_defaults(**values)
@@ -88,6 +90,8 @@ def parse_config(
         **dict.fromkeys(values, file.path.name if file else ""),
         **dict.fromkeys(options, COMMAND_LINE),
     }
+    if answers and int(os.environ.get("RANK", "0")) == 0:
+        print("\n".join(f"{file.path if file else ''}: {line}" for line in answers), file=sys.stderr)
     if found.print_config:
         print(_given(file, parsed, origin), end="")
         sys.exit()
@@ -111,22 +115,31 @@ def _words(words: Sequence[str], parser: ArgumentParser) -> tuple[set[str], list
     return given, problems
 
 
-def _values(file: ConfigFile, classes: Sequence[type], parser: ArgumentParser, problems: list[str]) -> dict[str, Any]:
-    """The values of a YAML file as the parser takes them; what is wrong with it is added to `problems`."""
+def _values(
+    file: ConfigFile, classes: Sequence[type], parser: ArgumentParser, problems: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of a YAML file as the parser takes them, and answers about keys of TRL's; problems are added to `problems`.
+
+    Raises:
+        ConfigError: the config of another tool.
+    """
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    if (tool := tool_of(file.values)) is not None:
+        raise ConfigError(f"{file.path} is a config of {tool}; `hf-objectives convert {file.path}` writes ours")
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
-    done, values = os.environ.get(LAUNCHED, "").split(","), {}
-    for key, value in file.values.items():
-        if key not in actions and key in done:
-            continue
+    done = os.environ.get(LAUNCHED, "").split(",")
+    given = translate({key: value for key, value in file.values.items() if key not in done or key in actions}, actions)
+    problems += [f"{file.place(key)}: {key}: {reason}" for key, reason in given.refusals.items()]
+    values = {}
+    for key, value in given.values.items():
         if key not in actions:
             problems.append(f"{file.place(key)}: unknown key {key!r}{_suggest(key, actions)}")
             continue
         try:
             values[key] = option_value(value, hints[key], actions[key])
         except ValueError as error:
-            problems.append(f"{file.place(key)}: {key} is {value!r}; {error}")
-    return values
+            problems.append(f"{file.place(given.places[key])}: {key} is {value!r}; {error}")
+    return values, given.answers
 
 
 def _suggest(word: str, known: Collection[str]) -> str:

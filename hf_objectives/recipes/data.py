@@ -93,6 +93,7 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) 
     In a launch of several processes one of them does it, in a folder of the run, while the others wait on its lock.
     """
     set_template(tokenizer, data.chat_template)
+    set_tokens(tokenizer, eos_token=data.eos_token, pad_token=data.pad_token)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _prepare(data, tokenizer, seed=seed)
     # Weights change no token.
@@ -122,6 +123,22 @@ def set_template(tokenizer: Any, chat_template: str | None) -> None:
         tokenizer.chat_template = template
 
 
+def set_tokens(tokenizer: Any, **tokens: str | None) -> None:
+    """Give the tokenizer special tokens of its vocabulary, by names such as `eos_token`; None leaves one as it is.
+
+    Raises:
+        ConfigError: a token that the vocabulary has not.
+    """
+    for name, token in tokens.items():
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"{name} is {token!r}, which the tokenizer does not have; expected a token of its vocabulary"
+            )
+        setattr(tokenizer, name, token)
+
+
 def _version(place: Place) -> Any:
     """A value that changes when the rows of a source do."""
     if is_built_in(place.path):
@@ -137,15 +154,20 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
         check_packing(data.max_length, data.strategy, _OVERFLOW)
     train: Rows = []
     held_out: Rows = []
+    sizes: dict[str, int] = {}
     for name, place in data.places().items():
         if is_built_in(place.path):
             named = {} if len(data.places()) == 1 else {"source": name}
             train += [{**row, **named} for row in built_in_rows(place.path, data.built_in_rows, seed=seed)]
+            sizes[name] = data.built_in_rows
             held_out += [{**row, **named} for row in built_in_rows(place.path, 400, seed=seed, split="test")]
             continue
         kept, out = _split(place, name, data, seed)
+        sizes[name] = len(kept)
         train += kept
         held_out += out
+    if (shares := data.fractions()) and len(shares) > 1:
+        train = _first_rows(train, sizes, shares)
     ledger = Ledger()
     # A mixture packs the documents that it draws.
     packing = data.packing and data.mixture_settings() is None
@@ -157,6 +179,18 @@ def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
     examples = pa.concat_tables(ends).to_pylist()
     held = None if evaluation is None else _pack(data, evaluation, data.packing)
     return Prepared(_pack(data, encoded, packing), held, examples, ledger)
+
+
+def _first_rows(rows: Rows, sizes: Mapping[str, int], shares: Mapping[str, float]) -> Rows:
+    """The first rows of each source: as many as give each its share, where none gives more than it has; as TRL counts."""
+    total = min(sizes[name] / share for name, share in shares.items())
+    left = {name: round(share * total) for name, share in shares.items()}
+    kept = []
+    for row in rows:
+        if left[row["source"]] > 0:
+            left[row["source"]] -= 1
+            kept.append(row)
+    return kept
 
 
 def _encode(data: DataArguments, rows: Rows, tokenizer: Any, packing: bool, ledger: Ledger) -> pa.Table:

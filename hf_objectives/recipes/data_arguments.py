@@ -10,7 +10,14 @@ from typing import Any
 from hf_objectives.errors import ConfigError
 from hf_objectives.labels import ON_ERROR
 from hf_objectives.preparation import Place, check_share, load_rows
-from hf_objectives.recipes.arguments import BUILT_IN, MIXTURE_KEYS, EncodingArguments, named_sources, read_mapping
+from hf_objectives.recipes.arguments import (
+    BUILT_IN,
+    FRACTION,
+    MIXTURE_KEYS,
+    EncodingArguments,
+    named_sources,
+    read_mapping,
+)
 from hf_objectives.recipes.built_in import is_built_in, watched_rows
 from hf_objectives.types import check_one_of, option, parse_json, parse_yaml
 
@@ -44,7 +51,7 @@ class HubArguments:
         path = source.get("path") if isinstance(source, Mapping) else source
         if is_built_in(str(path)) and (asked := [key for key, value in own.items() if value is not None]):
             raise ConfigError(f"{asked[0]} is for datasets of the Hub; {path} is made here")
-        return Place.read(name, source, Place("", self.dataset_split, **own), MIXTURE_KEYS)
+        return Place.read(name, source, Place("", self.dataset_split, **own), (*MIXTURE_KEYS, FRACTION))
 
 
 @dataclass(kw_only=True)
@@ -63,6 +70,10 @@ class DataArguments(HubArguments, EncodingArguments):
     strategy: str = option("best_fit", "best_fit or concat.")
     num_proc: int | None = option(None, "Processes that prepare data.")
     on_error: str = option("raise", _ON_ERROR)
+    eos_token: str | None = option(
+        None, "The tokenizer's EOS token, where it is to be another; turns end by the template."
+    )
+    pad_token: str | None = option(None, "The tokenizer's padding token, where it is to be another.")
     allow_no_stop: bool = option(False, "Train also where most of the assistant's turns end without a control token.")
 
     def __post_init__(self) -> None:
@@ -70,6 +81,7 @@ class DataArguments(HubArguments, EncodingArguments):
         check_one_of("on_error", self.on_error, ON_ERROR)
         check_share("eval_share", self.eval_share)
         self.places()
+        self.fractions()
         self.mixture_settings()
 
     def named_sources(self) -> Mapping[str, Any]:
@@ -79,6 +91,24 @@ class DataArguments(HubArguments, EncodingArguments):
     def places(self) -> dict[str, Place]:
         """Where the rows of each source lie."""
         return {name: self.place(name, source) for name, source in self.named_sources().items()}
+
+    def fractions(self) -> dict[str, float] | None:
+        """The share of the rows that each source is to have, adding to 1; None where sources are taken whole.
+
+        Raises:
+            ConfigError: a share that is no number above 0, or sources of which some have one and some have none.
+        """
+        given = {n: s.get(FRACTION) for n, s in self.named_sources().items() if isinstance(s, Mapping)}
+        if not any(share is not None for share in given.values()):
+            return None
+        for name in self.named_sources():
+            share = given.get(name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not share > 0:
+                raise ConfigError(
+                    f"fraction of source {name!r} is {share!r}; expected a number above 0 for every source"
+                )
+        total = sum(share or 0 for share in given.values())
+        return {name: (share or 0) / total for name, share in given.items()}
 
     def mixture_settings(self) -> dict[str, Any] | None:
         """The settings of the mixture to train on; None where the rows are trained as they are."""
