@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING
 from hf_objectives import import_on_use
 
 if TYPE_CHECKING:
+    from hf_objectives.evaluation.answers import (
+        Answered,  # what was said to a prompt, and what the row has there
+        Asked,  # a prompt and its answer, as ids
+        check_answers,  # check the settings of generated answers
+        evaluate_answers,  # answer held-out prompts, and score the answers
+        find_answers,  # prompts and answers of encoded rows
+        module_path,  # a module of ours for `evaluate.load`
+    )
     from hf_objectives.evaluation.calibration import (
         Reliability,  # confidence against accuracy, in bins
         wilson_interval,  # the 95 % interval of a share

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_objectives.errors import ConfigError
+from hf_objectives.evaluation import check_answers
 from hf_objectives.labels import ON_ERROR
 from hf_objectives.preparation import Place, check_share, load_rows
 from hf_objectives.recipes.arguments import (
@@ -70,6 +71,8 @@ class DataArguments(HubArguments, EncodingArguments):
     strategy: str = option("best_fit", "best_fit or concat.")
     num_proc: int | None = option(None, "Processes that prepare data.")
     on_error: str = option("raise", _ON_ERROR)
+    eval_answers: int = option(0, "Held-out prompts to answer at each evaluation, with exact match; 0 for none.")
+    eval_max_new_tokens: int = option(64, "Where such an answer is cut.")
     eos_token: str | None = option(
         None, "The tokenizer's EOS token, where it is to be another; turns end by the template."
     )
@@ -82,6 +85,7 @@ class DataArguments(HubArguments, EncodingArguments):
         check_share("eval_share", self.eval_share)
         self.places()
         self.fractions()
+        check_answers(self.eval_answers, self.eval_max_new_tokens)
         self.mixture_settings()
 
     def named_sources(self) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from hf_objectives import demo
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from hf_objectives.errors import ConfigError
 from hf_objectives.inspection import save_label_preview
+from hf_objectives.recipes.answers import AnswersCallback
 from hf_objectives.recipes.built_in import Marks, is_built_in, is_right
 from hf_objectives.recipes.data import Prepared, digest, digest_of_stream, mix_rows, prepare
 from hf_objectives.recipes.data_arguments import DataArguments
@@ -31,6 +32,7 @@ class Sft(Recipe):
     figures: ClassVar[dict[str, str]] = {
         "eval_bits_per_byte": "bits per byte",
         "eval_stop_probability": "probability of stopping at a turn's end",
+        "eval_answers_exact_match": "exact match, held-out answers",
         "eval_exact_match": "exact match, unseen questions",
         "eval_exact_match_trained": "exact match, questions of the training split",
         "eval_exact_match_facts": "exact match, facts in other words",
@@ -65,7 +67,7 @@ class Sft(Recipe):
         collator: Any = DataCollatorForAssistantOnlyLM(self.tokenizer, train_on="all")
         if data.packing:
             collator = DataCollatorWithEosPacking(self.tokenizer, max_length=data.max_length, train_on="all")
-        return PerplexityTrainer(
+        trainer = PerplexityTrainer(
             model,
             args,
             collator,
@@ -73,6 +75,9 @@ class Sft(Recipe):
             eval_dataset=self.prepared.evaluation,
             processing_class=self.tokenizer,
         )
+        if data.eval_answers:
+            trainer.add_callback(AnswersCallback(trainer, data.eval_answers, data.eval_max_new_tokens, self.console))
+        return trainer
 
     def introduce(self, trainer: Any) -> None:
         """Print the plan and what is trained; keep the latter for the report."""
