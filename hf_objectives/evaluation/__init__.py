@@ -32,6 +32,10 @@ if TYPE_CHECKING:
         DocumentLoss,  # the loss, source and row of one document
         document_losses,  # the loss of each document of a batch, packed or not
     )
+    from hf_objectives.evaluation.harness import (
+        check_tasks,  # check that tasks of lm-evaluation-harness are known
+        evaluate_tasks,  # run such tasks on a live model
+    )
     from hf_objectives.evaluation.head import (
         After,  # what a model does after its head: scaling and soft-capping
         after_head,  # that of a model, proven on the live model

@@ -20,6 +20,7 @@ from hf_objectives.recipes.arguments import (
     read_mapping,
 )
 from hf_objectives.recipes.built_in import is_built_in, watched_rows
+from hf_objectives.recipes.harness import HarnessArguments
 from hf_objectives.types import check_one_of, option, parse_json, parse_yaml
 
 MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
@@ -56,7 +57,7 @@ class HubArguments:
 
 
 @dataclass(kw_only=True)
-class DataArguments(HubArguments, EncodingArguments):
+class DataArguments(HarnessArguments, HubArguments, EncodingArguments):
     """Where the rows of fine-tuning come from, and how they become tokens."""
 
     dataset_name: str | None = option(
@@ -120,7 +121,7 @@ class DataArguments(HubArguments, EncodingArguments):
 
 
 @dataclass(kw_only=True)
-class RowArguments(HubArguments):
+class RowArguments(HarnessArguments, HubArguments):
     """Where the rows of alignment come from."""
 
     dataset_name: str = option(BUILT_IN, "Rows: a Hub id, a file, or 'builtin'.")

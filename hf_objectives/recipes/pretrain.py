@@ -28,6 +28,7 @@ from hf_objectives.recipes.data import (
     sha256,
 )
 from hf_objectives.recipes.data_arguments import MIXTURE_HELP, read_mixture
+from hf_objectives.recipes.harness import HarnessArguments
 from hf_objectives.recipes.models import PretrainModel, load_or_draw
 from hf_objectives.recipes.preview import figures_table, print_example
 from hf_objectives.recipes.run import Recipe
@@ -38,7 +39,7 @@ _WSD = "warmup_stable_decay"
 
 
 @dataclass
-class PretrainData(CorpusSettings):
+class PretrainData(CorpusSettings, HarnessArguments):
     """The data: a prepared folder, or raw sources that are prepared first."""
 
     eval_share: float = option(0.01, "Share of the documents that is held out.")

@@ -23,6 +23,7 @@ from hf_objectives.publishing import CardFacts, push, settings_to_show, write_ca
 from hf_objectives.recipes.arguments import DEFAULT, parse_config
 from hf_objectives.recipes.built_in import Marks
 from hf_objectives.recipes.evaluated import write_evaluated
+from hf_objectives.recipes.harness import HarnessCallback
 from hf_objectives.recipes.launch import LaunchRecord, launches_in, state_of
 from hf_objectives.recipes.plan import Line, check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
@@ -121,6 +122,8 @@ class Recipe:
         recipe = cls(model_config, data, args, origin)
         trainer = recipe.build_trainer()
         guard_trackers(trainer)
+        if getattr(data, "eval_tasks", None):
+            trainer.add_callback(HarnessCallback(trainer, data))
         if on_main():
             recipe.introduce(trainer)
         known = {"recipe": cls.__name__.lower()}
