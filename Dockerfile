@@ -1,11 +1,13 @@
 # docker build -t hf-objectives . && docker run --rm hf-objectives
-# For a GPU start from an image that has PyTorch for your driver; the first install then finds it and does nothing.
-FROM python:3.11-slim
-RUN apt-get update && apt-get install -y --no-install-recommends make git && rm -rf /var/lib/apt/lists/*
-WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE Makefile ./
+# For a GPU: --build-arg BASE=pytorch/pytorch:2.13.0-cuda12.8-cudnn9-runtime; the first install then finds torch and does nothing.
+ARG BASE=python:3.11.15-slim-bookworm
+FROM ${BASE}
+RUN useradd --create-home trainer
+WORKDIR /home/trainer/app
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY hf_objectives hf_objectives
-COPY recipes recipes
 RUN pip install --no-cache-dir torch -c constraints.txt \
     && pip install --no-cache-dir '.[trackio]' -c constraints.txt
-CMD ["accelerate", "launch", "--num_processes", "1", "recipes/sft.py", "--config", "quickstart"]
+USER trainer
+WORKDIR /home/trainer
+CMD ["hf-objectives", "sft", "--config", "quickstart"]

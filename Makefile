@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-long test-fast lint bench clean
+.PHONY: help install quickstart test test-long test-fast test-bounds lint docs dist bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,24 @@ test-long: $(STAMP)  ## run the long tests: Ray, real models, many processes, th
 
 test-fast: $(STAMP)  ## tests for daily work: none that is slow, needs a real model or starts processes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long and not slow and not distributed and not real_model"
+
+BOUNDS ?= oldest
+test-bounds:  ## quick tests with the oldest or newest allowed releases (BOUNDS=oldest|newest) in .venv-bounds
+	$(PYTHON) -m venv .venv-$(BOUNDS)
+	.venv-$(BOUNDS)/bin/python -m pip install --quiet $(if $(filter oldest,$(BOUNDS)),'torch==2.13.0',torch)
+	.venv-$(BOUNDS)/bin/python -m pip install --quiet -e '.[dev]' $(if $(filter oldest,$(BOUNDS)),\
+		'transformers==5.21.0' 'trl==1.16.0' 'datasets==5.0.1' 'accelerate==1.10.1',--upgrade transformers trl datasets accelerate)
+	HF_HUB_OFFLINE=1 .venv-$(BOUNDS)/bin/python -m pytest -q -n 2 --dist loadfile \
+		-m "not long and not slow and not distributed and not real_model" tests/labels tests/losses tests/trainers tests/recipes tests/cli
+
+docs: $(STAMP)  ## build the site into build/site; a warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+dist: $(STAMP)  ## build the wheel and the source distribution, and check them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m build --outdir build/dist
+	$(BIN)/python -m twine check --strict build/dist/*
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
