@@ -121,7 +121,7 @@ def _measure(
         if name in settings:
             settings[name] = _found_data(settings[name], Path(data_dir or "."))
     with tempfile.TemporaryDirectory() as scratch:
-        words = [f"--{name}={_word(value)}" for name, value in {**settings, "output_dir": scratch}.items()]
+        words = [word for name, value in {**settings, "output_dir": scratch}.items() for word in _words(name, value)]
         given, origin = parse_config(recipe.arguments, words)
         run = recipe(*given, origin)
         trainer = run.build_trainer()
@@ -143,8 +143,10 @@ def _recipe(name: str) -> Any:
     return recipe
 
 
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _found_data(value: Any, folder: Path) -> Any:
