@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from hf_objectives.labels import SIDES, Account, Ledger
-from hf_objectives.recipes.data import Rows, digest, set_template, split_rows, usable_rows
+from hf_objectives.recipes.data import Rows, digest, set_template, set_tokens, split_rows, usable_rows
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.types import Row
 
@@ -33,6 +33,8 @@ class PairRecipe(Recipe):
     def load_rows(self, tokenizer: Any) -> None:
         """Load the pairs, and encode those to train on."""
         set_template(tokenizer, self.data.chat_template)
+        # TRL sets them when rows are encoded already.
+        set_tokens(tokenizer, **{name: getattr(self.args, name, None) for name in ("eos_token", "pad_token")})
         pairs, self.held_out = split_rows(self.data, seed=self.args.seed, built_in=self.built_in)
         self.ledger = Ledger()
         account = self.ledger[pairs[0]["source"]]

@@ -60,8 +60,8 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> Translation:
     """
     found = Translation()
     for key, value in values.items():
-        rule = _dataset if key == "datasets" and "sources" not in known else RULES.get(key)
-        if key in known or rule is None:
+        rule = RULES.get(key) if "sources" in known else {**RULES, **OF_PAIRS}.get(key)
+        if (key in known and key not in READ_HERE) or rule is None:
             found.values[key], found.places[key] = value, key
             continue
         outcome = rule(value)
@@ -182,6 +182,15 @@ _STREAMS = (
 def _one_of(outcomes: Mapping[str, Set | Answer | Refuse]) -> Rule:
     return lambda value: outcomes.get(str(value), Refuse(f"expected one of {', '.join(outcomes)}"))
 
+
+_TOO_LONG = "a pair that is too long loses the beginning of its prompt first, then the ends of its answers"
+#: Rules of recipes that read pairs.
+OF_PAIRS: dict[str, Rule] = {
+    "datasets": _dataset,
+    "truncation_mode": _one_of({"keep_start": Answer(_TOO_LONG), "keep_end": Refuse(_TOO_LONG)}),
+}
+#: Keys that TRL's trainers read too late for models and rows that a recipe has loaded.
+READ_HERE = ("model_init_kwargs", "chat_template_path", "truncation_mode")
 
 #: Keys of TRL's ScriptArguments, DatasetMixtureConfig and SFTConfig that are no options here, in their order.
 RULES: dict[str, Rule] = {

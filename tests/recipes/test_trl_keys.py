@@ -16,6 +16,7 @@ from hf_objectives.cli.recipe_options import recipe_keys
 from hf_objectives.errors import ConfigError
 from hf_objectives.preparation import Place
 from hf_objectives.recipes import dpo, parse_config, reward, sft
+from hf_objectives.recipes.data import set_tokens
 from hf_objectives.recipes.data_arguments import DataArguments
 from hf_objectives.recipes.trl_keys import RULES, translate
 from tests.support.recipes import save_small_model
@@ -144,6 +145,26 @@ def test_recipes_that_read_one_dataset():
         in translate({"datasets": [{"path": "a"}, {"path": "b"}]}, recipe_keys("dpo")).refusals["datasets"]
     )
     assert "this recipe has no num_proc" in translate({"dataset_num_proc": 2}, {"x"}).refusals["dataset_num_proc"]
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "reward"])
+def test_what_trainers_of_trl_read_too_late_is_read_by_recipes_of_pairs(recipe, tmp_path):
+    """A model is loaded and rows are encoded before their trainers look at these."""
+    (tmp_path / "mine.j2").write_text("{{ messages }}")
+    given = {"model_init_kwargs": {"dtype": "bfloat16"}, "chat_template_path": str(tmp_path / "mine.j2")}
+    done = translate({**given, "truncation_mode": "keep_start"}, recipe_keys(recipe))
+    assert done.values == {"dtype": "bfloat16", "chat_template": "{{ messages }}"} and not done.refusals
+    assert "loses the beginning of its prompt" in " ".join(done.answers)
+    assert "truncation_mode" in translate({"truncation_mode": "keep_end"}, recipe_keys(recipe)).refusals
+
+
+def test_special_tokens_of_a_reward_model_are_set_before_rows_are_encoded(tmp_path):
+    tokenizer = demo.build_tokenizer()
+    token = next(token for token in tokenizer.get_vocab() if token.isalpha())
+    with pytest.raises(ConfigError, match="eos_token is '<nothing>', which the tokenizer does not have"):
+        set_tokens(tokenizer, eos_token="<nothing>")
+    set_tokens(tokenizer, eos_token=token, pad_token=None)
+    assert tokenizer.eos_token == token and tokenizer.pad_token != token
 
 
 def test_answers_and_refusals_reach_the_user_with_their_lines(tmp_path, capsys):
