@@ -40,7 +40,12 @@ def run_recipe(recipe: str, words: Sequence[str]) -> int | None:
         first = next(name for name in options if name != "nondefault")  # accelerate's list of what was given
         raise ConfigError(f"{first} is for accelerate launch, which started this process; give it there")
     if not options and ("LOCAL_RANK" in os.environ or _one_device()):
-        import_module(f"hf_objectives.recipes.{recipe}").main(words)
+        from hf_objectives.distributed import leave_group  # imports torch
+
+        try:
+            import_module(f"hf_objectives.recipes.{recipe}").main(words)
+        finally:
+            leave_group()
         return None
     return _launch(["--module", "hf_objectives.recipes", recipe, *words], options, keys)
 

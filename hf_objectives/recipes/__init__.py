@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ConfigFile,  # A YAML file of options, with the line of each key
         find_config,  # Find a YAML file by its path, or a shipped one by its name
     )
-    from hf_objectives.recipes.data_arguments import (
+    from hf_objectives.recipes.hub_arguments import (
         HubArguments,  # Which part of a dataset of the Hub, as options
     )
     from hf_objectives.recipes.models import (

@@ -21,39 +21,11 @@ from hf_objectives.recipes.arguments import (
 )
 from hf_objectives.recipes.built_in import is_built_in, watched_rows
 from hf_objectives.recipes.harness import HarnessArguments
+from hf_objectives.recipes.hub_arguments import HubArguments
 from hf_objectives.types import check_one_of, option, parse_json, parse_yaml
 
 MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
 _ON_ERROR = "A row that cannot be used: raise its error, or skip and count it."
-
-
-@dataclass(kw_only=True)
-class HubArguments:
-    """Which part of a dataset of the Hub, and what its columns are here."""
-
-    dataset_config: str | None = option(None, "Subset of a Hub dataset.")
-    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
-    dataset_split: str = option("train", "Split of a Hub dataset, or an expression: train[:10%%], train+test.")
-    dataset_test_split: str | None = option(None, "Split of a Hub dataset that is held out, in place of eval_share.")
-    data_files: str | None = option(None, "Files of a Hub dataset: a path or pattern there, or several (JSON).")
-    data_dir: str | None = option(None, "Folder of a Hub dataset.")
-    column_mapping: str | None = option(None, 'Our names of columns by theirs (JSON): {"question": "prompt"}.')
-
-    def place(self, name: str, source: Any) -> Place:
-        """The place of a source, see `Place.read`."""
-        columns = None if self.column_mapping is None else read_mapping("column_mapping", self.column_mapping)
-        files: Any = self.data_files
-        if files is not None and files.lstrip().startswith(("[", "{")):
-            try:
-                files = parse_json(files)
-            except ValueError as error:
-                raise ConfigError(f"data_files is {files!r}, which is no JSON ({error})") from error
-        own: dict[str, Any] = {"config": self.dataset_config, "revision": self.dataset_revision, "data_files": files}
-        own |= {"data_dir": self.data_dir, "column_mapping": columns}
-        path = source.get("path") if isinstance(source, Mapping) else source
-        if is_built_in(str(path)) and (asked := [key for key, value in own.items() if value is not None]):
-            raise ConfigError(f"{asked[0]} is for datasets of the Hub; {path} is made here")
-        return Place.read(name, source, Place("", self.dataset_split, **own), (*MIXTURE_KEYS, FRACTION))
 
 
 @dataclass(kw_only=True)

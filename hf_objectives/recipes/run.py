@@ -240,7 +240,13 @@ def _findings(history: list[dict[str, float]]) -> Sequence[Finding] | str:
 def _given(name: str, configs: Sequence[Any]) -> list[Any]:
     """The value of a setting, where one of the configs has it, as YAML takes it."""
     found = [getattr(config, name) for config in configs if hasattr(config, name)]
-    return [value.value if isinstance(value, Enum) else value for value in found[:1]]
+    return [_plain(value) for value in found[:1]]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def resume_point(args: Any) -> str | None:

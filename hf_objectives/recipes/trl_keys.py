@@ -71,6 +71,8 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> Translation:
             found.refusals[key] = f"{_shown(value)} cannot be followed: {outcome.why}"
         elif lacking := [name for name in outcome.values if name not in known]:
             found.refusals[key] = f"this recipe has no {', '.join(lacking)}"
+        elif twice := [name for name in outcome.values if name in found.values or name in values]:
+            found.refusals[key] = f"says what {', '.join(twice)} says too; keep one of them"
         else:
             for name, given in outcome.values.items():
                 found.values[name], found.places[name] = given, key

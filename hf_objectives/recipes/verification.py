@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
@@ -12,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
@@ -161,8 +161,10 @@ def _measure(
         if name in settings:
             settings[name] = _found_data(settings[name], Path(data_dir or "."))
     with tempfile.TemporaryDirectory() as scratch:
-        words = [f"--{name}={_word(value)}" for name, value in {**settings, "output_dir": scratch}.items()]
-        configs, origin = parse_config(recipe.arguments, words)
+        # As a file, in which no value can pose as another option.
+        config = Path(scratch) / "settings.yaml"
+        config.write_text(yaml.safe_dump({**settings, "output_dir": scratch}), encoding="utf-8")
+        configs, origin = parse_config(recipe.arguments, ["--config", str(config)])
         run = recipe(*configs, origin)
         trainer = run.build_trainer()
         measured = run.evaluate(trainer)
@@ -197,10 +199,6 @@ def _recipe(name: str) -> Any:
             f"figures of {name} are of sampled answers, or of a second model; they cannot be measured from this one alone"
         )
     return recipe
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
 def _found_data(value: Any, folder: Path) -> Any:

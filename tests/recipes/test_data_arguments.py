@@ -51,15 +51,3 @@ def test_a_source_names_its_own_split():
     sources = {"a": "x.json", "b": {"path": "org/rows", "split": "validation"}}
     given = DataArguments(sources=json.dumps(sources), dataset_split="test")
     assert given.places() == {"a": Place("x.json", "test"), "b": Place("org/rows", "validation")}
-
-
-def test_the_options_of_the_hub_hold_for_every_source_that_is_there():
-    sources = {"a": "org/one", "b": {"path": "org/two", "config": "short", "column_mapping": {"q": "text"}}}
-    given = DataArguments(
-        sources=json.dumps(sources), dataset_config="long", dataset_revision="v2", data_files='["a.json", "b.json"]'
-    )
-    shared = {"revision": "v2", "data_files": ["a.json", "b.json"]}
-    assert given.places() == {
-        "a": Place("org/one", config="long", **shared),
-        "b": Place("org/two", config="short", column_mapping={"q": "text"}, **shared),
-    }

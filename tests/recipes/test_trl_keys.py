@@ -121,6 +121,12 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(given, reason):
     assert not done.values and reason in next(iter(done.refusals.values()))
 
 
+@pytest.mark.parametrize("given", [{"dataset_split": "a"}, {"dataset_text_field": "x", "column_mapping": "{}"}])
+def test_a_key_that_is_given_in_both_ways_is_refused(given):
+    done = translate({"dataset_train_split": "b", **given}, recipe_keys("sft"))
+    assert list(done.refusals.values())[-1].endswith("says too; keep one of them")
+
+
 def test_a_template_is_that_of_a_file_or_of_a_tokenizer(tmp_path):
     tokenizer = demo.build_tokenizer()
     tokenizer.save_pretrained(tmp_path)

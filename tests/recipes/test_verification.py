@@ -216,6 +216,16 @@ def test_settings_of_a_stranger_neither_log_in_nor_run_code_nor_choose_files(hub
     assert loaded[1] == (None, False, True)
 
 
+@pytest.mark.parametrize("value", [["64", "--trust_remote_code=true"], "64 --trust_remote_code=true"])
+def test_a_value_cannot_pose_as_another_option(run, tmp_path, monkeypatch, value):
+    def load_model(config, **loading):
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr("hf_objectives.recipes.sft.load_model", load_model)
+    with pytest.raises(ConfigError, match="max_length"):
+        verify(str(changed(run, tmp_path, max_length=value)), data_dir=str(run))
+
+
 def test_a_template_that_was_named_by_its_file_is_that_of_the_model(run, tmp_path):
     assert all(check.holds for check in checked(run, changed(run, tmp_path, chat_template="mine.jinja")).values())
 
