@@ -91,7 +91,7 @@ class Pretrain(Recipe):
 
     arguments = (PretrainModel, PretrainData, PretrainArguments)
     objective = "pretraining"
-    of_model_alone = r"eval_(?!runtime|\w+_per_second).+"
+    of_model_alone = r"eval_(?!runtime|model_preparation_time|\w+_per_second).+"
     figures: ClassVar[dict[str, str]] = {}
     manifest: Manifest | None = None  # of the prepared folder, where there is one
     held_out: Any = None

@@ -123,10 +123,10 @@ def verify(
     measured, rows = _measure(recipe, folder, facts["settings"], data_dir, options)
     if facts["rows"] is not None:
         checks.append(_same("held-out rows", facts["rows"], str(rows)))
-    half = any(facts["settings"].get(name) is True for name in ("bf16", "fp16"))
+    bound = _EXACT if facts["mixed_precision"] == "no" else _ROUNDED
     for name, figure in facts["figures"].items():
         if name in measured:
-            checks.append(_close(name, figure, measured[name], _ROUNDED if half else _EXACT))
+            checks.append(_close(name, figure, measured[name], bound))
         elif re.fullmatch(recipe.of_model_alone, name):
             checks.append(Check(name, figure, _NOT_MEASURED, holds=False))
     return checks

@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hf_objectives.errors import ConfigError, PushError
-from hf_objectives.recipes import sft, verify
+from hf_objectives.recipes import dpo, pretrain, reward, sft, verify
 from hf_objectives.recipes.evaluated import read_evaluated
 from tests.support.hub_server import TOKEN
-from tests.support.recipes import few_built_in, save_small_model
+from tests.support.recipes import few_built_in, save_small_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,46 @@ def test_the_card_says_what_the_run_knows(run):
     card = (run / "run" / "README.md").read_text()
     assert "- chats: local file" in card and str(run) not in card and "hf-objectives sft --config training.yaml" in card
     assert "dataset_name: chats.jsonl" in (run / "run" / "training.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "precision", "figures"),
+    [
+        (reward, None, {"eval_loss", "eval_accuracy", "eval_margin"}),
+        (dpo, None, {"eval_chosen_perplexity", "eval_rejected_perplexity"}),  # TRL's configs ask for bf16
+        (dpo, "false", {"eval_chosen_perplexity", "eval_rejected_perplexity"}),
+        (pretrain, None, {"eval_perplexity", "eval_bits_per_byte"}),
+    ],
+)
+def test_figures_of_other_recipes_hold(tmp_path, recipe, precision, figures):
+    def turn(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": turn("user", f"Say {i}"),
+            "chosen": turn("assistant", f"It is {i}"),
+            "rejected": turn("assistant", "no"),
+        }
+        for i in range(40)
+    ]
+    words = ["--model_name_or_path", "builtin"]
+    if recipe is pretrain:  # from scratch
+        rows = [{"text": f"the number {i} and then {i * 3}"} for i in range(40)]
+        sizes = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+        words = ["--model_config", json.dumps(sizes), "--tokenizer_name", "builtin"]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words += (
+        f"--dataset_name {tmp_path}/rows.jsonl --eval_share 0.3 --max_length 64 --max_steps 2 --use_cpu true".split()
+    )
+    words += f"--eval_strategy no --save_strategy no --report_to none --seed 5 --output_dir {tmp_path}/run".split()
+    recipe.main([*words, *([] if precision is None else ["--bf16", precision])])
+    checks = checked(tmp_path, tmp_path / "run")
+    assert not [check for check in checks.values() if not check.holds] and figures <= {*checks}
+    if precision == "false" or recipe is pretrain:
+        assert all(checks[name].found == pytest.approx(checks[name].published, rel=1e-6) for name in figures)
 
 
 @pytest.mark.slow
