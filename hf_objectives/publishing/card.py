@@ -47,6 +47,7 @@ class CardFacts:
             `mixture` are shown where they are there, and so is the `teacher`, a folder or a Hub id.
         base_model: the model that was trained, a folder or a Hub id; None for random weights.
         sources: name and path (or Hub id) of each source of rows.
+        parts: `config` and `revision` of a source on the Hub, where the run named them, by source.
         labels: which tokens were trained, in words.
         settings: those that were given, by name, without secrets; see `TRAINING`.
         findings: what `diagnose` found in the run, or why it could not judge it.
@@ -57,6 +58,7 @@ class CardFacts:
     results: Mapping[str, Any]
     base_model: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     labels: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     findings: Sequence[Finding] | str = ()
@@ -112,6 +114,8 @@ def _index(facts: CardFacts) -> list[EvalResult]:
                 task_type=_MADE[facts.objective][1],
                 dataset_type=path if _is_hub_id(path) else "held-out",
                 dataset_name=f"held-out rows, {source}",
+                dataset_config=facts.parts.get(source, {}).get("config"),
+                dataset_revision=facts.parts.get(source, {}).get("revision"),
                 metric_type=metric,
                 metric_name=key.removeprefix("eval_"),
                 metric_value=value,
@@ -183,7 +187,8 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
 
 def _content(facts: CardFacts) -> list[str]:
     """What was trained on: the fields of a summary of training content, as far as a run knows them."""
-    lines = ["## Training content", "", "Modality: text. Sources:", ""]
+    told = "Sources:" if facts.sources else "The rows were prepared before the run."
+    lines = ["## Training content", "", f"Modality: text. {told}", ""]
     for name, path in facts.sources.items():
         kind = (
             "public data set"
@@ -192,7 +197,8 @@ def _content(facts: CardFacts) -> list[str]:
             if path.startswith("builtin")
             else "local file"
         )
-        lines.append(f"- {name}: {kind}" + (f" `{path}`" if _is_hub_id(path) else ""))
+        parts = "".join(f", {part} `{value}`" for part, value in facts.parts.get(name, {}).items())
+        lines.append(f"- {name}: {kind}" + (f" `{path}`{parts}" if _is_hub_id(path) else ""))
     if ledger := facts.results.get("ledger"):
         lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
         for source, account in ledger.items():

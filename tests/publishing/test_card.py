@@ -47,6 +47,13 @@ def test_metadata(tmp_path, adapter, relation, library):
     assert (web.dataset_type, web.dataset_name, web.metric_value) == ("org/set", "held-out rows, web", 1.25)
 
 
+def test_subset_and_revision_of_a_data_set(tmp_path):
+    read = card(tmp_path, sources={"web": "org/set"}, parts={"web": {"config": "en", "revision": "abc"}})
+    assert "- web: public data set `org/set`, config `en`, revision `abc`" in read.text
+    web = next(result for result in read.data.eval_results if result.metric_type == "bits_per_byte")
+    assert (web.dataset_type, web.dataset_config, web.dataset_revision) == ("org/set", "en", "abc")
+
+
 def test_licence_and_language_are_those_of_a_local_base_which_is_not_called_a_hub_id(tmp_path):
     base = tmp_path / "base"
     base.mkdir()

@@ -143,19 +143,21 @@ def test_figures_of_other_recipes_hold(tmp_path, recipe, precision, figures):
         for i in range(40)
     ]
     words = ["--model_name_or_path", "builtin"]
+    source = ["--dataset_name", f"{tmp_path}/rows.jsonl"]
     if recipe is pretrain:  # from scratch
+        source = ["--sources", json.dumps({"numbers": {"path": f"{tmp_path}/rows.jsonl"}})]
         rows = [{"text": f"the number {i} and then {i * 3}"} for i in range(40)]
         sizes = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
         words = ["--model_config", json.dumps(sizes), "--tokenizer_name", "builtin"]
     write_rows(tmp_path / "rows.jsonl", rows)
-    words += (
-        f"--dataset_name {tmp_path}/rows.jsonl --eval_share 0.3 --max_length 64 --max_steps 2 --use_cpu true".split()
-    )
+    words += "--eval_share 0.3 --max_length 64 --max_steps 2 --use_cpu true".split()
     words += f"--eval_strategy no --save_strategy no --report_to none --seed 5 --output_dir {tmp_path}/run".split()
-    recipe.main([*words, *([] if precision is None else ["--bf16", precision])])
+    recipe.main([*words, *source, *([] if precision is None else ["--bf16", precision])])
     checks = checked(tmp_path, tmp_path / "run")
     assert not [check for check in checks.values() if not check.holds] and figures <= {*checks}
+    named = "numbers" if recipe is pretrain else "rows.jsonl"
+    assert f"- {named}: local file\n" in (tmp_path / "run" / "README.md").read_text()
     if precision == "false" or recipe is pretrain:
         assert all(checks[name].found == pytest.approx(checks[name].published, rel=1e-6) for name in figures)
 
