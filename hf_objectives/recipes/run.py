@@ -28,7 +28,7 @@ from hf_objectives.recipes.harness import HarnessCallback
 from hf_objectives.recipes.launch import LaunchRecord, launches_in, state_of
 from hf_objectives.recipes.plan import Line, check_launch, print_plan, resolve_plan
 from hf_objectives.recipes.preview import figures_table, mixture_table
-from hf_objectives.trainers import find_checkpoint, guard_trackers
+from hf_objectives.trainers import check_repository, find_checkpoint, guard_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ class Recipe:
         (model_config, data, args), origin = parse_config(cls.arguments, argv)
         check_launch(args)
         begin = resume_point(args)
+        if args.push_to_hub and on_main():
+            check_repository(args)
         set_seed(args.seed)
         recipe = cls(model_config, data, args, origin)
         trainer = recipe.build_trainer()

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         watch_steps,  # watch batches, losses and gradient norms of any Trainer
     )
     from hf_objectives.trainers.hf_hub import (
+        check_repository,  # make or find the repository of a run, before anything is loaded
         reason_of,  # why a request to the Hub failed, in one line
     )
     from hf_objectives.trainers.hub_contents import (

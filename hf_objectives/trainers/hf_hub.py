@@ -49,13 +49,8 @@ class HubPushes:
         Raises:
             PushError: it cannot be made: its name, the login, or the connection.
         """
-        try:
+        with _no_repository(self.args):
             super().init_hf_repo(token=token, private=private)  # type: ignore[misc]
-        except Exception as error:
-            raise PushError(
-                f"push_to_hub: no repository {self.args.hub_model_id or Path(self.args.output_dir).name!r} to push to "
-                f"({reason_of(error)}); set hub_model_id, log in with `hf auth login`, or leave push_to_hub out"
-            ) from error
 
     def push_to_hub(
         self,
@@ -123,6 +118,28 @@ class HubPushes:
             token=token or self.args.hub_token,
             **options,
         )
+
+
+def check_repository(args: Any) -> None:
+    """Make the repository that a run is to be pushed to, or find it, before anything is loaded.
+
+    Raises:
+        PushError: it cannot be made: its name, the login, or the connection.
+    """
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    with _no_repository(args):
+        HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True)
+
+
+@contextmanager
+def _no_repository(args: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise PushError(
+            f"push_to_hub: no repository {args.hub_model_id or Path(args.output_dir).absolute().name!r} to push to "
+            f"({reason_of(error)}); set hub_model_id, log in with `hf auth login`, or leave push_to_hub out"
+        ) from error
 
 
 def reason_of(error: BaseException) -> str:
