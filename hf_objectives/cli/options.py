@@ -172,6 +172,7 @@ class VerifyOptions:
     revision: str | None = option(None, "Branch, tag or commit of a repository.")
     data_dir: str | None = option(None, "Where the local files lie that the run was evaluated on.")
     use_cpu: bool | None = option(None, "Measure on the CPU; by default as the run did.")
+    trust_remote_code: bool = option(False, "Run code of the repository: only if you have read it.")
     json: bool = option(False, "The checks as JSON.", flag=True)
 
 

@@ -31,7 +31,11 @@ def push(options: PushOptions) -> None:
 def verify(options: VerifyOptions) -> int:
     """Print the checks; 1 where something does not hold."""
     checks = verify_figures(
-        options.model, revision=options.revision, data_dir=options.data_dir, use_cpu=options.use_cpu
+        options.model,
+        revision=options.revision,
+        data_dir=options.data_dir,
+        use_cpu=options.use_cpu,
+        trust_remote_code=options.trust_remote_code,
     )
     wrong = [check for check in checks if not check.holds]
     if options.json:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         LABELS,  # file name of the label preview in an output folder
         save_environment,  # write versions, device, number of processes and settings, without secrets
         save_label_preview,  # write a few encoded rows as text, trained and untrained pieces apart
+        without_secrets,  # settings as JSON values, without tokens, keys and passwords
     )
     from hf_objectives.inspection.page import (
         write_page,  # write an inspection as one HTML page

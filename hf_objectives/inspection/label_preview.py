@@ -72,23 +72,23 @@ def save_environment(path: str | Path, args: Any = ()) -> Path:
     several = args if isinstance(args, Sequence) else [args]
     settings: dict[str, Any] = {}
     for config in several:
-        settings |= _plain(config)
+        settings |= without_secrets(config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     content = {"versions": versions, "device": device, "world_size": world_size(), "settings": settings}
     return _write(path, content)
 
 
-def _plain(value: Any) -> Any:
-    """A setting as a JSON value without secrets; what JSON does not have becomes text."""
+def without_secrets(value: Any) -> Any:
+    """A setting as a JSON value without secrets, see `save_environment`; what JSON does not have becomes text."""
     if isinstance(value, enum.Enum):
-        return _plain(value.value)
+        return without_secrets(value.value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items() if not _is_secret(str(key))}
+        return {str(key): without_secrets(inner) for key, inner in value.items() if not _is_secret(str(key))}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(inner) for inner in value]
+        return [without_secrets(inner) for inner in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
     text = str(value)

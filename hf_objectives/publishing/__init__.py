@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from hf_objectives.publishing.card import (
         CardFacts,  # What a card tells of a run
         card_figures,  # Read the figures that a card publishes
+        card_table,  # Read the figures that the card's table shows
+        figure_of_card,  # Write a figure as the card's table has it
         settings_to_show,  # Leave secrets and folders out of settings
         write_card,  # Write the model card, with measured facts only
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_objectives import __version__
-from hf_objectives.inspection import Finding
+from hf_objectives.inspection import Finding, without_secrets
 
 # What a run of each objective did to its base model, the task of the result, and its class in transformers.
 _MADE = {
@@ -31,6 +32,8 @@ _DEFINITIONS = {
 }
 _METRICS = ("perplexity", "bits_per_byte", "exact_match", "accuracy")
 TRAINING = "training.yaml"
+_TABLE = "| held out | tokens | before | after |"
+_QUERY = re.compile(r"(?<=://)([^\s?]*)\?\S*")  # of an address; signed ones have their key there
 
 
 @dataclass
@@ -44,6 +47,7 @@ class CardFacts:
             `mixture` are shown where they are there, and so is the `teacher`, a folder or a Hub id.
         base_model: the model that was trained, a folder or a Hub id; None for random weights.
         sources: name and path (or Hub id) of each source of rows.
+        parts: `config` and `revision` of a source on the Hub, where the run named them, by source.
         labels: which tokens were trained, in words.
         settings: those that were given, by name, without secrets; see `TRAINING`.
         findings: what `diagnose` found in the run, or why it could not judge it.
@@ -54,6 +58,7 @@ class CardFacts:
     results: Mapping[str, Any]
     base_model: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     labels: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     findings: Sequence[Finding] | str = ()
@@ -109,6 +114,8 @@ def _index(facts: CardFacts) -> list[EvalResult]:
                 task_type=_MADE[facts.objective][1],
                 dataset_type=path if _is_hub_id(path) else "held-out",
                 dataset_name=f"held-out rows, {source}",
+                dataset_config=facts.parts.get(source, {}).get("config"),
+                dataset_revision=facts.parts.get(source, {}).get("revision"),
                 metric_type=metric,
                 metric_name=key.removeprefix("eval_"),
                 metric_value=value,
@@ -121,6 +128,13 @@ def card_figures(card: Path) -> dict[str, float]:
     """The figures that a card publishes, by metric (`eval_perplexity`)."""
     found = ModelCard.load(card).data.eval_results or []
     return {f"eval_{result.metric_name}": float(result.metric_value) for result in found}
+
+
+def card_table(card: Path) -> dict[str, str]:
+    """The column `after` of a card's table of figures, as people read it, by metric (`eval_perplexity`)."""
+    _, _, below = ModelCard.load(card).text.partition(f"{_TABLE}\n")
+    rows = [line.strip("|").split("|") for line in below.split("\n\n")[0].splitlines()[1:]]
+    return {f"eval_{cells[0].strip()}": cells[-1].strip() for cells in rows}
 
 
 def _intro(folder: Path, facts: CardFacts) -> list[str]:
@@ -152,13 +166,15 @@ def _usage(folder: Path, facts: CardFacts) -> list[str]:
 
 
 def _figures(results: Mapping[str, Any]) -> list[str]:
-    lines = ["## Figures", "", "| held out | tokens | before | after |", "|---|---|---|---|"]
+    lines = ["## Figures", "", _TABLE, "|---|---|---|---|"]
     for key, after in results["after"].items():
         if key.endswith(("_perplexity", "_bits_per_byte")) or key in results.get("figures", ()):
             stem = key.removesuffix("_perplexity").removesuffix("_bits_per_byte")
             tokens = results["after"].get(f"{stem}_num_tokens", "")
             before = results["before"].get(key)
-            lines.append(f"| {key.removeprefix('eval_')} | {tokens} | {_number(before)} | {_number(after)} |")
+            lines.append(
+                f"| {key.removeprefix('eval_')} | {tokens} | {figure_of_card(before)} | {figure_of_card(after)} |"
+            )
     lines += ["", *(f"- {name}: {words}." for name, words in _DEFINITIONS.items())]
     return [
         *lines,
@@ -171,7 +187,8 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
 
 def _content(facts: CardFacts) -> list[str]:
     """What was trained on: the fields of a summary of training content, as far as a run knows them."""
-    lines = ["## Training content", "", "Modality: text. Sources:", ""]
+    told = "Sources:" if facts.sources else "The rows were prepared before the run."
+    lines = ["## Training content", "", f"Modality: text. {told}", ""]
     for name, path in facts.sources.items():
         kind = (
             "public data set"
@@ -180,7 +197,8 @@ def _content(facts: CardFacts) -> list[str]:
             if path.startswith("builtin")
             else "local file"
         )
-        lines.append(f"- {name}: {kind}" + (f" `{path}`" if _is_hub_id(path) else ""))
+        parts = "".join(f", {part} `{value}`" for part, value in facts.parts.get(name, {}).items())
+        lines.append(f"- {name}: {kind}" + (f" `{path}`{parts}" if _is_hub_id(path) else ""))
     if ledger := facts.results.get("ledger"):
         lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
         for source, account in ledger.items():
@@ -226,18 +244,16 @@ def _shown(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def _number(value: float | None) -> str:
+def figure_of_card(value: float | None) -> str:
+    """A figure as the table of a card has it."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def settings_to_show(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were given, as a card may show them: without secrets, folders of this machine and the Hub's fields."""
-    shown = {}
-    for name, value in given.items():
-        if name in ("output_dir", "push_to_hub") or name.startswith("hub_") or "token" in name.split("_")[-1:]:
-            continue
-        shown[name] = _without_folders(value)
-    return shown
+    own = {name: value for name, value in given.items() if name not in ("output_dir", "push_to_hub")}
+    own = {name: _without_folders(value) for name, value in own.items() if not name.startswith("hub_")}
+    return without_secrets(own)
 
 
 def _without_folders(value: Any) -> Any:
@@ -248,6 +264,8 @@ def _without_folders(value: Any) -> Any:
             return _without_folders(json.loads(value))
         except ValueError:
             return value
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(inner) for inner in value]
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() else _QUERY.sub(r"\1", value)
     return value

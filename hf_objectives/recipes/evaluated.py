@@ -16,7 +16,7 @@ from hf_objectives.trainers import EVALUATED, listed_files
 from hf_objectives.types import parse_json
 
 _WEIGHTS = ("*.safetensors",)
-_KEYS = ("recipe", "settings", "figures", "weights", "chat_template", "rows")
+_KEYS = ("recipe", "settings", "figures", "weights", "chat_template", "rows", "mixed_precision")
 
 
 def write_evaluated(
@@ -37,6 +37,7 @@ def write_evaluated(
         **{"recipe": recipe, "settings": dict(settings), "figures": figures, "weights": checksums(folder)},
         "chat_template": sha256(str(trainer.processing_class.chat_template)),
         "rows": rows_checksum(trainer.eval_dataset),
+        "mixed_precision": trainer.accelerator.mixed_precision,  # TRL's configs and accelerate's set it too
     }
     (folder / EVALUATED).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 

@@ -18,7 +18,7 @@ from hf_objectives.collators import DataCollatorWithEosPacking
 from hf_objectives.distributed import world_size
 from hf_objectives.errors import ConfigError
 from hf_objectives.mixture import build_mixture
-from hf_objectives.preparation import CorpusSettings, Manifest, OrderedStream, load_prepared, prepare_corpus
+from hf_objectives.preparation import CorpusSettings, Manifest, OrderedStream, Place, load_prepared, prepare_corpus
 from hf_objectives.recipes.arguments import BUILT_IN, DEFAULT, named_sources
 from hf_objectives.recipes.built_in import built_in_rows, is_built_in
 from hf_objectives.recipes.data import (
@@ -91,7 +91,7 @@ class Pretrain(Recipe):
 
     arguments = (PretrainModel, PretrainData, PretrainArguments)
     objective = "pretraining"
-    of_model_alone = r"eval_(?!runtime|\w+_per_second).+"
+    of_model_alone = r"eval_(?!runtime|model_preparation_time|\w+_per_second).+"
     figures: ClassVar[dict[str, str]] = {}
     manifest: Manifest | None = None  # of the prepared folder, where there is one
     held_out: Any = None
@@ -145,6 +145,13 @@ class Pretrain(Recipe):
         self.train_rows = self.mixture
         self.rows_digest = digest_of_stream(self.mixture, content, seed)
         self.num_rows, self.num_tokens = self.mixture.first_rows()  # it has no end; of its first thousands
+
+    def places(self) -> dict[str, Place]:
+        """The raw sources; none where the run was given a prepared folder, or a mixture that says where its own are."""
+        data = self.data
+        raw = {} if data.prepared or data.is_mixture_alone else data.named_sources()
+        paths = {name: source["path"] if isinstance(source, Mapping) else source for name, source in raw.items()}
+        return {name: Place(path if isinstance(path, str) else ", ".join(path)) for name, path in paths.items()}
 
     def introduce(self, trainer: Any) -> None:
         """Print the plan, the beginning of a packed row, and what happened to every token."""

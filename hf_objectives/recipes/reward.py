@@ -38,7 +38,8 @@ class Reward(PairRecipe):
 
     arguments = (RecipeModel, RewardData, RewardModelConfig)
     objective = "reward"
-    of_model_alone = r"eval_(?!runtime|\w+_per_second).+"
+    # TRL's `num_tokens` are those that were trained until then.
+    of_model_alone = r"eval_(?!runtime|model_preparation_time|num_tokens|\w+_per_second).+"
     encode_row = encode_reward_row
     encoding_options = ("max_length", "control_tokens")
     built_in = (16_000, 500)

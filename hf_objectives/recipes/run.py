@@ -19,6 +19,7 @@ from hf_objectives.distributed import leave_group, rank
 from hf_objectives.errors import CheckpointError, ConfigError, FileFormatError, HFObjectivesError
 from hf_objectives.inspection import Finding
 from hf_objectives.mixture import DatasetMixture
+from hf_objectives.preparation import Place
 from hf_objectives.publishing import CardFacts, push, settings_to_show, write_card
 from hf_objectives.recipes.arguments import DEFAULT, parse_config
 from hf_objectives.recipes.built_in import Marks
@@ -193,7 +194,7 @@ class Recipe:
         configs = (self.model_config, self.data, self.args)
         given = {name: found for name in self.origin for found in _given(name, configs) if self.origin[name] != DEFAULT}
         settings = settings_to_show(given)
-        recipe = type(self).__name__.lower()
+        recipe, places = type(self).__name__.lower(), self.places()
         write_evaluated(folder, recipe, settings, trainer, results["after"])
         from_scratch = getattr(self.model_config, "model_config", None) is not None
         write_card(
@@ -203,19 +204,20 @@ class Recipe:
                 recipe=recipe,
                 results=results,
                 base_model=None if from_scratch else self.model_config.model_name_or_path,
-                sources=self.sources(),
+                sources={name: place.path for name, place in places.items()},
+                parts={name: _parts(place) for name, place in places.items()},
                 labels=self.labels(),
                 settings=settings,
                 findings=_findings(trainer.state.log_history),
             ),
         )
 
-    def sources(self) -> dict[str, str]:
-        """Name and path of each source of rows."""
+    def places(self) -> dict[str, Place]:
+        """Where the rows of each source lie, as the card tells it."""
         if hasattr(self.data, "places"):
-            return {name: place.path for name, place in self.data.places().items()}
-        name = getattr(self.data, "dataset_name", None)
-        return {Path(str(name)).name: str(name)} if name else {}
+            return self.data.places()
+        name = self.data.dataset_name
+        return {Path(name).name: self.data.place(Path(name).name, name)}
 
     def labels(self) -> str:
         """Which tokens were trained, in words."""
@@ -229,6 +231,11 @@ _LABELS = {
     "last_assistant": "Trained is the last assistant turn alone, from the end of the generation prompt to its stop token.",
     "all": "Trained is every token.",
 }
+
+
+def _parts(place: Place) -> dict[str, str]:
+    parts = {"config": place.config, "revision": place.revision}
+    return {name: value for name, value in parts.items() if value is not None}
 
 
 def _findings(history: list[dict[str, float]]) -> Sequence[Finding] | str:

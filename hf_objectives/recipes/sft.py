@@ -37,7 +37,7 @@ class Sft(Recipe):
         "eval_exact_match_trained": "exact match, questions of the training split",
         "eval_exact_match_facts": "exact match, facts in other words",
     }
-    of_model_alone = r"eval_(?!runtime|\w+_per_second).+"
+    of_model_alone = r"eval_(?!runtime|model_preparation_time|\w+_per_second).+"
     prepared: Prepared
     marks: Marks | None = None
 

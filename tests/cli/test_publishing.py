@@ -60,7 +60,9 @@ def test_verify(monkeypatch, capsys, holds, code):
         except SystemExit as stop:
             ended = stop.code
         said = capsys.readouterr().out
-        assert ended == code and given == {"where": "me/mine", "revision": None, "data_dir": "d", "use_cpu": None}
+        assert ended == code and given == {
+            **{"where": "me/mine", "revision": None, "data_dir": "d", "use_cpu": None, "trust_remote_code": False}
+        }
         if words:
             assert [check["holds"] for check in json.loads(said)] == [True, holds]
         else:

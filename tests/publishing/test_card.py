@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_objectives.inspection import Finding
-from hf_objectives.publishing import CardFacts, card_figures, settings_to_show, write_card
+from hf_objectives.publishing import CardFacts, card_figures, card_table, settings_to_show, write_card
 
 RESULTS = {
     "before": {"eval_perplexity": 10.0, "eval_num_tokens": 7},
@@ -47,6 +47,13 @@ def test_metadata(tmp_path, adapter, relation, library):
     assert (web.dataset_type, web.dataset_name, web.metric_value) == ("org/set", "held-out rows, web", 1.25)
 
 
+def test_subset_and_revision_of_a_data_set(tmp_path):
+    read = card(tmp_path, sources={"web": "org/set"}, parts={"web": {"config": "en", "revision": "abc"}})
+    assert "- web: public data set `org/set`, config `en`, revision `abc`" in read.text
+    web = next(result for result in read.data.eval_results if result.metric_type == "bits_per_byte")
+    assert (web.dataset_type, web.dataset_config, web.dataset_revision) == ("org/set", "en", "abc")
+
+
 def test_licence_and_language_are_those_of_a_local_base_which_is_not_called_a_hub_id(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
@@ -75,6 +82,33 @@ def test_settings_show_no_secret_and_no_folder():
     }
     expected = {"seed": 3, "dataset_name": "chats.jsonl", "sources": {"a": {"path": "a.json", "weight": 1}}}
     assert settings_to_show(given) == {**expected, "deepspeed": {"file": "x"}}
+
+
+def test_settings_are_scrubbed_and_tokens_of_a_vocabulary_stay():
+    secret = "hf_" + "A" * 34
+    given = {
+        **{"eos_token": "<|end|>", "pad_token": "<pad>", "wandb_api_key": "k1", "note": f"with {secret}"},
+        "dataset_name": "https://me:pw1@host/rows.jsonl?X-Amz-Signature=sig1",
+        "sources": '{"a": {"path": "https://me:pw1@host/a.jsonl?sig=sig1", "token": "k1"}}',
+        "data_files": ["/srv/me/a.json", "b.json"],
+    }
+    shown = settings_to_show(given)
+    assert (
+        shown["eos_token"] == "<|end|>"
+        and shown["pad_token"] == "<pad>"
+        and shown["data_files"] == ["a.json", "b.json"]
+    )
+    assert shown["dataset_name"] == "https://host/rows.jsonl" and shown["sources"] == {
+        "a": {"path": "https://host/a.jsonl"}
+    }
+    assert not [word for word in (secret, "pw1", "sig1", "k1", "/srv") if word in str(shown)]
+
+
+def test_the_table_of_a_card_is_read_back(tmp_path):
+    card(tmp_path)
+    assert card_table(tmp_path / "README.md") == {"eval_perplexity": "5", "eval_web_bits_per_byte": "1.25"}
+    (tmp_path / "README.md").write_text("# mine\n")
+    assert card_table(tmp_path / "README.md") == {}
 
 
 def test_a_card_is_utf_8_whatever_the_machine_writes(tmp_path, monkeypatch):

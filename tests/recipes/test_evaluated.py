@@ -15,11 +15,13 @@ from hf_objectives.recipes.evaluated import checksums, read_evaluated, rows_chec
 def test_round_trip(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2]}])
-    trainer = SimpleNamespace(processing_class=demo.build_tokenizer(), eval_dataset=rows)
+    accelerator = SimpleNamespace(mixed_precision="bf16")
+    trainer = SimpleNamespace(processing_class=demo.build_tokenizer(), eval_dataset=rows, accelerator=accelerator)
     write_evaluated(tmp_path, "sft", {"seed": 1}, trainer, {"eval_loss": 1.5, "eval_note": "x"})
     facts = read_evaluated(tmp_path)
     assert facts["figures"] == {"eval_loss": 1.5} and facts["settings"] == {"seed": 1}
     assert facts["weights"] == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()} == checksums(tmp_path)
+    assert facts["mixed_precision"] == "bf16"
     assert facts["rows"] == rows_checksum(rows) != rows_checksum(Dataset.from_list([{"input_ids": [1], "labels": [1]}]))
 
 
