@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         write_card,  # Write the model card, with measured facts only
     )
     from hf_objectives.publishing.hub import (
+        check_base,  # Check that an adapter's base is a model that others can load
         files_to_push,  # List what of a run's folder is pushed
         push,  # Upload a finished run; a failure costs nothing but the upload
     )

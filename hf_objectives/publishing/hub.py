@@ -9,18 +9,34 @@ from huggingface_hub import HfApi
 
 from hf_objectives.errors import ConfigError, PushError
 from hf_objectives.trainers import CARD_FILES, listed_files, model_files, reason_of
+from hf_objectives.types import parse_json
 
 
 def files_to_push(folder: Path) -> list[str]:
     """The model, its card and what the card rests on, as paths from the folder.
 
     Raises:
-        ConfigError: the folder holds no weights in safetensors.
+        ConfigError: the folder holds no weights in safetensors, or an adapter whose base nobody else can load.
     """
     model = model_files(folder)
     if not any(name.endswith(".safetensors") for name in model):
         raise ConfigError(f"{folder} holds no model.safetensors and no adapter; give the output folder of a run")
+    if "adapter_config.json" in model:
+        check_base(parse_json((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path"))
     return [*model, *listed_files(folder, CARD_FILES)]
+
+
+def check_base(base: str | None) -> None:
+    """Check that an adapter to be pushed is one of a model that others can load.
+
+    Raises:
+        ConfigError: its base is a folder of this machine, or built in.
+    """
+    if not base or base.startswith(("/", ".", "builtin")) or Path(base).exists():
+        raise ConfigError(
+            f"the adapter's base model is {base!r}, which nobody else can load; train on the id of a repository, or push a "
+            "model whose adapter is merged"
+        )
 
 
 def push(

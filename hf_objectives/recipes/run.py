@@ -20,7 +20,7 @@ from hf_objectives.errors import CheckpointError, ConfigError, FileFormatError, 
 from hf_objectives.inspection import Finding
 from hf_objectives.mixture import DatasetMixture
 from hf_objectives.preparation import Place
-from hf_objectives.publishing import CardFacts, push, settings_to_show, write_card
+from hf_objectives.publishing import CardFacts, check_base, push, settings_to_show, write_card
 from hf_objectives.recipes.arguments import DEFAULT, parse_config
 from hf_objectives.recipes.built_in import Marks
 from hf_objectives.recipes.evaluated import write_evaluated
@@ -120,6 +120,8 @@ class Recipe:
         check_launch(args)
         begin = resume_point(args)
         if args.push_to_hub and on_main():
+            if getattr(model_config, "use_peft", False):
+                check_base(model_config.model_name_or_path)
             check_repository(args)
         set_seed(args.seed)
         recipe = cls(model_config, data, args, origin)

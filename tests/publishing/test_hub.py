@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from hf_objectives.errors import ConfigError, PushError
@@ -57,6 +59,16 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no model.safetensors and no adapter"):
         push(tmp_path, "me/mine")
+
+
+@pytest.mark.parametrize("base", ["/srv/models/base", "builtin", None])
+def test_an_adapter_of_a_base_that_nobody_else_can_load_is_refused(run, base):
+    folder, wanted = run
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ConfigError, match="the adapter's base model is .*, which nobody else can load"):
+        files_to_push(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert sorted(files_to_push(folder)) == sorted([*wanted, "adapter_config.json"])
 
 
 def test_code_of_the_model_goes_up_where_its_config_names_it(run):

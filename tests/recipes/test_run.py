@@ -81,6 +81,9 @@ def test_the_course_as_a_whole(tmp_path, monkeypatch, capsys):
     with pytest.raises(PushError, match="no repository 'org/name' to push to .*OfflineModeIsEnabled"):
         sft.main([*words.split(), "--push_to_hub", "true", "--hub_model_id", "org/name", "--output_dir", str(tmp_path)])
     assert "packed" not in capsys.readouterr().out and not [*tmp_path.iterdir()]  # before anything is loaded
+    adapter = ["--push_to_hub", "true", "--use_peft", "true", "--output_dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match="the adapter's base model is 'builtin', which nobody else can load"):
+        sft.main([*words.split(), *adapter])
     results = sft.main([*words.split(), "--output_dir", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "exact match" in printed and "(wrong, it is" in printed
