@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,14 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> Translation:
         if (key in known and key not in READ_HERE) or rule is None:
             found.values[key], found.places[key] = value, key
             continue
-        outcome = rule(value)
+        outcome = _trained(key, values) if key in _OF_LABELS else rule(value)
         if isinstance(outcome, Answer):
             found.answers.append(f"{key}: {_shown(value)}: {outcome.why}")
         elif isinstance(outcome, Refuse):
             found.refusals[key] = f"{_shown(value)} cannot be followed: {outcome.why}"
         elif lacking := [name for name in outcome.values if name not in known]:
             found.refusals[key] = f"this recipe has no {', '.join(lacking)}"
-        elif twice := [name for name in outcome.values if name in found.values or name in values]:
+        elif twice := [n for n, given in outcome.values.items() if {**values, **found.values}.get(n, given) != given]:
             found.refusals[key] = f"says what {', '.join(twice)} says too; keep one of them"
         else:
             for name, given in outcome.values.items():
@@ -80,7 +82,41 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> Translation:
             found.answers.append(
                 f"{key}: {_shown(value)}: taken as {said}" + (f"; {outcome.note}" if outcome.note else "")
             )
+    of_trl = [key for key in values if key in RULES and key not in known]
+    if of_trl and "train_on" in known and not {"train_on", *_OF_LABELS} & {*values}:
+        found.answers.append(
+            "assistant_only_loss is not given: assistant turns and completions alone are trained here, where TRL trains "
+            "whole chats; train_on: all does that"
+        )
     return found
+
+
+_OF_LABELS = ("assistant_only_loss", "completion_only_loss")
+
+
+def _trained(key: str, values: Mapping[str, Any]) -> Set | Answer | Refuse:
+    """What two keys of TRL's say together of which tokens are trained."""
+    from transformers.hf_argparser import string_to_bool
+
+    asked = {}
+    for name in _OF_LABELS:
+        if values.get(name) is not None:
+            try:
+                asked[name] = string_to_bool(values[name])
+            except (TypeError, ArgumentTypeError, AttributeError):
+                return Refuse(f"{name} is {values[name]!r}, neither true nor false")
+    if not asked:
+        return Answer("assistant turns and completions alone are trained")
+    whole, completions = (asked.get(name) for name in _OF_LABELS)
+    if whole is False and completions is True:
+        return Refuse(
+            "whole chats, and of prompts with completions the completion, are no one choice here; set train_on"
+        )
+    if True not in asked.values():
+        return Set({"train_on": "all"})
+    if values.get("train_on") == "all":
+        return Refuse("train_on: all says something else; keep one of them")
+    return Answer("assistant turns and completions alone are trained, as ever")
 
 
 def _shown(value: Any) -> str:
@@ -117,9 +153,8 @@ def _datasets(value: Any) -> Set | Answer | Refuse:
     for entry in value:
         if unknown := [key for key in entry if key not in ours]:
             return Refuse(f"unknown key {', '.join(map(repr, unknown))} of {entry['path']}; expected {', '.join(ours)}")
-        name = stem = Path(str(entry["path"])).stem or "data"
-        while name in sources:
-            name = f"{stem}_{len(sources)}"
+        stem = Path(str(entry["path"])).stem or "data"
+        name = next(name for name in chain([stem], (f"{stem}_{i}" for i in count(1))) if name not in sources)
         sources[name] = {ours[key]: given for key, given in entry.items() if given is not None}
     return Set({"sources": sources})
 
@@ -153,7 +188,10 @@ def _template(value: Any) -> Set | Answer | Refuse:
         return Answer("the tokenizer's own template")
     path = Path(str(value))
     if path.suffix in (".jinja", ".j2", ".jinja2"):
-        return Set({"chat_template": str(value) if path.suffix == ".jinja" else path.read_text(encoding="utf-8")})
+        try:
+            return Set({"chat_template": path.read_text(encoding="utf-8")})
+        except (OSError, UnicodeDecodeError) as error:
+            return Refuse(f"the file cannot be read ({error})")
     from transformers import AutoTokenizer
 
     try:
@@ -231,11 +269,6 @@ RULES: dict[str, Rule] = {
     "padding_free": _unless(False, "rows are packed or padded", "set packing: true, which fills rows and pads nothing"),
     "pad_to_multiple_of": _always("changes no figure; rows are padded to the longest of a batch"),
     "eval_packing": _always("changes no figure; held-out rows are packed as those to train on"),
-    "completion_only_loss": lambda value: (
-        Set({"train_on": "all"}) if value is False else Answer("completions alone are trained, as ever")
-    ),
-    "assistant_only_loss": lambda value: (
-        Set({"train_on": "all"}) if value is False else Answer("assistant turns alone are trained, as ever")
-    ),
+    **dict.fromkeys(_OF_LABELS, _always("see _trained")),
     "loss_type": _one_of(_LOSSES),
 }

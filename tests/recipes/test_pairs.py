@@ -25,14 +25,14 @@ def test_a_pair_that_cannot_be_used_is_left_out_and_counted_on_request(tmp_path,
     pairs = [sharegpt(row) for row in demo.preferences(20)]
     path = str(tmp_path / "pairs.jsonl")
     write_rows(tmp_path / "pairs.jsonl", pairs)
-    good = recipe(None, data_class(path, eval_share=0.0), ARGS, {})
+    good = recipe(None, data_class(dataset_name=path, eval_share=0.0), ARGS, {})
     good.load_rows(TOKENIZER)
     spoilt = good.train_rows["row"][3]
     pairs[spoilt]["rejected"] = pairs[spoilt]["chosen"]
     write_rows(tmp_path / "pairs.jsonl", pairs)
     with pytest.raises(FormatError, match=rf"chosen and rejected are equal.*pairs\.jsonl, line {spoilt + 1}"):
-        recipe(None, data_class(path, eval_share=0.0), ARGS, {}).load_rows(TOKENIZER)
-    left = recipe(None, data_class(path, eval_share=0.0, on_error="skip"), ARGS, {})
+        recipe(None, data_class(dataset_name=path, eval_share=0.0), ARGS, {}).load_rows(TOKENIZER)
+    left = recipe(None, data_class(dataset_name=path, eval_share=0.0, on_error="skip"), ARGS, {})
     left.load_rows(TOKENIZER)
     account = left.results["ledger"]["pairs.jsonl"]
     assert account["rows_in"] - 1 == account["rows_out"] == left.num_rows == len(left.train_rows)
@@ -47,7 +47,7 @@ def test_a_pair_that_cannot_be_used_is_left_out_and_counted_on_request(tmp_path,
 def test_a_pair_held_out_that_cannot_be_used_is_told(tmp_path, caplog):
     pairs = [{**sharegpt(row), "rejected": row["chosen"][0]["content"]} for row in demo.preferences(3)]
     rows = [{**pair, "source": "pairs", "row": i} for i, pair in enumerate([sharegpt(demo.preferences(1)[0]), *pairs])]
-    recipe = Dpo(None, DpoData("pairs.jsonl", on_error="skip"), ARGS, {})
+    recipe = Dpo(None, DpoData(dataset_name="pairs.jsonl", on_error="skip"), ARGS, {})
     assert recipe.encode(rows, TOKENIZER)["row"][:] == [0]
     assert "pairs.jsonl, held out: 3 rows left out (FormatError, skipped; rows 1, 2, 3)" in caplog.text
 
@@ -55,7 +55,7 @@ def test_a_pair_held_out_that_cannot_be_used_is_told(tmp_path, caplog):
 def test_no_pair_that_can_be_used():
     """Where all rows are left out, the error says so: it is not that of a single row under `on_error="raise"`."""
     rows = [{"chosen": "a", "source": "pairs", "row": i} for i in range(3)]
-    recipe = Dpo(None, DpoData("pairs.jsonl", on_error="skip"), ARGS, {})
+    recipe = Dpo(None, DpoData(dataset_name="pairs.jsonl", on_error="skip"), ARGS, {})
     with pytest.raises(
         FormatError, match="row 2: none of 3 rows can be used, held out; of the last one: rejected is missing"
     ):

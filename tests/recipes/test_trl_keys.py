@@ -95,7 +95,8 @@ def test_fields_of_a_dataset_of_a_mixture():
 def test_values(given, values):
     done = translate(given, recipe_keys("sft"))
     assert done.values == (given if values is None else values) and not done.refusals
-    assert len(done.answers) == (0 if values is None else len(given))
+    own = [answer for answer in done.answers if "is not given" not in answer]
+    assert len(own) == (0 if values is None else len(given))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def test_values(given, values):
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "input_ids and labels are taken as they are"),
         ({"datasets": ["x.json"]}, "expected a list of mappings with path"),
         ({"datasets": [{"path": "x", "weight": 1}]}, "unknown key 'weight' of x"),
+        ({"chat_template_path": "nowhere.j2"}, "the file cannot be read"),
         ({"chat_template_path": "nowhere"}, "no tokenizer can be loaded from there"),
         ({"ignore_bias_buffers": True}, "leave it out"),
     ],
@@ -120,6 +122,46 @@ def test_values(given, values):
 def test_what_cannot_be_followed_is_refused_with_the_reason(given, reason):
     done = translate(given, recipe_keys("sft"))
     assert not done.values and reason in next(iter(done.refusals.values()))
+
+
+@pytest.mark.parametrize(
+    ("assistant", "completion", "train_on", "expected"),
+    [
+        (True, False, None, {}),  # assistant turns, whatever the other says
+        (False, False, None, {"train_on": "all"}),
+        (False, None, None, {"train_on": "all"}),
+        (None, False, None, {"train_on": "all"}),
+        ("false", None, None, {"train_on": "all"}),  # as a parser reads it
+        (False, None, "all", {"train_on": "all"}),
+        (False, True, None, "no one choice here"),
+        (True, None, "all", "says something else"),
+        (False, None, "assistant", "says too; keep one of them"),
+        (0, None, None, "neither true nor false"),
+        ("perhaps", None, None, "neither true nor false"),
+    ],
+)
+def test_what_is_trained_follows_from_both_keys(assistant, completion, train_on, expected):
+    given = {"assistant_only_loss": assistant, "completion_only_loss": completion, "train_on": train_on}
+    done = translate({key: value for key, value in given.items() if value is not None}, recipe_keys("sft"))
+    if isinstance(expected, dict):
+        assert done.values == expected and not done.refusals
+        assert ("alone are trained" in " ".join(done.answers)) == (not expected)
+    else:
+        assert expected in " ".join(done.refusals.values())
+
+
+def test_a_config_of_trl_that_does_not_say_what_is_trained_is_told():
+    told = translate({"dataset_train_split": "train"}, recipe_keys("sft")).answers
+    assert "TRL trains whole chats" in told[-1]
+    assert translate({"dataset_split": "train"}, recipe_keys("sft")).answers == []  # one of ours
+
+
+def test_datasets_of_one_name_are_told_apart():
+    entries = [{"path": path} for path in ("o/x_2", "o/x", "p/x", "q/x")]
+    sources = translate({"datasets": entries}, recipe_keys("sft")).values["sources"]
+    assert {name: source["path"] for name, source in sources.items()} == {
+        **{"x_2": "o/x_2", "x": "o/x", "x_1": "p/x", "x_3": "q/x"}
+    }
 
 
 @pytest.mark.parametrize("given", [{"dataset_split": "a"}, {"dataset_text_field": "x", "column_mapping": "{}"}])
@@ -171,7 +213,7 @@ def test_answers_and_refusals_reach_the_user_with_their_lines(tmp_path, capsys):
     path = tmp_path / "trl.yaml"
     path.write_text("dataset_name: x.json\nassistant_only_loss: true\noutput_dir: out\n")
     parse_config(sft.Sft.arguments, ["--config", str(path)])
-    assert "assistant_only_loss: true: assistant turns alone are trained" in capsys.readouterr().err
+    assert "assistant_only_loss: true: assistant turns and completions alone are trained" in capsys.readouterr().err
     path.write_text("dataset_name: x.json\npadding_free: true\nstreaming: true\nmax_lenght: 3\n")
     with pytest.raises(ConfigError) as error:
         parse_config(sft.Sft.arguments, ["--config", str(path), "--output_dir", "out"])
