@@ -84,7 +84,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("host", "kind"), [("transformers", "padded"), ("transformers", "packed"), ("ours", "packed")])
+COMPILED = [
+    ("ours", "packed"),
+    *(pytest.param("transformers", kind, marks=pytest.mark.long) for kind in ("padded", "packed")),
+]
+
+
+@pytest.mark.parametrize(("host", "kind"), COMPILED)
 def test_a_compiled_model(host, kind, tmp_path, monkeypatch):
     """The fourth cell is in the tests of our trainer."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # torch_compile sets it too, and monkeypatch undoes it

@@ -13,7 +13,7 @@ from hf_objectives.errors import ConfigError, PushError
 from hf_objectives.recipes import dpo, pretrain, reward, sft, verify
 from hf_objectives.recipes.evaluated import read_evaluated
 from tests.support.hub_server import TOKEN
-from tests.support.recipes import few_built_in, save_small_model, write_rows
+from tests.support.recipes import save_small_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +172,14 @@ def test_the_snippet_of_the_card_runs(run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_pushed_by_a_recipe_and_verified_from_there(hub, tmp_path, monkeypatch):
+def test_pushed_by_a_recipe_and_verified_from_there(hub, tmp_path, run):
     """A secret in every setting that takes one; none is in a file or in what was sent."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "private_notes.txt").write_text("marked text")
-    words = "--model_name_or_path builtin --dataset_name builtin --max_length 128 --max_steps 2"
+    words = f"--model_name_or_path builtin --dataset_name {run}/chats.jsonl --max_length 64 --max_steps 2"
     words += " --use_cpu true --report_to none --eval_strategy no --save_strategy steps --save_steps 1"
     words += f" --hub_strategy checkpoint --push_to_hub true --hub_model_id me/mine --hub_token {TOKEN}"
     words += " --hub_private_repo true --hub_revision main"
-    few_built_in(monkeypatch, 40)
     sft.main([*words.split(), "--output_dir", str(tmp_path / "mine")])
     files = hub.repos["me/mine"].files["main"]
     assert {"README.md", "results.json", "evaluated.json", "training.yaml", "model.safetensors"} <= {*files}
@@ -198,7 +197,7 @@ def test_pushed_by_a_recipe_and_verified_from_there(hub, tmp_path, monkeypatch):
     for name, data in files.items():
         (pulled / name).parent.mkdir(parents=True, exist_ok=True)
         (pulled / name).write_bytes(data)
-    assert all(check.holds for check in verify(str(pulled)))
+    assert all(check.holds for check in verify(str(pulled), data_dir=str(run)))
 
 
 @pytest.mark.slow
