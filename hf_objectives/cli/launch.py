@@ -75,7 +75,9 @@ def _split(
     flags = {name.removeprefix("--"): action.nargs == 0 for action in parser._actions for name in action.option_strings}
     ours = {key: value for key, value in keys.items() if key in flags}
     given = [
-        (f"--{key}" if flags[key] else f"--{key}={value}") for key, value in ours.items() if value or not flags[key]
+        f"--{key}" if flags[key] else f"--{key}={'no' if value is False else value}"  # which YAML reads as false
+        for key, value in ours.items()
+        if value or not flags[key]
     ]
     found, left = parser.parse_known_args([*given, *words])
     options = vars(found)
