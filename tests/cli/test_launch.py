@@ -75,9 +75,8 @@ def test_options_of_the_launcher(started):
 
 def test_the_yaml_may_hold_the_launchers_keys(started, tmp_path):
     path = tmp_path / "trl.yaml"
-    path.write_text(
-        "accelerate_config: zero3\nnum_processes: 2\nmixed_precision: no\nquiet: true\nuse_cpu: true\nsame_network: false\nseed: 3\n"
-    )
+    keys = ["accelerate_config: zero3", "num_processes: 2", "mixed_precision: no", "quiet: true", "use_cpu: true"]
+    path.write_text("\n".join([*keys, "same_network: false", "seed: 3", ""]))
     run_recipe("sft", ["--config", str(path), "--num_processes", "8"])
     args = started.launch
     assert (args.num_processes, args.quiet, args.same_network, args.multi_gpu) == (8, True, False, False)
