@@ -89,7 +89,10 @@ class Place:
     def _reason(self, error: Exception) -> str:
         said = " ".join(str(error).split())
         if "Config name is missing" in said or "BuilderConfig" in said:
-            known = get_dataset_config_names(self.path, revision=self.revision)
+            try:
+                known = get_dataset_config_names(self.path, revision=self.revision)
+            except Exception:  # no connection, for one: what was said first stands
+                return said[:400]
             asked = "dataset_config is missing" if self.config is None else f"no subset {self.config!r}"
             return f"{asked}; expected one of {', '.join(known)}{nearest(str(self.config), known)}"
         if isinstance(error, ConnectionError):

@@ -43,4 +43,11 @@ class HubArguments:
         path = source.get("path") if isinstance(source, Mapping) else source
         if is_built_in(str(path)) and (asked := [key for key, value in own.items() if value is not None]):
             raise ConfigError(f"{asked[0]} is for datasets of the Hub; {path} is made here")
-        return Place.read(name, source, Place("", self.dataset_split, **own), (*MIXTURE_KEYS, FRACTION))
+        place = Place.read(name, source, Place("", self.dataset_split, **own), (*MIXTURE_KEYS, FRACTION))
+        splits = {
+            "dataset_test_split": self.dataset_test_split,
+            "split": place.split if place.split != "train" else None,
+        }
+        if (is_built_in(place.path) or not place.on_hub) and (asked := [key for key, given in splits.items() if given]):
+            raise ConfigError(f"{asked[0]} of source {name!r} is for datasets of the Hub; {place.path} has no splits")
+        return place

@@ -63,6 +63,15 @@ def test_what_is_missing_is_named_beside_what_is_there(hub_set, given, message):
         load_rows(Place(hub_set, **given))
 
 
+def test_a_subset_whose_names_cannot_be_asked_for_is_one_line_too(hub_set, monkeypatch):
+    def fail(name, revision):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("hf_objectives.preparation.places.get_dataset_config_names", fail)
+    with pytest.raises(ConfigError, match="org/talks: .*lnog"):
+        load_rows(Place(hub_set, config="lnog"))
+
+
 def test_no_connection_is_one_line():
     with pytest.raises(ConfigError, match="org/none: .*") as error:
         load_rows("org/none")

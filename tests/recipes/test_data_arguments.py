@@ -37,6 +37,15 @@ def test_bad_lm_datasets(given, message):
             {"dataset_name": "builtin", "dataset_config": "long"},
             "config is for datasets of the Hub; builtin is made here",
         ),
+        (
+            {"dataset_name": "x.json", "dataset_test_split": "test"},
+            "dataset_test_split of source 'x' is for datasets",
+        ),
+        ({"dataset_name": "builtin", "dataset_test_split": "test"}, "dataset_test_split .* builtin has no splits"),
+        (
+            {"dataset_name": "x.json", "dataset_split": "train[:10%]"},
+            "split of source 'x' is for datasets of the Hub; x.json",
+        ),
         ({"dataset_name": "org/x", "data_files": "[1"}, "which is no JSON"),
         ({"dataset_name": "org/x", "column_mapping": "[1]"}, "column_mapping is not a mapping"),
         ({"sources": '{"a": {"weight": 2}}'}, "source 'a' is .*expected a path"),
@@ -48,6 +57,6 @@ def test_bad_arguments(given, message):
 
 
 def test_a_source_names_its_own_split():
-    sources = {"a": "x.json", "b": {"path": "org/rows", "split": "validation"}}
+    sources = {"a": "org/x", "b": {"path": "org/rows", "split": "validation"}}
     given = DataArguments(sources=json.dumps(sources), dataset_split="test")
-    assert given.places() == {"a": Place("x.json", "test"), "b": Place("org/rows", "validation")}
+    assert given.places() == {"a": Place("org/x", "test"), "b": Place("org/rows", "validation")}
