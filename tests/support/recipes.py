@@ -40,10 +40,12 @@ def sharegpt(row: dict) -> dict:
 
 
 def few_built_in(monkeypatch: Any, rows: int) -> None:
-    """At most so many rows and questions of the built-in corpus."""
+    """At most so many rows and questions of the built-in corpus, and five questions a skill in an exam."""
     for name in ("texts", "chats", "preferences", "questions"):
         whole = getattr(demo, name)
         monkeypatch.setattr(demo, name, lambda n, *, of=whole, **given: of(min(n, rows), **given))
+    exam = demo.exam
+    monkeypatch.setattr(demo, "exam", lambda each, **given: exam(min(each, 5), **given))
 
 
 def command_line(given: Mapping[str, Any], *more: str) -> list[str]:

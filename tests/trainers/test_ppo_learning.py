@@ -58,7 +58,7 @@ def matching(prompts, completion_ids, **_) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_copying_is_learnt_from_three_seeds(tmp_path, seed):
     model = small_model(seed=seed, hidden_size=32, intermediate_size=64, num_attention_heads=4)
     run = ppo(
