@@ -20,7 +20,9 @@ for batch in loader:
     columns = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     logits = model(**columns).logits[:, :-1].float()
     labels = batch["labels"][:, 1:]
-    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum") / (labels != -100).sum()
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+    tokens = accelerator.reduce((labels != -100).sum(), "sum")  # of all processes, over which gradients are averaged
+    loss = nats * accelerator.num_processes / tokens
     accelerator.backward(loss)
     optimizer.step()
     optimizer.zero_grad()

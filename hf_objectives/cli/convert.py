@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from hf_objectives.cli.options import ConvertOptions
+from hf_objectives.cli.recipe_options import recipe_keys
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes import ConfigFile, convert_config
 
@@ -17,7 +18,7 @@ from hf_objectives.recipes import ConfigFile, convert_config
 def convert(options: ConvertOptions) -> None:
     """Print our YAML, or write it; what has no match goes to stderr, a line for each key."""
     file = ConfigFile.read(Path(options.file))
-    done = convert_config(file.values)
+    done = convert_config(file.values, recipe_keys)
     if done is None:
         raise ConfigError(
             f"{options.file} is neither a config of axolotl nor of LLaMA-Factory; one of TRL's runs as it is: "

@@ -190,15 +190,9 @@ def _content(facts: CardFacts) -> list[str]:
     told = "Sources:" if facts.sources else "The rows were prepared before the run."
     lines = ["## Training content", "", f"Modality: text. {told}", ""]
     for name, path in facts.sources.items():
-        kind = (
-            "public data set"
-            if _is_hub_id(path)
-            else "built into hf_objectives"
-            if path.startswith("builtin")
-            else "local file"
-        )
         parts = "".join(f", {part} `{value}`" for part, value in facts.parts.get(name, {}).items())
-        lines.append(f"- {name}: {kind}" + (f" `{path}`{parts}" if _is_hub_id(path) else ""))
+        local = "built into hf_objectives" if path.startswith("builtin") else "local file"
+        lines.append(f"- {name}: " + (f"public data set `{path}`{parts}" if _is_hub_id(path) else local))
     if ledger := facts.results.get("ledger"):
         lines += ["", "| source | rows | tokens | trained | dropped |", "|---|---|---|---|---|"]
         for source, account in ledger.items():

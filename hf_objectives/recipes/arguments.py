@@ -133,13 +133,21 @@ def _values(
     values = {}
     for key, value in given.values.items():
         if key not in actions:
-            problems.append(f"{file.place(key)}: unknown key {key!r}{_suggest(key, actions)}")
+            hint = "; start the recipe with hf-objectives for it" if _is_launchers(key) else _suggest(key, actions)
+            problems.append(f"{file.place(key)}: unknown key {key!r}{hint}")
             continue
         try:
             values[key] = option_value(value, hints[key], actions[key])
         except ValueError as error:
             problems.append(f"{file.place(given.places[key])}: {key} is {value!r}; {error}")
     return values, given.answers
+
+
+def _is_launchers(key: str) -> bool:
+    """Whether a key is an option of `accelerate launch`, or TRL's name for its file."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return key in {"accelerate_config", *(action.dest for action in launch_command_parser()._actions)}
 
 
 def _suggest(word: str, known: Collection[str]) -> str:
@@ -155,8 +163,8 @@ def _given(file: ConfigFile | None, parsed: Namespace, origin: Mapping[str, str]
     """What was given, as the YAML that gives it again."""
     given = {key: source for key, source in origin.items() if source != DEFAULT}
     values = {
-        key: file.values[key] if file and source != COMMAND_LINE else getattr(parsed, key)
-        for key, source in given.items()
+        key: file.values[key] if file and source != COMMAND_LINE and key in file.values else getattr(parsed, key)
+        for key, source in given.items()  # one of TRL's keys has another name here
     }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

@@ -32,7 +32,7 @@ class HarnessCallback(TrainerCallback):
         data: the settings; `eval_tasks` is given.
 
     Raises:
-        ConfigError: a sharded model, or see `check_tasks`.
+        ConfigError: a sharded model, one that cannot generate (a reward model), or see `check_tasks`.
     """
 
     def __init__(self, trainer: Any, data: HarnessArguments) -> None:
@@ -42,14 +42,16 @@ class HarnessCallback(TrainerCallback):
             raise ConfigError(
                 "eval_tasks is not for sharded models; evaluate the saved model with lm_eval, or leave it out"
             )
+        if not trainer.accelerator.unwrap_model(trainer.model).can_generate():
+            raise ConfigError("eval_tasks is for causal language models; leave it out")
         self.manager = check_tasks(self.tasks, data.eval_tasks_folder)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Run the tasks, add their figures to the metrics, and log them."""
-        step, every = state.global_step, self.data.eval_tasks_steps
-        if every and step % every and 0 < step < state.max_steps:
+        every = self.data.eval_tasks_steps
+        if every and state.global_step % every and self.trainer.is_in_train:
             return
         figures = evaluate_tasks(
             self.trainer.accelerator.unwrap_model(self.trainer.model),

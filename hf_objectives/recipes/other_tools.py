@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_objectives.errors import nearest
+from hf_objectives.recipes.trl_keys import as_options, unused_name
 
 AXOLOTL, FACTORY = "axolotl", "LLaMA-Factory"
 #: Keys by which a config of a tool is known; two of them decide.
 _MARKS = {
-    AXOLOTL: (
-        *("base_model", "sequence_len", "micro_batch_size", "sample_packing", "val_set_size", "num_epochs", "adapter"),
-        *("pad_to_sequence_len", "lora_target_linear", "dataset_prepared_path"),
-    ),
-    FACTORY: (
-        *("stage", "finetuning_type", "template", "cutoff_len", "do_train", "val_size", "lora_target", "dataset_dir"),
-        *("pref_beta", "lora_rank", "overwrite_output_dir"),
-    ),
+    AXOLOTL: "base_model sequence_len micro_batch_size sample_packing val_set_size num_epochs adapter pad_to_sequence_len "
+    "lora_target_linear dataset_prepared_path",
+    FACTORY: "stage finetuning_type template cutoff_len do_train val_size lora_target dataset_dir pref_beta lora_rank "
+    "overwrite_output_dir",
 }
 
 #: Our key by theirs, for keys whose values mean the same. None of theirs is a key here that means something else.
@@ -57,76 +53,24 @@ KEYS: dict[str, dict[str, str]] = {
 #: What users of other tools call an option of ours.
 SYNONYMS: dict[str, str] = {
     **{theirs: ours for keys in KEYS.values() for theirs, ours in keys.items() if theirs != ours},
-    **{"assistant_only_loss": "train_on", "train_on_inputs": "train_on", "train_on_prompt": "train_on"},
-    **{
-        "torch_dtype": "dtype",
-        "eos_token": "chat_template",
-        "lora_rank": "lora_r",
-        "rank": "lora_r",
-        "lr": "learning_rate",
-    },
-    **{"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "max_seq_length": "max_length"},
-    **{
-        "model": "model_name_or_path",
-        "data_path": "dataset_name",
-        "dataset": "dataset_name",
-        "max_seq_len": "max_length",
-    },
-    **{
-        "grad_accum": "gradient_accumulation_steps",
-        "test_size": "eval_share",
-        "subset": "dataset_config",
-        "split": "dataset_split",
-    },
+    **dict.fromkeys(("assistant_only_loss", "train_on_inputs", "train_on_prompt"), "train_on"),
+    **dict.fromkeys(("lora_rank", "rank"), "lora_r"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len"), "max_length"),
+    **dict.fromkeys(("dataset", "dataset_path", "data_path"), "dataset_name"),
+    **dict.fromkeys(("split", "dataset_train_split"), "dataset_split"),
+    **{"model": "model_name_or_path", "torch_dtype": "dtype", "lr": "learning_rate", "epochs": "num_train_epochs"},
+    **{"batch_size": "per_device_train_batch_size", "grad_accum": "gradient_accumulation_steps"},
+    **{"test_size": "eval_share", "subset": "dataset_config", "dataset_num_proc": "num_proc"},
 }
+#: Keys that they have too, with the same meaning.
 _SAME = (
-    *(
-        "output_dir",
-        "learning_rate",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "seed",
-        "weight_decay",
-        "warmup_steps",
-    ),
-    *(
-        "lora_alpha",
-        "lora_dropout",
-        "lora_r",
-        "gradient_checkpointing",
-        "bf16",
-        "fp16",
-        "tf32",
-        "logging_steps",
-        "save_steps",
-    ),
-    *("eval_steps", "save_strategy", "eval_strategy", "save_total_limit", "max_grad_norm", "adam_beta1", "adam_beta2"),
-    *(
-        "adam_epsilon",
-        "lr_scheduler_type",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-    ),
-    *(
-        "model_name_or_path",
-        "trust_remote_code",
-        "hub_model_id",
-        "push_to_hub",
-        "report_to",
-        "load_in_4bit",
-        "load_in_8bit",
-    ),
-    *(
-        "packing",
-        "optim",
-        "resume_from_checkpoint",
-        "save_only_model",
-        "ddp_timeout",
-        "max_length",
-        "neftune_noise_alpha",
-    ),
-)
+    "output_dir learning_rate gradient_accumulation_steps max_steps seed weight_decay warmup_steps lora_alpha lora_dropout "
+    "lora_r gradient_checkpointing bf16 fp16 tf32 logging_steps save_steps eval_steps save_strategy eval_strategy "
+    "save_total_limit max_grad_norm adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type num_train_epochs "
+    "per_device_train_batch_size per_device_eval_batch_size model_name_or_path trust_remote_code hub_model_id push_to_hub "
+    "report_to load_in_4bit load_in_8bit packing optim resume_from_checkpoint save_only_model ddp_timeout max_length "
+    "neftune_noise_alpha"
+).split()
 
 
 @dataclass
@@ -149,35 +93,49 @@ class Conversion:
 def tool_of(values: Mapping[str, Any]) -> str | None:
     """The tool that a config is written for, by its keys; None for ours and TRL's."""
     for tool, marks in _MARKS.items():
-        if len([mark for mark in marks if mark in values]) >= 2:
+        if len([mark for mark in marks.split() if mark in values]) >= 2:
             return tool
     return None
 
 
-def convert_config(values: Mapping[str, Any]) -> Conversion | None:
-    """Convert a config; None where it is of no tool that is known."""
+def convert_config(values: Mapping[str, Any], options_of: Callable[[str], Collection[str]]) -> Conversion | None:
+    """Convert a config.
+
+    Args:
+        values: the YAML; keys without a value are left out.
+        options_of: the options of a recipe by its name; what is none of them goes to `rest`.
+
+    Returns:
+        Our config; None where it is of no tool that is known.
+    """
     tool = tool_of(values)
     if tool is None:
         return None
     done = Conversion(tool)
     for key, value in values.items():
         rule = _RULES[tool].get(key)
+        if value is None:
+            continue
         if rule is not None:
             rule(done, value)
+        elif value == "auto" and key in ("bf16", "fp16", "tf32"):
+            done.rest[key] = "'auto'; say true or false"
         elif key in KEYS[tool] or key in _SAME:
             done.values[KEYS[tool].get(key, key)] = value
         else:
-            done.rest[key] = f"has no match here{nearest(key, _SAME)}"
-    if done.recipe not in ("sft", "pretrain"):
-        if "num_proc" in done.values:
-            done.values["dataset_num_proc"] = done.values.pop("num_proc")
-        for name in _OF_SFT:
-            if name in done.values:
-                done.rest[name] = f"{done.values.pop(name)!r}: the recipe {done.recipe} has no {name}"
+            done.rest[key] = "has no match here"
+    known = options_of(done.recipe)
+    for name, theirs in (("packing", False), ("eval_share", 0)):  # their defaults, where ours differ
+        if name in known:
+            done.values.setdefault(name, theirs)
+    if "sources" not in known and len(done.values.get("sources", ())) == 1:
+        done.values |= as_options(*done.values.pop("sources").values())
+    if "num_proc" in done.values and "num_proc" not in known:
+        done.values["dataset_num_proc"] = done.values.pop("num_proc")  # TRL's name, in recipes on its trainers
+    for name in [name for name in done.values if name not in known]:
+        if (value := done.values.pop(name)) is not False:  # which asks for nothing
+            done.rest[name] = f"{value!r}: the recipe {done.recipe} has no such option"
     return done
-
-
-_OF_SFT = ("packing", "train_on", "sources")  # options that recipes of alignment have not
 
 
 def _sources(done: Conversion, value: Any) -> None:
@@ -187,8 +145,7 @@ def _sources(done: Conversion, value: Any) -> None:
     for entry in entries:
         given = entry if isinstance(entry, Mapping) else {"path": entry}
         kept = {ours: given[theirs] for theirs, ours in _SOURCE_KEYS.items() if given.get(theirs) is not None}
-        name = Path(str(given.get("path"))).stem or "data"
-        sources[name if name not in sources else f"{name}_{len(sources)}"] = kept
+        sources[unused_name(Path(str(given.get("path"))).stem or "data", sources)] = kept
         for key in given:
             if key not in _SOURCE_KEYS:
                 done.rest[f"datasets.{key}"] = (
@@ -264,11 +221,34 @@ def _flash(done: Conversion, value: Any) -> None:
         done.values["attn_implementation"] = known[value]
 
 
-def _share(done: Conversion, value: Any) -> None:
-    if isinstance(value, (int, float)) and 0 <= value < 1:
-        done.values["eval_share"] = value
-    else:
-        done.rest["val_size"] = f"{value!r} rows; give their share as eval_share"
+def _share(key: str) -> Callable[[Conversion, Any], None]:
+    def take(done: Conversion, value: Any) -> None:
+        if isinstance(value, (int, float)) and 0 <= value < 1:
+            done.values["eval_share"] = value
+        else:
+            done.rest[key] = f"{value!r} rows; give their share as eval_share"
+
+    return take
+
+
+def _cutoff(done: Conversion, value: Any) -> None:
+    """LLaMA-Factory cuts what is longer; ours by default leaves a conversation out."""
+    done.values |= {"max_length": value, "overlength": "cut"}
+
+
+def _tokens(done: Conversion, value: Any) -> None:
+    """axolotl's `special_tokens`, by name."""
+    for name, token in dict(value).items():
+        if name in ("eos_token", "pad_token"):
+            done.values[name] = token
+        else:
+            done.rest[f"special_tokens.{name}"] = "set it in the tokenizer, and save it"
+
+
+def _modules(done: Conversion, value: Any) -> None:
+    """`all`, or names, which LLaMA-Factory separates by commas."""
+    names = value.split(",") if isinstance(value, str) else list(value)
+    done.values["lora_target_modules"] = "all-linear" if names == ["all"] else [name.strip() for name in names]
 
 
 def _bits(done: Conversion, value: Any) -> None:
@@ -283,7 +263,7 @@ _RULES: dict[str, dict[str, Callable[[Conversion, Any], None]]] = {
         "rl": _recipe({"dpo": "dpo", "ipo": "dpo", "grpo": "ppo"}, "rl"),
         "reward_model": lambda done, value: setattr(done, "recipe", "reward") if value else None,
         "train_on_inputs": _train_on,
-        "val_set_size": _share,
+        "val_set_size": _share("val_set_size"),
         "lora_target_linear": lambda done, value: (
             done.values.update(lora_target_modules="all-linear") if value else None
         ),
@@ -293,7 +273,7 @@ _RULES: dict[str, dict[str, Callable[[Conversion, Any], None]]] = {
         "pad_to_sequence_len": _only(
             "pad_to_sequence_len", False, "rows are packed, or padded to the longest of a batch"
         ),
-        "special_tokens": _only("special_tokens", None, "set them in the tokenizer, and save it"),
+        "special_tokens": _tokens,
         "chat_template": _only("chat_template", "tokenizer_default", _OWN_TEMPLATE),
     },
     FACTORY: {
@@ -302,12 +282,11 @@ _RULES: dict[str, dict[str, Callable[[Conversion, Any], None]]] = {
         "dataset": _named,
         "do_train": _only("do_train", True, "the recipe trains"),
         "train_on_prompt": _train_on,
-        "val_size": _share,
+        "val_size": _share("val_size"),
         "flash_attn": _flash,
         "quantization_bit": _bits,
-        "lora_target": lambda done, value: done.values.update(
-            lora_target_modules="all-linear" if value == "all" else value
-        ),
+        "lora_target": _modules,
+        "cutoff_len": _cutoff,
         "template": _only("template", None, _OWN_TEMPLATE),
         "neat_packing": lambda done, value: done.values.update(packing=bool(value)),
         "plot_loss": _only("plot_loss", True, "training_curves.png is drawn"),

@@ -74,7 +74,7 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> Translation:
         elif lacking := [name for name in outcome.values if name not in known]:
             found.refusals[key] = f"this recipe has no {', '.join(lacking)}"
         elif twice := [n for n, given in outcome.values.items() if {**values, **found.values}.get(n, given) != given]:
-            found.refusals[key] = f"says what {', '.join(twice)} says too; keep one of them"
+            found.refusals[key] = f"it sets {', '.join(twice)}, which the file sets to another value; keep one of them"
         else:
             for name, given in outcome.values.items():
                 found.values[name], found.places[name] = given, key
@@ -110,7 +110,7 @@ def _trained(key: str, values: Mapping[str, Any]) -> Set | Answer | Refuse:
     whole, completions = (asked.get(name) for name in _OF_LABELS)
     if whole is False and completions is True:
         return Refuse(
-            "whole chats, and of prompts with completions the completion, are no one choice here; set train_on"
+            "chats would be trained whole, and completions without their prompts; train_on has no such value, set it"
         )
     if True not in asked.values():
         return Set({"train_on": "all"})
@@ -153,8 +153,7 @@ def _datasets(value: Any) -> Set | Answer | Refuse:
     for entry in value:
         if unknown := [key for key in entry if key not in ours]:
             return Refuse(f"unknown key {', '.join(map(repr, unknown))} of {entry['path']}; expected {', '.join(ours)}")
-        stem = Path(str(entry["path"])).stem or "data"
-        name = next(name for name in chain([stem], (f"{stem}_{i}" for i in count(1))) if name not in sources)
+        name = unused_name(Path(str(entry["path"])).stem or "data", sources)
         sources[name] = {ours[key]: given for key, given in entry.items() if given is not None}
     return Set({"sources": sources})
 
@@ -167,8 +166,18 @@ def _dataset(value: Any) -> Set | Answer | Refuse:
     if len(found.values["sources"]) > 1:
         return Refuse("this recipe reads one dataset; put the rows into one file")
     (given,) = found.values["sources"].values()
-    names = {"path": "dataset_name", "config": "dataset_config", "split": "dataset_split"}
-    return Set({names.get(key, key): entry for key, entry in given.items() if key != "fraction"})
+    return Set(as_options({key: entry for key, entry in given.items() if key != "fraction"}))  # of one it is the whole
+
+
+def as_options(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A source of `sources` as options of a recipe that reads one."""
+    names = {"path": "dataset_name", **{key: f"dataset_{key}" for key in ("config", "split", "revision")}}
+    return {names.get(key, key): value for key, value in source.items()}
+
+
+def unused_name(stem: str, taken: Collection[str]) -> str:
+    """A name, with a number behind it where it is taken."""
+    return next(name for name in chain([stem], (f"{stem}_{i}" for i in count(1))) if name not in taken)
 
 
 def _model_settings(value: Any) -> Set | Answer | Refuse:
@@ -176,7 +185,8 @@ def _model_settings(value: Any) -> Set | Answer | Refuse:
     names |= {"revision": "model_revision", "trust_remote_code": "trust_remote_code"}
     if not value:
         return Answer("nothing is asked")
-    if not isinstance(value, dict) or (unknown := [key for key in value if key not in names]):
+    unknown = [key for key in value if key not in names] if isinstance(value, dict) else [str(value)]
+    if unknown:
         return Refuse(
             f"here a model is loaded by {', '.join(dict.fromkeys(names.values()))}; leave out {', '.join(unknown)}"
         )

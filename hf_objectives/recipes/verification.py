@@ -26,38 +26,12 @@ _EXACT, _ROUNDED = 1e-6, 1e-2  # relative; the second for runs in half precision
 #: Settings beside those of the data that a figure may follow from. A stranger wrote them: none of these runs code, logs in,
 #: pushes, or writes anywhere.
 _TRAINING = (
-    *(
-        "seed",
-        "data_seed",
-        "bf16",
-        "fp16",
-        "bf16_full_eval",
-        "fp16_full_eval",
-        "tf32",
-        "use_cpu",
-        "dtype",
-        "max_length",
-    ),
-    *(
-        "train_on",
-        "control_tokens",
-        "per_device_eval_batch_size",
-        "per_device_train_batch_size",
-        "max_steps",
-        "max_tokens",
-    ),
-    *("num_train_epochs", "beta", "loss_type", "label_smoothing", "padding_free", "center_rewards_coefficient"),
-)
+    "seed data_seed bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_cpu dtype max_length train_on control_tokens max_steps "
+    "max_tokens num_train_epochs per_device_eval_batch_size per_device_train_batch_size beta loss_type label_smoothing "
+    "padding_free center_rewards_coefficient"
+).split()
 #: Of the data: what the saved tokenizer has by now, tasks, which may run code of their folder, and where rows are prepared.
-_NOT_READ = (
-    "chat_template",
-    "eval_tasks",
-    "eval_tasks_folder",
-    "eval_tasks_steps",
-    "eval_tasks_limit",
-    "prepared_dir",
-    "engine",
-)
+_NOT_READ = ("chat_template eval_tasks eval_tasks_folder eval_tasks_steps eval_tasks_limit prepared_dir engine").split()
 _NOT_MEASURED = "not measured"
 _PATHS = ("dataset_name", "mixture", "sources", "lm_datasets", "prepared")
 

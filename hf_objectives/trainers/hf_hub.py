@@ -19,11 +19,12 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from hf_objectives.errors import PushError
-from hf_objectives.trainers.hub_contents import CARD, CARD_FILES, RESUME_FILES, listed_files, model_files
+from hf_objectives.trainers.hub_contents import CARD_FILES, checkpoint_files, listed_files, model_files
 
 logger = logging.getLogger(__name__)
 
 _LAST = "last-checkpoint"  # the Trainer's name for the newest checkpoint on the Hub
+_FAILED = "%s is not on the Hub (%s); the run goes on, and pushes again at its end"
 _STAGED = "_push"  # of the run's folder: what is on its way, so that rotation takes no file of it
 
 
@@ -44,13 +45,16 @@ class HubPushes:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository, or find it.
+        """Make the repository, or find it, and the branch that `hub_revision` names, to which every push goes.
 
         Raises:
             PushError: it cannot be made: its name, the login, or the connection.
         """
         with _no_repository(self.args):
             super().init_hf_repo(token=token, private=private)  # type: ignore[misc]
+            if self.args.hub_revision and self.hub_model_id:  # which is set on the main process
+                api = HfApi(token=token or self.args.hub_token)
+                api.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
 
     def push_to_hub(
         self,
@@ -70,8 +74,11 @@ class HubPushes:
         if not trainer.is_world_process_zero():
             return None
         folder = Path(self.args.output_dir)
-        if not (folder / CARD).exists():
-            trainer.create_model_card(model_name=str(self.hub_model_id).split("/")[-1], **kwargs)
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else [*tags]
+        tags += [tag for tag in getattr(trainer.model, "model_tags", None) or () if tag not in tags]
+        name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        trainer.create_model_card(model_name=name, **({"tags": tags} if tags else {}), **kwargs)
         trainer._finish_current_push()
         return self._upload(
             folder,
@@ -98,10 +105,13 @@ class HubPushes:
         model = model_files(source)
         parts: list[tuple[list[str], str | None, str]] = [(model, None, message)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            own = listed_files(source, [*RESUME_FILES, *trainer.extra_state_files()])
             place = _LAST if strategy == HubStrategy.CHECKPOINT else source.name
-            parts.append((sorted({*model, *own}), place, f"{message}, checkpoint"))
-        staged = _stage(source, parts[-1][0])
+            parts.append((checkpoint_files(source), place, f"{message}, checkpoint"))
+        try:
+            staged = _stage(source, sorted({name for names, _, _ in parts for name in names}))
+        except OSError as error:  # no space for copies, for one
+            logger.warning(_FAILED, source.name, reason_of(error))
+            return
         jobs = [
             self._upload(staged, names, said, path_in_repo=place, run_as_future=True, revision=self.args.hub_revision)
             for names, place, said in parts
@@ -180,9 +190,7 @@ def _when_done(jobs: list[Future], staged: Path, name: str) -> None:
 
     def finish(job: Future) -> None:
         if (error := job.exception()) is not None:
-            logger.warning(
-                "%s is not on the Hub (%s); the run goes on, and pushes again at its end", name, reason_of(error)
-            )
+            logger.warning(_FAILED, name, reason_of(error))
         if all(other.done() for other in jobs):
             shutil.rmtree(staged, ignore_errors=True)
             with suppress(OSError):  # another push has files there

@@ -17,13 +17,8 @@ MODEL_FILES = (
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "processor_config.json", "preprocessor_config.json"),
 )
 #: The card and what it rests on.
-CARD, RESULTS, EVALUATED = "README.md", "results.json", "evaluated.json"
-CARD_FILES = (CARD, RESULTS, EVALUATED, "training.yaml", "training_curves.png", "mixture.png")
-#: What a run needs to go on from a checkpoint, beside the model.
-RESUME_FILES = (
-    *(MANIFEST, "trainer_state.json", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_[0-9]*.pth"),
-    *("optimizer.pt", "optimizer.bin", "optimizer_0/*", "pytorch_model_fsdp_0/*", "latest", "global_step*/*"),
-)
+CARD, EVALUATED = "README.md", "evaluated.json"
+CARD_FILES = (CARD, "results.json", EVALUATED, "training.yaml", "training_curves.png", "mixture.png")
 
 
 def listed_files(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -38,3 +33,9 @@ def model_files(folder: Path) -> list[str]:
     named = parse_json(config.read_bytes()).get("auto_map", {}) if config.is_file() else {}
     modules = {str(name).split("--")[-1].split(".")[0] + ".py" for name in named.values() if isinstance(name, str)}
     return listed_files(folder, (*MODEL_FILES, *modules))
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """What a resume needs of a checkpoint, of all ranks: the files that its manifest lists, and the manifest."""
+    listed = parse_json((folder / MANIFEST).read_bytes())["files"]
+    return sorted([MANIFEST, *listed])

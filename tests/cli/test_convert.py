@@ -21,6 +21,7 @@ def test_ours_is_printed_or_written_and_the_rest_is_named(theirs, tmp_path, caps
     main(["convert", str(theirs)])
     printed = capsys.readouterr()
     expected = {"model_name_or_path": "org/base", "per_device_train_batch_size": 2, "dataset_name": "chats.jsonl"}
+    expected |= {"packing": False, "eval_share": 0}
     assert yaml.safe_load(printed.out) == expected and printed.out.startswith(
         "# axolotl, as hf-objectives sft --config"
     )

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_objectives.collators import DataCollatorForAssistantOnlyLM, DataCollatorWithEosPacking
 from tests.support import dpo_worlds, reward_worlds
-from tests.support.language_models import TOKENIZER, by_autograd, chats, llama, mixtral, trainer
+from tests.support.language_models import TOKENIZER, answer_five, by_autograd, chats, llama, mixtral, trainer
 from tests.support.monitored_runs import BAD, events
 from tests.support.ppo_acts import layout_figures, ppo_layouts, ppo_steps
 from tests.support.two_processes import start, steps_of
@@ -33,6 +33,13 @@ def test_evaluation(two_processes, tmp_path):
             assert metrics["eval_num_tokens"] == expected["eval_num_tokens"]
             for key in ("eval_loss", "eval_even_loss", "eval_odd_loss", "eval_stop_probability"):
                 assert metrics[key] == pytest.approx(expected[key], rel=1e-6)
+
+
+def test_answers(two_processes):
+    figures, said = answer_five()
+    assert len({*said}) == 5 and figures["answers_cut"] == 1.0
+    for found, texts in two_processes.of("answers"):
+        assert found == figures and [tuple(pair) for pair in texts] == said  # in the order of the prompts
 
 
 def test_gradient(two_processes):

@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from hf_objectives.recipes import harness, sft
+from hf_objectives.errors import ConfigError
+from hf_objectives.recipes import harness, reward, sft
 
 WORDS = "--model_name_or_path builtin --max_length 64 --max_steps 6 --logging_steps 1 --use_cpu true --save_strategy no"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("every", "steps"), [(0, [2, 4, 6]), (4, [4, 6])])
+@pytest.mark.parametrize(("every", "steps"), [(0, [2, 4, 6]), (4, [4])])
 def test_figures_at_evaluations(tmp_path, monkeypatch, every, steps):
     """The harness itself is held to hand counts in tests/evaluation/test_harness.py; here a stand-in counts its calls."""
     asked = []
@@ -34,3 +35,12 @@ def test_figures_at_evaluations(tmp_path, monkeypatch, every, steps):
     assert [entry["step"] for entry in log if "eval_own_acc" in entry] == [*steps, 6]  # and once more at the end
     assert results["before"]["eval_own_acc"] == results["after"]["eval_own_acc"] == 0.25
     assert asked[0] == (["own", "other"], ("manager", "f"), {"limit": 5, "batch_size": 8})
+
+
+@pytest.mark.slow
+def test_a_reward_model_has_no_tasks(tmp_path):
+    words = (
+        "--model_name_or_path builtin --dataset_name builtin --max_steps 1 --use_cpu true --bf16 false --eval_tasks x"
+    )
+    with pytest.raises(ConfigError, match="eval_tasks is for causal language models"):
+        reward.main([*words.split(), "--report_to", "none", "--output_dir", str(tmp_path)])

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
@@ -110,6 +111,7 @@ def test_values(given, values):
         ({"truncation_mode": "keep_end"}, "set overlength"),
         ({"test_split_size": 100}, "eval_share"),
         ({"model_init_kwargs": {"device_map": "auto"}}, "leave out device_map"),
+        ({"model_init_kwargs": '{"dtype": "bfloat16"}'}, "here a model is loaded by dtype"),
         ({"router_aux_loss_coef": 0.01}, "set it in the model's config"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "input_ids and labels are taken as they are"),
         ({"datasets": ["x.json"]}, "expected a list of mappings with path"),
@@ -133,9 +135,9 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(given, reason):
         (None, False, None, {"train_on": "all"}),
         ("false", None, None, {"train_on": "all"}),  # as a parser reads it
         (False, None, "all", {"train_on": "all"}),
-        (False, True, None, "no one choice here"),
+        (False, True, None, "train_on has no such value"),
         (True, None, "all", "says something else"),
-        (False, None, "assistant", "says too; keep one of them"),
+        (False, None, "assistant", "keep one of them"),
         (0, None, None, "neither true nor false"),
         ("perhaps", None, None, "neither true nor false"),
     ],
@@ -167,7 +169,7 @@ def test_datasets_of_one_name_are_told_apart():
 @pytest.mark.parametrize("given", [{"dataset_split": "a"}, {"dataset_text_field": "x", "column_mapping": "{}"}])
 def test_a_key_that_is_given_in_both_ways_is_refused(given):
     done = translate({"dataset_train_split": "b", **given}, recipe_keys("sft"))
-    assert list(done.refusals.values())[-1].endswith("says too; keep one of them")
+    assert list(done.refusals.values())[-1].endswith("keep one of them")
 
 
 def test_a_template_is_that_of_a_file_or_of_a_tokenizer(tmp_path):
@@ -207,6 +209,21 @@ def test_special_tokens_of_a_reward_model_are_set_before_rows_are_encoded(tmp_pa
         set_tokens(tokenizer, eos_token="<nothing>")
     set_tokens(tokenizer, eos_token=token, pad_token=None)
     assert tokenizer.eos_token == token and tokenizer.pad_token != token
+
+
+def test_a_config_of_trl_is_printed_as_ours(tmp_path, capsys):
+    (tmp_path / "trl.yaml").write_text("dataset_name: org/x\ndataset_train_split: train_sft\noutput_dir: out\n")
+    with pytest.raises(SystemExit):
+        parse_config(sft.Sft.arguments, ["--config", str(tmp_path / "trl.yaml"), "--print_config"])
+    expected = {"dataset_name": "org/x", "dataset_split": "train_sft", "output_dir": "out"}
+    assert yaml.safe_load(capsys.readouterr().out) == expected
+
+
+def test_a_key_of_the_launcher_is_told_where_no_launcher_of_ours_started(tmp_path):
+    (tmp_path / "trl.yaml").write_text("dataset_name: x.json\naccelerate_config: zero3\nnum_processes: 2\n")
+    with pytest.raises(ConfigError) as error:
+        parse_config(sft.Sft.arguments, ["--config", str(tmp_path / "trl.yaml"), "--output_dir", "out"])
+    assert str(error.value).count("start the recipe with hf-objectives for it") == 2
 
 
 def test_answers_and_refusals_reach_the_user_with_their_lines(tmp_path, capsys):
@@ -266,14 +283,14 @@ dataset_num_proc: 1
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("main", "yaml"),
+    ("main", "text"),
     [(sft.main, SFT_YAML), (dpo.main, PAIRS_YAML + "loss_type: sigmoid\nbeta: 0.1\n"), (reward.main, PAIRS_YAML)],
 )
-def test_yamls_of_its_scripts_run(main, yaml, tmp_path):
+def test_yamls_of_its_scripts_run(main, text, tmp_path):
     save_small_model(tmp_path)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({**row, "id": 1}) + "\n" for row in demo.chats(30)))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo.preferences(30)))
-    (tmp_path / "trl.yaml").write_text((COMMON + yaml).format(folder=tmp_path))
+    (tmp_path / "trl.yaml").write_text((COMMON + text).format(folder=tmp_path))
     results = main(["--config", str(tmp_path / "trl.yaml")])
     assert results["after"]["eval_loss"] > 0 and (tmp_path / "run" / "README.md").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from hf_objectives.evaluation import Asked, evaluate_answers
 from hf_objectives.labels import encode_row
 from hf_objectives.trainers import PerplexityTrainer, PerplexityTrainingArguments
 from tests.support.chat_corpus import byte_tokenizer
@@ -98,6 +99,13 @@ def by_autograd():
         count += int((labels != -100).sum())
     (total / count).backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+def answer_five() -> list:
+    """The figures of five answered prompts, and what was said."""
+    asked = [Asked([5, *range(7, 7 + i)], [8]) for i in range(5)]
+    figures, said = evaluate_answers(llama(), TOKENIZER, asked, max_new_tokens=4, stop_ids=[], batch_size=2)
+    return [figures, [(answer.prompt, answer.said) for answer in said]]
 
 
 def poisoned():

@@ -27,7 +27,16 @@ from hf_objectives.trainers import (
     watch_steps,
 )
 from tests.support import dpo_worlds, language_models, reward_worlds
-from tests.support.language_models import TOKENIZER, arguments, chats, llama, mixtral, poisoned, rows_with_a_bad_one
+from tests.support.language_models import (
+    TOKENIZER,
+    answer_five,
+    arguments,
+    chats,
+    llama,
+    mixtral,
+    poisoned,
+    rows_with_a_bad_one,
+)
 from tests.support.monitored_runs import trainer_of
 from tests.support.ppo_acts import ppo_layouts, ppo_steps
 from tests.support.ranks import run_ranks
@@ -46,6 +55,11 @@ def evaluate(folder: Path) -> dict:
             run = PerplexityTrainer(llama(), options, collator, eval_dataset=chats(), processing_class=TOKENIZER)
             losses[f"{name} {batch_size}"] = run.evaluate()
     return losses
+
+
+def answers(folder: Path) -> list:
+    """Five prompts, of which one rank answers three and the other two."""
+    return answer_five()
 
 
 def gradient(folder: Path) -> dict:
@@ -311,6 +325,7 @@ def sharded_checkpoints(folder: Path) -> dict:
 # Those on shards come last: they change what accelerate takes the group for.
 ACTS = (
     evaluate,
+    answers,
     gradient,
     experts,
     not_finite,

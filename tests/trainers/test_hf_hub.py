@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import PushInProgress
 
 from hf_objectives.errors import PushError
@@ -31,6 +31,14 @@ METHODS = {
 }
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "push_to_hub": True, "hub_token": TOKEN}
+
+
+def in_the_end(holds):
+    """Whether something holds soon: the thread that pushes ends after those who wait for it have gone on."""
+    until = time.monotonic() + 30
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.02)
+    return holds()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -79,10 +87,45 @@ def test_pushes_along_the_way(hub, tmp_path, strategy, folders):
     assert not [name for name in files if name.endswith(("training_args.bin", "notes.txt"))]
     sent = b"".join(hub.bodies)
     assert TOKEN.encode() not in sent and b"marked text" not in sent
-    until = time.monotonic() + 30  # it is removed by the thread that pushes
-    while (tmp_path / "mine" / "_push").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not (tmp_path / "mine" / "_push").exists()
+    assert in_the_end(lambda: not (tmp_path / "mine" / "_push").exists())
+
+
+def test_of_a_checkpoint_what_its_manifest_lists_is_pushed_of_all_ranks_and_nothing_else(hub, tmp_path):
+    """States of other ranks are not this rank's to name; what a callback adds later is none of a resume's."""
+
+    class Adds(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (tmp_path / "mine" / f"checkpoint-{state.global_step}" / "rows.jsonl").write_text("marked text")
+
+    made = trainer(tmp_path / "mine", hub_strategy="all_checkpoints", hub_always_push=True, **SAVING)
+    made.add_callback(Adds())
+    save = made.save_extra_state
+    made.save_extra_state = lambda folder: (
+        [(folder / f"own_state_{rank}.pt").touch() for rank in (0, 1)] and save(folder)
+    )
+    made.train()
+    made._finish_current_push()
+    names = {name.split("/")[1] for name in hub.repos["me/mine"].files["main"] if name.startswith("checkpoint-4/")}
+    assert {"own_state_0.pt", "own_state_1.pt", "optimizer.pt", "manifest.json"} <= names and "rows.jsonl" not in names
+    assert b"marked text" not in b"".join(hub.bodies)
+
+
+def test_pushes_along_the_way_go_to_the_branch_that_is_asked_for(hub, tmp_path):
+    made = trainer(tmp_path / "mine", hub_revision="v2", **SAVING)
+    made.train()
+    made._finish_current_push()
+    assert "model.safetensors" in hub.repos["me/mine"].files["v2"] and not hub.repos["me/mine"].files["main"]
+
+
+def test_a_push_that_finds_no_space_for_its_copies_is_told(hub, tmp_path, monkeypatch, caplog):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_objectives.trainers.hf_hub.os.link", full)
+    monkeypatch.setattr("hf_objectives.trainers.hf_hub.shutil.copyfile", full)
+    made = trainer(tmp_path / "mine", **SAVING)
+    made.train()
+    assert made.state.global_step == 4 and "checkpoint-2 is not on the Hub (OSError" in caplog.text
 
 
 def test_the_token_is_in_no_file(hub, tmp_path):
@@ -119,7 +162,8 @@ def test_a_push_along_the_way_that_fails_is_told_and_the_run_goes_on(hub, tmp_pa
     with caplog.at_level(logging.WARNING):
         made.train()
         made._finish_current_push()
-    assert made.state.global_step == 4 and "checkpoint-2 is not on the Hub (HfHubHTTPError" in caplog.text
+        assert in_the_end(lambda: "checkpoint-2 is not on the Hub (HfHubHTTPError" in caplog.text)
+    assert made.state.global_step == 4
     assert TOKEN not in caplog.text
 
 
@@ -141,6 +185,9 @@ def test_push_to_hub_of_a_trainer_uploads_the_model_and_its_card(hub, tmp_path):
     made = trainer(tmp_path / "mine", save_strategy="no", max_steps=1, hub_token=TOKEN)
     made.train()
     (tmp_path / "mine" / "data.jsonl").write_text("marked text")
-    made.push_to_hub()
-    assert {*hub.repos["me/mine"].files["main"]} >= MODEL | {"README.md"}
+    (tmp_path / "mine" / "README.md").write_text("---\ntags: [old]\n---\nof an earlier run")
+    made.push_to_hub(tags=["mine"])
+    files = hub.repos["me/mine"].files["main"]
+    assert {*files} >= MODEL | {"README.md"}
+    assert b"- mine" in files["README.md"] and b"of an earlier run" not in files["README.md"]
     assert b"marked text" not in b"".join(hub.bodies)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_objectives.trainers.hub_contents import MODEL_FILES, RESUME_FILES, listed_files, model_files
+from hf_objectives.trainers.hub_contents import MODEL_FILES, checkpoint_files, listed_files, model_files
 
 
 def test_files_are_taken_by_name(tmp_path):
@@ -25,4 +25,9 @@ def test_a_link_is_left_out(tmp_path):
 
 def test_nothing_that_is_pickled_is_among_what_a_model_is_made_of():
     assert not [name for name in MODEL_FILES if name.endswith((".bin", ".pt", ".pth"))]
-    assert "training_args.bin" not in RESUME_FILES and "*" not in RESUME_FILES
+
+
+def test_a_checkpoint_is_what_its_manifest_lists(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"files": {"optimizer.pt": {}, "a/b.pt": {}}}')
+    (tmp_path / "other").touch()
+    assert checkpoint_files(tmp_path) == ["a/b.pt", "manifest.json", "optimizer.pt"]
