@@ -10,7 +10,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 from trl import ModelConfig
 
-from hf_objectives.cli.recipe_options import TABLE
+from hf_objectives.cli.recipe_options import TABLE, installed_versions
 
 TITLES = (
     "The rows and what is done with them",
@@ -38,7 +38,7 @@ def live_table() -> dict[str, Any]:
                 own = {key: option for key, option in entry["options"].items() if known.get(key) != option}
                 entry = {"base": base.__name__, "options": own}
             classes[cls.__name__] = entry
-    return {"recipes": recipes, "classes": classes}
+    return {"versions": installed_versions(), "recipes": recipes, "classes": classes}
 
 
 def _title(cls: type) -> str:

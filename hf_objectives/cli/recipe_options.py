@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, HelpFormatter
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,21 @@ TABLE = Path(__file__).with_name("recipe_options.json")
 
 @cache
 def read_table() -> dict[str, Any]:
-    """The table: what each recipe does, which classes its options come from, and the options of each class."""
-    return json.loads(TABLE.read_text(encoding="utf-8"))
+    """The table: what each recipe does, which classes its options come from, and the options of each class.
+
+    Other releases of the packages that the options come from may have others: then it is made anew, which takes seconds.
+    """
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    if table["versions"] != installed_versions():
+        from hf_objectives.cli.option_table import live_table
+
+        return live_table()
+    return table
+
+
+def installed_versions() -> dict[str, str]:
+    """The releases that options come from, by package."""
+    return {name: version(name) for name in ("transformers", "trl")}
 
 
 def groups_of(recipe: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from hf_objectives.packing.bins import pack_lengths  # Lengths to bins
     from hf_objectives.packing.dataset import (
         flat_column,  # A list column of a table as its values end to end, and the offsets of its rows
+        list_column,  # Lists from values end to end and offsets
         pack_dataset,  # An encoded dataset to a dataset of packed rows
         pack_table,  # The same for Arrow tables
+        pack_tables,  # The same, some rows at a time
     )
     from hf_objectives.packing.rows import (
         PackedRows,  # Rows of packed documents: which piece of which document is where

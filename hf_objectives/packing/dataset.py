@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,35 +63,55 @@ def pack_table(
         labels: False leaves the column `labels` out, for tables of which all tokens but the first of a document are trained.
         allow_empty: a result without a row is no error.
     """
+    how: Any = {"strategy": strategy, "overflow": overflow, "labels": labels, "allow_empty": allow_empty}
+    return pa.concat_tables(pack_tables(table, max_length, None, **how))
+
+
+def pack_tables(
+    table: pa.Table,
+    max_length: int,
+    rows_at_once: int | None,
+    *,
+    strategy: str = "best_fit",
+    overflow: str = "truncate",
+    labels: bool = True,
+    allow_empty: bool = False,
+) -> Iterator[pa.Table]:
+    """`pack_table`, some rows at a time: so that no more of a table on disk is in memory. None yields all at once."""
     ids, offsets = flat_column(table, "input_ids")
     targets, label_offsets = flat_column(table, "labels") if "labels" in table.column_names else (ids, offsets)
     if not np.array_equal(offsets, label_offsets):
         row = int(np.flatnonzero(offsets != label_offsets)[0]) - 1
         raise FormatError("labels and input_ids have different lengths; expected one label per token", row=row)
     rows = pack_rows(offsets, max_length, strategy=strategy, overflow=overflow)
-    packed_ids, *others = rows.gather_all([ids, targets] if labels else [ids])
-    columns: dict[str, Any] = {"input_ids": _lists(packed_ids, rows.row_offsets)}
-    if others:
-        columns["labels"] = _lists(rows.without_begins(others[0]), rows.row_offsets)
-    columns["position_ids"] = _lists(document_positions(rows.lengths), rows.row_offsets)
-    columns["seq_lengths"] = _lists(rows.lengths.astype(np.int32), rows.piece_offsets)
-    for name in ("source", "row"):
-        if name in table.column_names:
-            of_pieces = table[name].combine_chunks().take(pa.array(rows.documents))
-            columns[f"{name}s"] = pa.ListArray.from_arrays(pa.array(rows.piece_offsets, pa.int32()), of_pieces)
-    packed = pa.table(columns)
-    keep = _trains(rows, others[0] if others else None)
-    tokens, lost = int(rows.row_offsets[-1]), int(rows.dropped.sum())
-    if not keep.any() and not allow_empty:
+    count, kept = len(rows.row_offsets) - 1, 0
+    more = {f"{name}s": table[name].combine_chunks() for name in ("source", "row") if name in table.column_names}
+    step = rows_at_once or max(1, count)
+    for begin in range(0, max(1, count), step):
+        part = rows if step >= count else rows.in_order(np.arange(begin, min(count, begin + step)))
+        packed_ids, *others = part.gather_all([ids, targets] if labels else [ids])
+        columns: dict[str, Any] = {"input_ids": list_column(packed_ids, part.row_offsets)}
+        if others:
+            columns["labels"] = list_column(part.without_begins(others[0]), part.row_offsets)
+        columns["position_ids"] = list_column(document_positions(part.lengths), part.row_offsets)
+        columns["seq_lengths"] = list_column(part.lengths.astype(np.int32), part.piece_offsets)
+        for name, column in more.items():
+            of_pieces = column.take(pa.array(part.documents))
+            columns[name] = pa.ListArray.from_arrays(pa.array(part.piece_offsets, pa.int32()), of_pieces)
+        packed = pa.table(columns)
+        keep = _trains(part, others[0] if others else None)
+        kept += int(keep.sum())
+        yield packed if keep.all() else packed.filter(pa.array(keep))
+    if not kept and not allow_empty:
         raise NothingSupervisedError(
-            f"none of {len(keep)} packed rows trains a token; check labels and max_length={max_length}"
+            f"none of {count} packed rows trains a token; check labels and max_length={max_length}"
         )
+    tokens, lost = int(rows.row_offsets[-1]), int(rows.dropped.sum())
     logger.log(
         logging.DEBUG if allow_empty else logging.INFO,  # blocks of a corpus go into its manifest
         "packed %d documents into %d rows, %.1f%% full; %d tokens dropped; %d rows without a trained token left out",
-        *(len(rows.dropped), int(keep.sum()), 100 * tokens / max(1, len(keep) * max_length), lost, int((~keep).sum())),
+        *(len(rows.dropped), kept, 100 * tokens / max(1, count * max_length), lost, count - kept),
     )
-    return packed if keep.all() else packed.filter(pa.array(keep))
 
 
 def _trains(rows: PackedRows, labels: NDArray[np.int32] | None) -> NDArray[np.bool_]:
@@ -121,7 +142,8 @@ def flat_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[
     return values, offsets - offsets[0]
 
 
-def _lists(values: NDArray[np.int32], offsets: NDArray[np.int64]) -> pa.Array:
+def list_column(values: NDArray[np.int32], offsets: NDArray[np.int64]) -> pa.Array:
+    """Lists from their values end to end, int32 [total], and the offsets of the rows, int64 [rows + 1]; nothing is copied."""
     # datasets writes and reads 32-bit lists; a table past 2^31 tokens keeps the long ones.
     kind = pa.ListArray if offsets[-1] < 2**31 else pa.LargeListArray
     width = pa.int32() if kind is pa.ListArray else pa.int64()

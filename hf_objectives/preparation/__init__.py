@@ -41,9 +41,18 @@ if TYPE_CHECKING:
         load_rows,  # all rows of local files, or a dataset of the Hub
         naming_places,  # adds file and line to errors about such rows
     )
+    from hf_objectives.preparation.shards import disk_full  # an error as one about a full disk
     from hf_objectives.preparation.splits import (
+        are_held_out,  # which rows are evaluated on
         check_share,  # check a share of rows that is held out
         hold_out,  # row numbers to train on and to evaluate on
+    )
+    from hf_objectives.preparation.stored import (
+        ChainedRows,  # the rows of several sequences, one after the other
+        SelectedRows,  # some rows of a source, with their numbers there
+        mapped_dataset,  # such a table as a dataset
+        mapped_table,  # tables as one that is mapped from disk
+        store_rows,  # all rows of a place, on disk
     )
     from hf_objectives.preparation.stream import PreparedStream  # a prepared folder as a stream without an end
     from hf_objectives.preparation.workers import check_engine  # check that an engine is known and installed

@@ -21,6 +21,7 @@ from hf_objectives.preparation.config import CorpusConfig
 from hf_objectives.preparation.corpus import load_prepared, prepare_corpus
 from hf_objectives.preparation.readers import load_rows, naming_places
 from hf_objectives.preparation.splits import rows_between
+from hf_objectives.preparation.token_file import TokenFile
 from hf_objectives.preparation.work import concatenated
 from hf_objectives.preparation.workers import ENGINES, count_cores, run_local
 from hf_objectives.types import IGNORE_INDEX, Row, check_one_of
@@ -134,27 +135,42 @@ def encode_rows(
     num_proc: int | None = None,
     ledger: Ledger | None = None,
     on_error: str = "raise",
+    folder: Path | None = None,
 ) -> pa.Table:
     """Encode all rows without packing them: `input_ids`, `labels`, `source` and `row`; see `prepare_dataset`.
 
-    `on_error="skip"` counts a row that cannot be used in the ledger, and leaves it out.
+    `on_error="skip"` counts a row that cannot be used in the ledger, and leaves it out. With a `folder`, the table lies
+    there in files without a name, mapped into memory; without one, it is in memory.
     """
     ledger = Ledger() if ledger is None else ledger
     work = _Encoding(BatchEncoder(tokenizer, config, on_error=on_error), source, dataset)
     size = len(dataset) if isinstance(dataset, (Dataset, Sequence)) else 0
     results = run_local(work, work.batches(), num_proc or max(1, min(count_cores(), size // (4 * _BATCH))))
     batches = -(-size // _BATCH) if size else None
-    done = list(tqdm(results, total=batches, desc="Encoding", unit="batch", delay=5, disable=None))
-    done.sort(key=lambda batch: batch[0])
-    for _, _, booked in done:
+    tables: list[pa.Table] = []
+    file = None if folder is None else TokenFile(folder)
+    for table, booked in _in_order(tqdm(results, total=batches, desc="Encoding", unit="batch", delay=5, disable=None)):
         ledger.merge(booked)
+        if table.num_rows:
+            tables.append(table) if file is None else file.write(table)
     total = ledger.total()
     if not total.trained:
         raise NothingSupervisedError(
             f"no token of {total.rows_in} rows would be trained; {'; '.join(ledger.lines()) or 'the dataset is empty'}"
         )
     logger.info("encoded with %s: %s", text_encoder(tokenizer).backend, "; ".join(ledger.lines()))
-    return concatenated([table for _, table, _ in done if table.num_rows])
+    return concatenated(tables) if file is None else file.table()
+
+
+def _in_order(results: Iterable[tuple[int, pa.Table, Ledger]]) -> Iterator[tuple[pa.Table, Ledger]]:
+    """Encoded batches in the order of their rows, whichever was ready first."""
+    waiting: dict[int, tuple[pa.Table, Ledger]] = {}
+    first = 0
+    for number, table, booked in results:
+        waiting[number] = table, booked
+        while first in waiting:
+            yield waiting.pop(first)
+            first += _BATCH
 
 
 @dataclass(frozen=True, slots=True)

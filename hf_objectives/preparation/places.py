@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from datasets import Dataset, config, get_dataset_config_names, load_dataset
+from datasets import Dataset, config, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
@@ -30,6 +31,7 @@ class Place:
         config, revision, data_files, data_dir: of a dataset of the Hub, see `datasets.load_dataset`.
         column_mapping: our name of a column by its name there (`{"question": "prompt"}`); other columns keep their names.
         columns: the columns to keep, by their names there; None keeps all.
+        streaming: of a dataset of the Hub: read it as a stream, without a copy in the cache.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Place:
     data_dir: str | None = None
     column_mapping: Mapping[str, str] | None = None
     columns: Sequence[str] | None = None
+    streaming: bool = False
 
     @classmethod
     def read(cls, name: str, source: Any, default: Place, others: Sequence[str] = ()) -> Place:
@@ -59,7 +62,7 @@ class Place:
         texts = isinstance(columns, Mapping) and all(isinstance(name, str) for name in columns.values())
         if columns is not None and not texts:
             raise ConfigError(f"column_mapping of source {name!r} is {columns!r}; expected their names and ours (JSON)")
-        if not files.is_hub_id(place.path) and (asked := [key for key in own[2:6] if getattr(place, key)]):
+        if not files.is_hub_id(place.path) and (asked := [key for key in (*own[2:6], own[8]) if getattr(place, key)]):
             raise ConfigError(f"source {name!r}, {place.path}, is no dataset of the Hub; {asked[0]} is for those")
         return place
 
@@ -68,21 +71,27 @@ class Place:
         """Whether the rows are a dataset of the Hub."""
         return files.is_hub_id(self.path)
 
-    def load_dataset(self) -> Dataset:
-        """Load a dataset of the Hub, by the login of its client.
+    def load_dataset(self) -> Any:
+        """Load a dataset of the Hub, a Dataset or, with `streaming`, an IterableDataset, by the login of its client.
 
         Raises:
             ConfigError: no such dataset, subset or split (those that exist are named), or no connection.
         """
+        with self._naming():
+            return load_dataset(self.path, self.config, split=self.split, streaming=self.streaming, **self._files())
+
+    def version(self) -> str:
+        """A value that changes when a dataset of the Hub does: its cache folder, which is named by its files and revision."""
+        with self._naming():
+            return str(load_dataset_builder(self.path, self.config, **self._files()).cache_dir)
+
+    def _files(self) -> dict[str, Any]:
+        return {"revision": self.revision, "data_files": self.data_files, "data_dir": self.data_dir}
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
         try:
-            return load_dataset(
-                self.path,
-                self.config,
-                split=self.split,
-                revision=self.revision,
-                data_files=self.data_files,
-                data_dir=self.data_dir,
-            )
+            yield
         except (DatasetNotFoundError, DataFilesNotFoundError, ConnectionError, ValueError, OSError) as error:
             raise ConfigError(f"{self.path}: {self._reason(error)}") from error
 
@@ -99,30 +108,46 @@ class Place:
             return f"the Hub cannot be reached ({said[:200]}); give a local file, or the dataset once with a connection"
         return said[:400]
 
-    def rename(self, rows: Any) -> Any:
-        """Rows, a list or a Dataset, with their columns renamed.
+    def renaming(self, known: Sequence[str]) -> Renaming | None:
+        """How columns of these names are renamed and left out; None for not at all.
 
         Raises:
-            ConfigError: a column that is to be renamed is not there; names those that are.
+            ConfigError: a column that is to be renamed or kept is not there; names those that are.
         """
         if not self.column_mapping and not self.columns:
-            return rows
-        mapped = isinstance(rows, Dataset)
-        known = rows.column_names if mapped else list(dict.fromkeys(key for row in rows for key in row))
+            return None
         new = dict(self.column_mapping or {})
-        keep = list(dict.fromkeys([*self.columns, *new])) if self.columns else known
+        keep = list(dict.fromkeys([*self.columns, *new])) if self.columns else list(known)
         for column in dict.fromkeys([*new, *keep]):
             if column not in known:
                 raise ConfigError(f"{self.path} has no column {column!r}; it has {', '.join(known)}")
+        replaced = [name for name in new.values() if name in keep and name not in new]
+        return Renaming(new, keep, replaced)
+
+    def rename(self, rows: Any) -> Any:
+        """Rows, a list or a Dataset, with their columns renamed; see `renaming`."""
+        mapped = isinstance(rows, Dataset)
+        known = rows.column_names if mapped else list(dict.fromkeys(key for row in rows for key in row))
+        renaming = self.renaming(known)
+        if renaming is None:
+            return rows
         if mapped:
-            rows = rows.select_columns(keep)
-        else:
-            rows = [{key: value for key, value in row.items() if key in keep} for row in rows]
-        known = keep
-        replaced = [name for name in new.values() if name in known and name not in new]
-        if mapped:
-            return rows.remove_columns(replaced).rename_columns(new)
-        return [{new.get(key, key): value for key, value in row.items() if key not in replaced} for row in rows]
+            return rows.select_columns(renaming.keep).remove_columns(renaming.replaced).rename_columns(renaming.new)
+        return [renaming.of_row(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """New names of columns by their old ones, the columns to keep, and those that a new name takes the place of."""
+
+    new: Mapping[str, str]
+    keep: Sequence[str]
+    replaced: Sequence[str]
+
+    def of_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with its columns renamed."""
+        left = {key: value for key, value in row.items() if key in self.keep and key not in self.replaced}
+        return {self.new.get(key, key): value for key, value in left.items()}
 
 
 def local_files(name: str) -> list[str]:

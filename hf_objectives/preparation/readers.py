@@ -29,10 +29,11 @@ _SKIPPED_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Some records: the rows, and the number of each (see `Segment.first`)."""
+    """Some records: the rows, the number of each (see `Segment.first`), and of JSON lines the text of each."""
 
     rows: list[dict[str, Any]]
     numbers: list[int]
+    texts: list[bytes] = field(default_factory=list)
 
     def part(self, chosen: NDArray) -> Records:
         """The records that a bool array [records] chooses."""
@@ -72,8 +73,9 @@ def load_rows(
     """
     place = name if isinstance(name, Place) else Place(name, split)
     if place.on_hub:
-        return place.rename(place.load_dataset())
-    rows: list[dict[str, Any]] = []
+        rows = place.load_dataset()
+        return place.rename(list(rows) if place.streaming else rows)
+    rows = []
     for file in local_files(place.path):
         for records in read_segment(files.whole_file("", file, documents)):
             rows += records.rows
@@ -179,7 +181,7 @@ def _read_json_lines(segment: Segment, skipped: Skipped | None) -> Iterator[Reco
         except orjson.JSONDecodeError:
             rows = []
         if set(map(type, rows)) == {dict}:
-            yield Records(rows, list(range(line, line + len(rows))))
+            yield Records(rows, list(range(line, line + len(rows))), texts)
             continue
         records = Records([], [])
         for number, text in enumerate(texts, line):
@@ -187,6 +189,7 @@ def _read_json_lines(segment: Segment, skipped: Skipped | None) -> Iterator[Reco
                 try:
                     records.rows.append(_read_object(text))
                     records.numbers.append(number)
+                    records.texts.append(text)
                 except ValueError as error:
                     _report(FileFormatError(f"{segment.path}, line {number + 1}: {error}"), skipped, error)
         yield records
@@ -253,19 +256,37 @@ def _read_text(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
 
 
 def _read_parquet(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
+    for row, batch in parquet_batches(segment):
+        with parquet_errors(segment.path):
+            records = Records(batch.to_pylist(), list(range(row, row + len(batch))))
+        yield records
+
+
+def parquet_batches(segment: Segment) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield the rows of a Parquet file in batches, each with the number of its first row.
+
+    Raises:
+        FileFormatError: the file is damaged, or is none.
+    """
+    with parquet_errors(segment.path), pq.ParquetFile(segment.path) as file:
+        firsts = [0]
+        for i in range(file.metadata.num_row_groups):
+            firsts.append(firsts[-1] + file.metadata.row_group(i).num_rows)
+        end = firsts[-1] if segment.end is None else segment.end
+        groups = [i for i, first in enumerate(firsts[:-1]) if segment.begin <= first < end]
+        row = segment.begin
+        for batch in file.iter_batches(2_000, row_groups=groups):
+            yield row, batch
+            row += len(batch)
+
+
+@contextlib.contextmanager
+def parquet_errors(path: str) -> Iterator[None]:
+    """Name the file in an error of what reads Parquet."""
     try:
-        with pq.ParquetFile(segment.path) as file:
-            firsts = [0]
-            for i in range(file.metadata.num_row_groups):
-                firsts.append(firsts[-1] + file.metadata.row_group(i).num_rows)
-            end = firsts[-1] if segment.end is None else segment.end
-            groups = [i for i, first in enumerate(firsts[:-1]) if segment.begin <= first < end]
-            row = segment.begin
-            for batch in file.iter_batches(2_000, row_groups=groups):
-                yield Records(batch.to_pylist(), list(range(row, row + len(batch))))
-                row += len(batch)
+        yield
     except (OSError, ValueError, pa.ArrowException, MemoryError, OverflowError) as error:
-        raise FileFormatError(f"{segment.path} is not a Parquet file, or is damaged ({error})") from error
+        raise FileFormatError(f"{path} is not a Parquet file, or is damaged ({error})") from error
 
 
 #: How the records of a file are read, by its ending.

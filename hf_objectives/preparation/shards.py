@@ -103,7 +103,7 @@ class ShardWriter:
                 self._writer = self._open(str(self.draft), table.schema)
             self._writer.write_table(table, table.num_rows)
         except OSError as error:
-            raise _disk_full(error, self.final) from error
+            raise disk_full(error, self.final) from error
         self.row_groups.append(table.num_rows)
         for name, column in columns_of(table).items():
             self.checksums.setdefault(name, []).append(checksum_of(column))
@@ -117,7 +117,7 @@ class ShardWriter:
                 self._writer.close()
         except OSError as failed:
             kind = kind or type(failed)
-            raise _disk_full(failed, self.final) from failed
+            raise disk_full(failed, self.final) from failed
         finally:
             if kind is not None:
                 self.draft.unlink(missing_ok=True)
@@ -193,7 +193,8 @@ def _arrow(path: str, schema: pa.Schema) -> pa.RecordBatchStreamWriter:
 FORMATS: dict[str, Callable[[str, pa.Schema], Any]] = {"parquet": _parquet, "arrow": _arrow}
 
 
-def _disk_full(error: OSError, path: Path) -> Exception:
+def disk_full(error: OSError, path: Path) -> Exception:
+    """The error as a DiskFullError, where that is what it says."""
     # pyarrow's errors carry the number in words alone.
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
         return DiskFullError(f"no space left to write {path.name} in {path.parent} ({error})")

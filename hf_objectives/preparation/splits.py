@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,19 +61,41 @@ def hold_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> t
     Raises:
         ConfigError: `share` is under 0, or 1 or more, or there are not two rows to split.
     """
-    check_share("eval_share", share)
-    if not share:
-        return list(range(len(rows))), []
-    if len(rows) < 2:
-        raise ConfigError(f"eval_share {share} of {len(rows)} rows leaves nothing to train on")
-    parts = (rows_between(rows, begin, begin + ROWS_READ) for begin in range(0, len(rows), ROWS_READ))
-    drawn = draw_rows(itertools.chain.from_iterable(parts), seed)
-    order = np.argsort(drawn, kind="stable")
-    held = drawn < share
-    held[order[0]], held[order[-1]] = True, False
+    held = are_held_out(rows, share, seed=seed)
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 
+def are_held_out(rows: Dataset | Sequence[Row], share: float, *, seed: int = 0) -> NDArray[np.bool_]:
+    """Which rows `hold_out` evaluates on, bool [rows]."""
+    check_share("eval_share", share)
+    if not share:
+        return np.zeros(len(rows), bool)
+    if len(rows) < 2:
+        raise ConfigError(f"eval_share {share} of {len(rows)} rows leaves nothing to train on")
+    begins = range(0, len(rows), ROWS_READ)
+    drawn = np.concatenate([draw_rows(rows_between(rows, begin, begin + ROWS_READ), seed) for begin in begins])
+    held = drawn < share
+    # The first of the smallest and the last of the largest, as a stable sort would have them.
+    held[drawn.argmin()], held[len(drawn) - 1 - drawn[::-1].argmax()] = True, False
+    return held
+
+
 def rows_between(rows: Dataset | Sequence[Row], begin: int, end: int) -> list[Any]:
-    """Rows by number as Python values, whatever the format of a dataset."""
-    return list(rows[begin:end]) if isinstance(rows, Sequence) else rows.with_format("arrow")[begin:end].to_pylist()
+    """Rows from one number to another as Python values, whatever the format of a dataset."""
+    return list(rows[begin:end]) if isinstance(rows, Sequence) else _values(rows, slice(begin, end))
+
+
+def rows_at(rows: Dataset | Sequence[Row], numbers: NDArray[np.int64]) -> list[Any]:
+    """Rows by number, int64 [rows], as Python values."""
+    if not isinstance(rows, Sequence):
+        return _values(rows, numbers) if len(numbers) else []
+    take = getattr(rows, "take", None)  # of rows that are read many at a time
+    return take(numbers) if take is not None else [rows[i] for i in numbers.tolist()]
+
+
+def _values(rows: Dataset, index: Any) -> list[Any]:
+    if not any(rows.features._column_requires_decoding.values()):
+        return rows.with_format("arrow")[index].to_pylist()
+    # JSON that does not fit a table, say, which datasets keeps as text.
+    columns = rows.with_format(None)[index]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

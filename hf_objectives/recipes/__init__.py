@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from hf_objectives.recipes.hub_arguments import (
         HubArguments,  # Which part of a dataset of the Hub, as options
+        StreamedHubArguments,  # The same, with streams
     )
     from hf_objectives.recipes.models import (
         load_tokenizer,  # Load the built-in tokenizer, or that of a folder or a Hub id

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from hf_objectives import __version__
 from hf_objectives.errors import ConfigError, DataError, PreparedDataError
 from hf_objectives.labels import SKIPPED, Account, Ledger
 from hf_objectives.mixture import DatasetMixture, MixtureConfig, build_mixture
-from hf_objectives.packing import check_packing, pack_table
+from hf_objectives.packing import check_packing, pack_tables
 from hf_objectives.preparation import (
     MANIFEST,
+    ChainedRows,
     OrderedStream,
     Place,
+    SelectedRows,
+    are_held_out,
+    disk_full,
     encode_rows,
     exclusive,
-    hold_out,
     is_hub_id,
-    load_rows,
     local_files,
     naming_places,
+    store_rows,
     tokenizer_digest,
 )
 from hf_objectives.recipes.arguments import (
@@ -44,36 +47,28 @@ from hf_objectives.recipes.data_arguments import DataArguments, RowArguments
 from hf_objectives.types import Row, parse_json
 
 logger = logging.getLogger(__name__)
-Rows = list[dict[str, Any]]
+Rows = list[dict[str, Any]] | SelectedRows
 _READY, _SPLITS = "ready.json", ("train", "evaluation")
 _OVERFLOW = "split"  # texts longer than a packed row
+_ROWS_AT_ONCE = 4_096  # that are written at a time
 _EXAMPLES = 64  # encoded rows that are kept for the preview, from the beginning and from the end
 
 
 @dataclass
 class Prepared:
-    """Encoded rows to train on, packed unless they are mixed first, and to evaluate on.
+    """Encoded rows to train on, packed unless they are mixed first, and to evaluate on; both are mapped from disk.
 
     `examples` are a few before packing; the ledger says what happened to every token to train on.
     """
 
-    train: Any
-    evaluation: Any
-    examples: Rows
+    train: Dataset
+    evaluation: Dataset | None
+    examples: list[dict[str, Any]]
     ledger: Ledger
-
-    def save(self, folder: Path) -> None:
-        """Write it to a folder. `_READY` comes last, so that the folder is whole where that is."""
-        for name in _SPLITS:
-            if (rows := getattr(self, name)) is not None:
-                rows.save_to_disk(str(folder / name))
-        draft = folder / f"{_READY}.draft"
-        draft.write_text(json.dumps({"examples": self.examples, "ledger": self.ledger.to_dict()}), encoding="utf-8")
-        draft.replace(folder / _READY)
 
     @classmethod
     def load(cls, folder: Path) -> Prepared:
-        """Read what `save` wrote; the rows are mapped from disk."""
+        """Read what `prepare` wrote."""
         try:
             kept = parse_json((folder / _READY).read_bytes())
             examples, ledger = list(kept["examples"]), Ledger.from_dict(kept["ledger"])
@@ -81,39 +76,36 @@ class Prepared:
             raise PreparedDataError(
                 f"{folder / _READY} is damaged ({type(error).__name__}: {error!s:.200}); delete {folder} and prepare again"
             ) from error
-        train, evaluation = (
-            load_from_disk(str(folder / name)) if (folder / name).exists() else None for name in _SPLITS
-        )
+        paths = [folder / f"{name}.arrow" for name in _SPLITS]
+        train, evaluation = (Dataset.from_file(str(path)) if path.exists() else None for path in paths)
+        if train is None:
+            raise PreparedDataError(f"{paths[0]} is gone; delete {folder} and prepare again")
         return cls(train, evaluation, examples, ledger)
 
 
 def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) -> Prepared:
     """Load, split, encode and pack every source; the tokenizer gets the chat template that `data` names.
 
-    In a launch of several processes one of them does it, in a folder of the run, while the others wait on its lock.
+    The rows lie in a folder of the run. One process makes it, while the others of a launch wait on its lock; a later launch
+    with the same data and settings finds it.
     """
     set_template(tokenizer, data.chat_template)
     set_tokens(tokenizer, eos_token=data.eos_token, pad_token=data.pad_token)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _prepare(data, tokenizer, seed=seed)
     # Weights change no token.
     places = {name: asdict(place) for name, place in data.places().items()}
-    mixed = data.mixture_settings() is not None
     settings = {
         **asdict(data),
-        **{
-            "num_proc": None,
-            "chat_template": tokenizer.chat_template,
-            "sources": places,
-            "mixture": mixed,
-        },
+        "num_proc": None,
+        "chat_template": tokenizer.chat_template,
+        "sources": places,
+        "mixture": data.mixture_settings() is not None,
     }
     versions = [_version(place) for place in data.places().values()]
-    fingerprint = json.dumps([settings, seed, tokenizer_digest(tokenizer), versions], sort_keys=True)
-    folder = Path(output_dir) / "prepared" / hashlib.sha256(fingerprint.encode()).hexdigest()[:20]
+    name = sha256([__version__, settings, seed, tokenizer_digest(tokenizer), versions])[:20]
+    folder = Path(output_dir) / "prepared" / name
     with exclusive(folder, lambda: "encoding rows"):
         if not (folder / _READY).exists():
-            _prepare(data, tokenizer, seed=seed).save(folder)
+            _prepare(data, tokenizer, seed, folder)
     return Prepared.load(folder)
 
 
@@ -142,84 +134,102 @@ def set_tokens(tokenizer: Any, **tokens: str | None) -> None:
 def _version(place: Place) -> Any:
     """A value that changes when the rows of a source do."""
     if is_built_in(place.path):
-        return __version__
+        return None
     if place.on_hub:
-        return load_rows(place)._fingerprint  # type: ignore[union-attr]
+        return place.version()
     stats = {file: Path(file).stat() for file in local_files(place.path)}
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()]
 
 
-def _prepare(data: DataArguments, tokenizer: Any, *, seed: int) -> Prepared:
+def _prepare(data: DataArguments, tokenizer: Any, seed: int, folder: Path) -> None:
+    """Write the rows to a folder. `_READY` comes last, so that the folder is whole where that is."""
     if data.packing:
         check_packing(data.max_length, data.strategy, _OVERFLOW)
-    train: Rows = []
-    held_out: Rows = []
-    sizes: dict[str, int] = {}
-    for name, place in data.places().items():
-        if is_built_in(place.path):
-            named = {} if len(data.places()) == 1 else {"source": name}
-            train += [{**row, **named} for row in built_in_rows(place.path, data.built_in_rows, seed=seed)]
-            sizes[name] = data.built_in_rows
-            held_out += [{**row, **named} for row in built_in_rows(place.path, 400, seed=seed, split="test")]
-            continue
-        kept, out = _split(place, name, data, seed)
-        sizes[name] = len(kept)
-        train += kept
-        held_out += out
+    parts = {name: _split(place, name, data, seed) for name, place in data.places().items()}
+    train, held_out = ({name: part[side] for name, part in parts.items()} for side in (0, 1))
     if (shares := data.fractions()) and len(shares) > 1:
-        train = _first_rows(train, sizes, shares)
+        train = _first_rows(train, shares)
     ledger = Ledger()
     # A mixture packs the documents that it draws.
     packing = data.packing and data.mixture_settings() is None
-    paths = {name: place.path for name, place in data.places().items()}
-    with naming_places({name: path for name, path in paths.items() if not is_built_in(path)}):
-        encoded = _encode(data, train, tokenizer, packing, ledger)
-        evaluation = _encode(data, held_out, tokenizer, data.packing, Ledger()) if held_out else None
+    paths = {name: place.path for name, place in data.places().items() if not is_built_in(place.path)}
+    with naming_places(paths):
+        encoded = _encode(data, train, tokenizer, packing, ledger, folder)
+        evaluation = (
+            _encode(data, held_out, tokenizer, data.packing, Ledger(), folder) if any(held_out.values()) else None
+        )
+    write_table(folder / f"{_SPLITS[0]}.arrow", _packed(data, encoded, packing))
+    if evaluation is not None:
+        write_table(folder / f"{_SPLITS[1]}.arrow", _packed(data, evaluation, data.packing))
     ends = [encoded.slice(0, _EXAMPLES), encoded.slice(max(_EXAMPLES, len(encoded) - _EXAMPLES))]
-    examples = pa.concat_tables(ends).to_pylist()
-    held = None if evaluation is None else _pack(data, evaluation, data.packing)
-    return Prepared(_pack(data, encoded, packing), held, examples, ledger)
+    ready = {"examples": pa.concat_tables(ends).to_pylist(), "ledger": ledger.to_dict()}
+    draft = folder / f"{_READY}.draft"
+    draft.write_text(json.dumps(ready), encoding="utf-8")
+    draft.replace(folder / _READY)
 
 
-def _first_rows(rows: Rows, sizes: Mapping[str, int], shares: Mapping[str, float]) -> Rows:
+def _first_rows(parts: Mapping[str, Rows], shares: Mapping[str, float]) -> dict[str, Rows]:
     """The first rows of each source: as many as give each its share, where none gives more than it has; as TRL counts."""
-    total = min(sizes[name] / share for name, share in shares.items())
-    left = {name: round(share * total) for name, share in shares.items()}
-    kept = []
-    for row in rows:
-        if left[row["source"]] > 0:
-            left[row["source"]] -= 1
-            kept.append(row)
-    return kept
+    total = min(len(parts[name]) / share for name, share in shares.items())
+    counts = {name: round(share * total) for name, share in shares.items()}
+    return {
+        name: part[: counts[name]] if isinstance(part, list) else part.first(counts[name])
+        for name, part in parts.items()
+    }
 
 
-def _encode(data: DataArguments, rows: Rows, tokenizer: Any, packing: bool, ledger: Ledger) -> pa.Table:
+def _encode(
+    data: DataArguments, parts: Mapping[str, Rows], tokenizer: Any, packing: bool, ledger: Ledger, folder: Path
+) -> pa.Table:
     # The tokenizer has the template by now.
     options = replace(data.encoding(), chat_template=None, splits_documents=packing)
-    return encode_rows(
-        rows, tokenizer, options, source="data", num_proc=data.num_proc, ledger=ledger, on_error=data.on_error
-    )
+    more: dict[str, Any] = {"num_proc": data.num_proc, "ledger": ledger, "on_error": data.on_error, "folder": folder}
+    return encode_rows(ChainedRows(list(parts.values())), tokenizer, options, source="data", **more)
 
 
-def _pack(data: DataArguments, encoded: pa.Table, packing: bool) -> Dataset:
-    return Dataset(
-        pack_table(encoded, data.max_length, strategy=data.strategy, overflow=_OVERFLOW) if packing else encoded
-    )
+def _packed(data: DataArguments, encoded: pa.Table, packing: bool) -> Iterator[pa.Table]:
+    """The rows as they are trained, some at a time."""
+    if packing:
+        return pack_tables(encoded, data.max_length, _ROWS_AT_ONCE, strategy=data.strategy, overflow=_OVERFLOW)
+    return (encoded.slice(begin, _ROWS_AT_ONCE) for begin in range(0, len(encoded), _ROWS_AT_ONCE))
+
+
+def write_table(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables to one file, of the form that `datasets` maps into memory.
+
+    Raises:
+        DiskFullError: the folder has no room.
+    """
+    first, rest = next(it := iter(tables)), it
+    try:
+        with pa.ipc.new_stream(str(path), first.schema) as writer:
+            for table in itertools.chain([first], rest):
+                writer.write_table(table.combine_chunks())
+    except OSError as error:
+        raise disk_full(error, path) from error
 
 
 def _split(place: Place, source: str, data: DataArguments | RowArguments, seed: int) -> tuple[Rows, Rows]:
     """Rows to train on and rows held out, each with its source and its number there.
 
-    `dataset_test_split` of a dataset of the Hub is held out as a whole; of others `eval_share`.
+    `dataset_test_split` of a dataset of the Hub is held out as a whole; of others `eval_share`. Several sources of which one
+    is built in name it; alone, its rows name their own.
     """
-    rows = load_rows(place)
+    if is_built_in(place.path):
+        assert isinstance(data, DataArguments)
+        named = {} if len(data.places()) == 1 else {"source": source}
+        made = (
+            built_in_rows(place.path, data.built_in_rows, seed=seed),
+            built_in_rows(place.path, 400, seed=seed, split="test"),
+        )
+        train, held_out = ([{**row, **named} for row in rows] for rows in made)
+        return train, held_out
+    rows = store_rows(place)
     if data.dataset_test_split and place.on_hub:
-        test = load_rows(replace(place, split=data.dataset_test_split))
-        parts = [(found, list(range(len(found)))) for found in (rows, test)]
-    else:
-        parts = [(rows, part) for part in hold_out(rows, data.eval_share, seed=seed)]
-    train, held_out = ([{**found[i], "source": source, "row": i} for i in part] for found, part in parts)
-    return train, held_out
+        test = store_rows(replace(place, split=data.dataset_test_split))
+        return SelectedRows(rows, np.arange(len(rows)), source), SelectedRows(test, np.arange(len(test)), source)
+    held = are_held_out(rows, data.eval_share, seed=seed)
+    return SelectedRows(rows, np.flatnonzero(~held), source), SelectedRows(rows, np.flatnonzero(held), source)
 
 
 def split_rows(
@@ -235,8 +245,10 @@ def split_rows(
     return _split(data.place(name, data.dataset_name), name, data, seed)
 
 
-def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], account: Account | None = None) -> Rows:
-    """What `use` makes of each row, with the row's `source` and number in `row`.
+def usable_rows(
+    data: RowArguments, rows: Rows, use: Callable[[Row], Row], account: Account | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield what `use` makes of each row, with the row's `source` and number in `row`.
 
     `account` counts rows and those left out; without one, what is left out is logged.
 
@@ -244,29 +256,29 @@ def usable_rows(data: RowArguments, rows: Rows, use: Callable[[Row], Row], accou
         DataError: a row that cannot be used, unless `on_error` is "skip"; then, that there is no other.
     """
     counted, of_part = (Account(), ", held out") if account is None else (account, "")
-    made: Rows = []
     with naming_places({} if data.dataset_name == BUILT_IN else {Path(data.dataset_name).name: data.dataset_name}):
         # A bar after five seconds, on terminals alone.
         for row in tqdm(rows, desc="Encoding", unit="row", delay=5, disable=None):
             counted.rows_in += 1
             try:
-                made.append({**use(row), "source": row["source"], "row": row["row"]})
+                made = {**use(row), "source": row["source"], "row": row["row"]}
             except DataError as error:
                 if data.on_error == "raise":
                     raise
                 counted.drop(type(error).__name__ + SKIPPED, tokens=0, row=row["row"])
                 last = error
-        if rows and not made:
+                continue
+            counted.rows_out += 1
+            yield made
+        if rows and not counted.rows_out:
             last.reason = f"none of {len(rows)} rows can be used{of_part}; of the last one: {last.reason}"
             raise last
-    counted.rows_out = len(made)
     for reason, numbers in counted.dropped_examples.items() if account is None else ():
         first = ", ".join(map(str, numbers))
         logger.warning(
             "%s, held out: %d rows left out (%s; rows %s)",
             *(data.dataset_name, counted.dropped_rows[reason], reason, first),
         )
-    return made
 
 
 def digest(rows: Dataset) -> str:
@@ -320,10 +332,11 @@ def mix_rows(
     settings: Mapping[str, Any], rows: Dataset, *, max_length: int, packing: bool, seed: int
 ) -> DatasetMixture:
     """Mix encoded rows by their `source` column; pack across sources unless the settings say otherwise."""
-    names = np.array(rows["source"][:])
+    coded = rows.data["source"].combine_chunks().dictionary_encode()
+    names = coded.dictionary.to_pylist()
     sources = {}
     for name, source in settings["sources"].items():
-        numbers = np.flatnonzero(names == name)
+        numbers: Any = np.flatnonzero(coded.indices.to_numpy() == names.index(name)) if name in names else []
         if not len(numbers):
             raise ConfigError(f"source {name!r} has no row to train on; take it out")
         sources[name] = {"dataset": rows.select(numbers).remove_columns("source"), **source}

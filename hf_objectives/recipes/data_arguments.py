@@ -21,7 +21,7 @@ from hf_objectives.recipes.arguments import (
 )
 from hf_objectives.recipes.built_in import is_built_in, watched_rows
 from hf_objectives.recipes.harness import HarnessArguments
-from hf_objectives.recipes.hub_arguments import HubArguments
+from hf_objectives.recipes.hub_arguments import StreamedHubArguments
 from hf_objectives.types import check_one_of, option, parse_json, parse_yaml
 
 MIXTURE_HELP = "Weights: a mixture's settings (JSON, or a YAML file) for the sources, or with sources of its own."
@@ -29,7 +29,7 @@ _ON_ERROR = "A row that cannot be used: raise its error, or skip and count it."
 
 
 @dataclass(kw_only=True)
-class DataArguments(HarnessArguments, HubArguments, EncodingArguments):
+class DataArguments(HarnessArguments, StreamedHubArguments, EncodingArguments):
     """Where the rows of fine-tuning come from, and how they become tokens."""
 
     dataset_name: str | None = option(
@@ -93,7 +93,7 @@ class DataArguments(HarnessArguments, HubArguments, EncodingArguments):
 
 
 @dataclass(kw_only=True)
-class RowArguments(HarnessArguments, HubArguments):
+class RowArguments(HarnessArguments, StreamedHubArguments):
     """Where the rows of alignment come from."""
 
     dataset_name: str = option(BUILT_IN, "Rows: a Hub id, a file, or 'builtin'.")

@@ -71,7 +71,7 @@ class Distill(Recipe):
             lambda row: encode_distillation_row(tokenizer, row, source=row["source"], row_index=row["row"], **options),
             account,
         )
-        return Dataset.from_list(made)
+        return Dataset.from_list(list(made))
 
     def build_trainer(self) -> PerplexityDistillationTrainer:
         """Load both models and the rows."""

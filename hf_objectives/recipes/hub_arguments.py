@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_objectives.errors import ConfigError
@@ -51,3 +51,15 @@ class HubArguments:
         if (is_built_in(place.path) or not place.on_hub) and (asked := [key for key, given in splits.items() if given]):
             raise ConfigError(f"{asked[0]} of source {name!r} is for datasets of the Hub; {place.path} has no splits")
         return place
+
+
+@dataclass(kw_only=True)
+class StreamedHubArguments(HubArguments):
+    """The same for rows that are encoded to disk, which may come as a stream."""
+
+    streaming: bool = option(False, "Read a Hub dataset once, as a stream, without a copy in the cache of datasets.")
+
+    def place(self, name: str, source: Any) -> Place:
+        """The place of a source; local files are read as a stream is, without a copy."""
+        place = super().place(name, source)
+        return replace(place, streaming=place.streaming or (self.streaming and place.on_hub))

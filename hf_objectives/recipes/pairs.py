@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import pyarrow as pa
 from datasets import Dataset
 
+from hf_objectives.errors import FormatError
 from hf_objectives.labels import SIDES, Account, Ledger
+from hf_objectives.preparation import mapped_dataset, mapped_table
 from hf_objectives.recipes.data import Rows, digest, set_template, set_tokens, split_rows, usable_rows
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.types import Row
+
+_ROWS_AT_ONCE = 2_000  # that are Python values at a time
 
 
 class PairRecipe(Recipe):
@@ -49,10 +55,7 @@ class PairRecipe(Recipe):
         self.results |= {"num_pairs": self.num_rows, "ledger": self.ledger.to_dict()}
 
     def encode(self, pairs: Rows, tokenizer: Any, account: Account | None = None) -> Dataset:
-        """Pairs as ids, with their `source` and `row`.
-
-        From Python values: an Arrow struct would mix the keys of two rows.
-        """
+        """Pairs as ids, with their `source` and `row`, on disk."""
         options = {name: getattr(self.args, name) for name in self.encoding_options}
         encode = type(self).encode_row
         rows = usable_rows(
@@ -60,13 +63,29 @@ class PairRecipe(Recipe):
             lambda pair: encode(tokenizer, pair, source=pair["source"], row_index=pair["row"], **options),
             account,
         )
-        return Dataset.from_list(rows)
+        return mapped_dataset(mapped_table(_tables(rows)))
 
     def introduce(self, trainer: Any) -> None:
         """Print the plan, and what happened to every pair."""
         super().introduce(trainer)
         for line in self.ledger.lines():
             self.console.print(line, highlight=False, markup=False)
+
+
+def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
+    schema: pa.Schema | None = None
+    while batch := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+        known = [*batch[0]] if schema is None else schema.names
+        for row in batch:
+            if {*row} != {*known}:
+                raise FormatError(
+                    f"the pair gives {', '.join(row)} among pairs that give {', '.join(known)}; expected pairs of one kind",
+                    source=row["source"],
+                    row=row["row"],
+                )
+        table = pa.Table.from_pylist(batch, schema)
+        schema = table.schema
+        yield table
 
 
 def _trained(row: Row, side: str) -> int:

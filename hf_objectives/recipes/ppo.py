@@ -79,7 +79,8 @@ class Ppo(Recipe):
         asked = [name for name in demo.SKILLS if name not in (*demo.HARD, "multiplication")]
         rows, held_out = split_rows(data, seed=args.seed, built_in=(10_000, 200), skills=asked)
         train, held_out = (
-            usable_rows(data, part, _with_prompt, counted) for part, counted in ((rows, account), (held_out, None))
+            list(usable_rows(data, part, _with_prompt, counted))
+            for part, counted in ((rows, account), (held_out, None))
         )
         self.num_rows, self.results["algorithm"] = len(train), data.algorithm
         self.results["prompts_left_out"] = account.dropped_examples

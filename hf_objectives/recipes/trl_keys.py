@@ -222,9 +222,6 @@ _LOSSES: dict[str, Set | Answer | Refuse] = {
     "chunked_nll": Answer("is the loss; the head always runs in chunks"),
     "dft": Refuse("the loss is the negative log-likelihood; leave loss_type out"),
 }
-_STREAMS = (
-    "fine-tuning loads its rows; for a set too large for that: hf-objectives prepare, then pretrain --streaming true"
-)
 
 
 def _one_of(outcomes: Mapping[str, Set | Answer | Refuse]) -> Rule:
@@ -243,10 +240,9 @@ READ_HERE = ("model_init_kwargs", "chat_template_path", "truncation_mode")
 #: Keys of TRL's ScriptArguments, DatasetMixtureConfig and SFTConfig that are no options here, in their order.
 RULES: dict[str, Rule] = {
     "dataset_train_split": _renamed("dataset_split"),
-    "dataset_streaming": _unless(False, "rows are loaded", _STREAMS),
+    "dataset_streaming": _renamed("streaming"),
     "ignore_bias_buffers": _unless(False, "nothing is asked", "it is for masks in buffers of old models; leave it out"),
     "datasets": _datasets,
-    "streaming": _unless(False, "rows are loaded", _STREAMS),
     "test_split_size": lambda value: (
         Answer("eval_share says what is held out")
         if value is None

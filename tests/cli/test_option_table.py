@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from hf_objectives.cli import recipe_options
 from hf_objectives.cli.option_table import RECIPES, live_table
-from hf_objectives.cli.recipe_options import read_table, recipe_keys
+from hf_objectives.cli.recipe_options import TABLE, read_table, recipe_keys
 from hf_objectives.recipes.dpo import Dpo
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_is_that_of_the_live_dataclasses():
     assert read_table() == live_table(), "run: python -m hf_objectives.cli.option_table"
+
+
+def test_the_file_is_of_the_releases_that_are_tested():
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    versions = json.loads(TABLE.read_text())["versions"]
+    assert versions == {name: pinned[name] for name in versions}, "run: python -m hf_objectives.cli.option_table"
+
+
+def test_under_another_release_the_options_are_those_of_its_dataclasses(tmp_path, monkeypatch):
+    old = {**read_table(), "versions": {"transformers": "5.0.0", "trl": "1.0.0"}, "classes": {}}
+    monkeypatch.setattr(recipe_options, "TABLE", tmp_path / "table.json")
+    (tmp_path / "table.json").write_text(json.dumps(old))
+    assert read_table.__wrapped__() == live_table()
 
 
 def test_every_option_of_a_recipe_is_in_it():

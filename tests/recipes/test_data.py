@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from datasets import Dataset
 
 from hf_objectives import demo
-from hf_objectives.errors import ConfigError, ConversationError
+from hf_objectives.errors import ConfigError, ConversationError, PreparedDataError
 from hf_objectives.preparation import hold_out, load_rows
 from hf_objectives.recipes import data as recipe_data
 from hf_objectives.recipes.data import digest, prepare, split_rows
 from hf_objectives.recipes.data_arguments import DataArguments, RowArguments
 
 TOKENIZER = demo.build_tokenizer()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,46 @@ def test_every_row_is_encoded_once(chats, tmp_path, monkeypatch):
     plain = DataArguments(dataset_name=str(chats), max_length=256, eval_share=0.1, packing=False)
     rows = list(prepare(plain, TOKENIZER, seed=0, output_dir=str(tmp_path)).train)
     assert prepared.examples == rows[:64] + rows[-64:]
+
+
+def test_rows_that_were_prepared_are_found_again_while_nothing_has_changed(chats, tmp_path, monkeypatch):
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(chats.read_bytes())
+
+    def prepared(**options):
+        given = {"dataset_name": str(path), "max_length": 256, **options}
+        return prepare(DataArguments(**given), TOKENIZER, seed=0, output_dir=str(tmp_path))
+
+    first = prepared()
+    with monkeypatch.context() as patched:
+        patched.setattr(recipe_data, "encode_rows", None)
+        again = prepared(num_proc=2)  # which changes no row
+    assert again.train[:] == first.train[:] and again.evaluation[:] == first.evaluation[:]
+    assert (
+        again.examples == first.examples
+        and again.ledger.to_dict() == first.ledger.to_dict()
+        and digest(again.train) == digest(first.train)
+    )
+    path.write_bytes(b"".join(chats.read_bytes().splitlines(keepends=True)[:100]))
+    fewer = prepared()
+    assert fewer.ledger.total().rows_in < first.ledger.total().rows_in
+    (folder,) = {*(tmp_path / "prepared").iterdir()} - {tmp_path / "prepared" / _name(first)}
+    (folder / "train.arrow").unlink()
+    with pytest.raises(PreparedDataError, match="train.arrow is gone; delete"):
+        prepared()
+
+
+def _name(prepared):
+    return Path(prepared.train.cache_files[0]["filename"]).parent.name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pairs", [False, True])
+def test_memory_does_not_grow_with_the_rows(pairs):
+    """Ten times the rows in the benchmark's own process: what no file backs stays within a tenth."""
+    command = [sys.executable, "benchmarks/preparation_memory.py", "--rows", "2000" if pairs else "20000"]
+    said = subprocess.run([*command, *["--pairs"] * pairs], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert float(said.splitlines()[-1].split(": ")[1].split()[0]) < 1.1, said
 
 
 def test_few_rows_are_shown_once(chats, tmp_path):
@@ -114,7 +158,7 @@ def test_a_test_split_of_the_hub_is_held_out_as_a_whole(monkeypatch):
     def load(place):
         return [{"prompt": f"{place.split} {i}", "completion": "x"} for i in range(sizes[place.split])]
 
-    monkeypatch.setattr(recipe_data, "load_rows", load)
+    monkeypatch.setattr(recipe_data, "store_rows", load)
     data = RowArguments(dataset_name="org/rows", dataset_test_split="test")
     train, held_out = split_rows(data, seed=0, built_in=(1, 1))
     assert [row["prompt"] for row in train] == [f"train {i}" for i in range(5)]

@@ -30,7 +30,7 @@ from tests.support.language_models import trainer
 
 MOVED = (
     f"transformers {version('transformers')} has changed: {{}}; hf_objectives/trainers/hf_checkpoints.py is written for "
-    "transformers>=5.21,<6: install such a release, or adapt the file"
+    "transformers>=5.23,<6: install such a release, or adapt the file"
 )
 METHODS = {
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],

@@ -26,7 +26,7 @@ from tests.support.language_models import TOKENIZER, chats, llama, trainer
 
 MOVED = (
     f"transformers {version('transformers')} has changed: {{}}; hf_objectives/trainers/hf_compat.py is written for "
-    "transformers>=5.21,<6: install such a release, or adapt the file"
+    "transformers>=5.23,<6: install such a release, or adapt the file"
 )
 TINY = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -20,7 +20,7 @@ from tests.support.language_models import trainer
 
 MOVED = (
     f"transformers {version('transformers')} has changed: {{}}; hf_objectives/trainers/hf_hub.py is written for "
-    "transformers>=5.21,<6: install such a release, or adapt the file"
+    "transformers>=5.23,<6: install such a release, or adapt the file"
 )
 METHODS = {
     "_save": ["self", "output_dir", "state_dict"],
