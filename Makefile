@@ -37,7 +37,7 @@ test-bounds:  ## quick tests with the oldest or newest allowed releases (BOUNDS=
 	$(PYTHON) -m venv .venv-$(BOUNDS)
 	.venv-$(BOUNDS)/bin/python -m pip install --quiet $(if $(filter oldest,$(BOUNDS)),'torch==2.13.0',torch)
 	.venv-$(BOUNDS)/bin/python -m pip install --quiet -e '.[tensorboard,trackio,dev]' $(if $(filter oldest,$(BOUNDS)),\
-		'transformers==5.23.0' 'trl==1.16.0' 'datasets==5.0.1' 'accelerate==1.12.0',--upgrade transformers trl datasets accelerate)
+		'transformers==5.23.0' 'trl==1.16.0' 'datasets==5.0.1' 'accelerate==1.14.0',--upgrade transformers trl datasets accelerate)
 	HF_HUB_OFFLINE=1 .venv-$(BOUNDS)/bin/python -m pytest -q -n 2 --dist loadfile \
 		-m "not long and not slow and not distributed and not real_model" tests/labels tests/losses tests/trainers tests/recipes tests/cli
 

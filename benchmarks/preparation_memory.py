@@ -75,12 +75,17 @@ def measure(path: str, num_proc: int, pairs: bool) -> None:
         while not done.wait(0.01):
             peak = max(peak, anonymous_memory())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         if pairs:
             values = {"seed": 0, "max_length": _TOKENS, "train_on": "assistant", "control_tokens": "plain"}
-            recipe = Dpo(None, DpoData(dataset_name=path), SimpleNamespace(**values, output_dir=folder), {})
+            recipe = Dpo(
+                None,
+                DpoData(dataset_name=path),
+                SimpleNamespace(**values, device=SimpleNamespace(type="cpu"), output_dir=folder),
+                {},
+            )
             recipe.load_rows(tokenizer)
             count = len(recipe.train_rows)
         else:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from hf_objectives.labels.framing import (
         document_frame,  # What stands before a document (BOS) and after it (EOS)
     )
+    from hf_objectives.labels.generation import (
+        generation_template,  # The tokenizer's template with marks around what is trained
+    )
     from hf_objectives.labels.ledger import (
         SKIPPED,  # End of the reason of a row that was skipped because of an error
         TOO_LONG,  # Reason of a row that is longer than `max_length`

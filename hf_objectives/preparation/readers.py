@@ -112,8 +112,10 @@ def _place(name: str, row: int, documents: str) -> str | None:
     return None
 
 
-def read_segment(segment: Segment, *, skipped: Skipped | None = None) -> Iterator[Records]:
-    """Yield the records of a segment, some megabytes at a time.
+def read_segment(
+    segment: Segment, *, skipped: Skipped | None = None, read_bytes: int | None = None
+) -> Iterator[Records]:
+    """Yield the records of a segment, about `read_bytes` at a time, `files.READ_BYTES` by default.
 
     Records that cannot be read are counted in `skipped` and left out; None makes the first one an error.
 
@@ -124,7 +126,7 @@ def read_segment(segment: Segment, *, skipped: Skipped | None = None) -> Iterato
         stat = Path(segment.path).stat()
         if (stat.st_size, stat.st_mtime_ns) != (segment.size, segment.mtime_ns):
             raise FileFormatError(f"{segment.path} changed while it was prepared; run again when it is complete")
-        yield from READERS[kind_of(segment.path) or ""](segment, skipped)
+        yield from READERS[kind_of(segment.path) or ""](segment, skipped, read_bytes or files.READ_BYTES)
     except FileNotFoundError as error:
         _report(FileFormatError(f"{segment.path} vanished while it was prepared"), skipped, error)
     except FileFormatError as error:
@@ -140,7 +142,7 @@ def _report(error: FileFormatError, skipped: Skipped | None, cause: BaseExceptio
 # -- lines -----------------------------------------------------------------------------------------------------------
 
 
-def _read_chunks(segment: Segment, separator: bytes | None) -> Iterator[tuple[int, bytes]]:
+def _read_chunks(segment: Segment, separator: bytes | None, read_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Yield whole records, some megabytes at a time: the line of the first, and the bytes."""
     line = segment.first
     with open_file(segment.path) as file:
@@ -148,7 +150,7 @@ def _read_chunks(segment: Segment, separator: bytes | None) -> Iterator[tuple[in
             file.seek(segment.begin)
         left = None if segment.end is None else segment.end - segment.begin
         while left is None or left > 0:
-            size = files.READ_BYTES if left is None else min(files.READ_BYTES, left)
+            size = read_bytes if left is None else min(read_bytes, left)
             try:
                 chunk = file.read(files.MAX_RECORD + 1) if separator is None else file.read(size)
                 if separator is None and len(chunk) > files.MAX_RECORD:
@@ -171,8 +173,8 @@ def _read_chunks(segment: Segment, separator: bytes | None) -> Iterator[tuple[in
             left = None if left is None else left - len(chunk)
 
 
-def _read_json_lines(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
-    for line, chunk in _read_chunks(segment, b"\n"):
+def _read_json_lines(segment: Segment, skipped: Skipped | None, read_bytes: int) -> Iterator[Records]:
+    for line, chunk in _read_chunks(segment, b"\n", read_bytes):
         texts = chunk.split(b"\n")
         if not texts[-1]:
             texts.pop()
@@ -209,13 +211,13 @@ def _read_object(text: bytes) -> dict[str, Any]:
     return row
 
 
-def _read_json(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
+def _read_json(segment: Segment, skipped: Skipped | None, read_bytes: int) -> Iterator[Records]:
     if files.holds_lines(segment.path):
-        yield from _read_json_lines(segment, skipped)
+        yield from _read_json_lines(segment, skipped, read_bytes)
         return
     first = 0
     with open_file(segment.path) as file:
-        for values in elements(file, segment.path, files.READ_BYTES):
+        for values in elements(file, segment.path, read_bytes):
             records = Records([], [])
             for number, value in enumerate(values, first):
                 if isinstance(value, dict):
@@ -231,9 +233,9 @@ def _read_json(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
 # -- text and Parquet ------------------------------------------------------------------------------------------------
 
 
-def _read_text(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
+def _read_text(segment: Segment, skipped: Skipped | None, read_bytes: int) -> Iterator[Records]:
     separator = DOCUMENTS[segment.documents]
-    for line, chunk in _read_chunks(segment, separator):
+    for line, chunk in _read_chunks(segment, separator, read_bytes):
         try:
             text = chunk.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -255,7 +257,7 @@ def _read_text(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
         yield records
 
 
-def _read_parquet(segment: Segment, skipped: Skipped | None) -> Iterator[Records]:
+def _read_parquet(segment: Segment, skipped: Skipped | None, read_bytes: int) -> Iterator[Records]:
     for row, batch in parquet_batches(segment):
         with parquet_errors(segment.path):
             records = Records(batch.to_pylist(), list(range(row, row + len(batch))))
@@ -290,7 +292,7 @@ def parquet_errors(path: str) -> Iterator[None]:
 
 
 #: How the records of a file are read, by its ending.
-READERS: dict[str, Callable[[Segment, Skipped | None], Iterator[Records]]] = {
+READERS: dict[str, Callable[[Segment, Skipped | None, int], Iterator[Records]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,

@@ -26,6 +26,7 @@ from hf_objectives.preparation.shards import disk_full
 from hf_objectives.preparation.splits import ROWS_READ, rows_at
 from hf_objectives.types import TOO_DEEP, Row, parse_json
 
+_READ_BYTES = 1 << 20  # of a file at a time: as Python values they are twenty times as much
 _JSON = "hf_objectives.json"  # the column of rows that are kept as text
 
 
@@ -138,7 +139,7 @@ def _files(name: str, columns: dict[str, None]) -> Iterator[pa.Table]:
                 columns.update(dict.fromkeys(batch.schema.names))
                 yield pa.table(batch)
             continue
-        for records in read_segment(segment):
+        for records in read_segment(segment, read_bytes=_READ_BYTES):
             for keys in dict.fromkeys(map(tuple, records.rows)):
                 columns.update(dict.fromkeys(keys))
             try:

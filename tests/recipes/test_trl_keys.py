@@ -82,6 +82,8 @@ def test_fields_of_a_dataset_of_a_mixture():
         ({"packing_strategy": "wrapped"}, {"strategy": "concat"}),
         ({"packing_strategy": "bfd"}, {"strategy": "best_fit"}),
         ({"dataset_num_proc": 4}, {"num_proc": 4}),
+        ({"dataset_streaming": True}, {"streaming": True}),
+        ({"streaming": True}, None),
         ({"dataset_text_field": "body"}, {"column_mapping": {"body": "text"}}),
         ({"truncation_mode": "keep_start"}, {"overlength": "cut"}),
         ({"test_split_size": 0.1}, {"eval_share": 0.1}),
@@ -104,8 +106,6 @@ def test_values(given, values):
     ("given", "reason"),
     [
         ({"loss_type": "dft"}, "the loss is the negative log-likelihood"),
-        ({"streaming": True}, "hf-objectives prepare"),
-        ({"dataset_streaming": True}, "hf-objectives prepare"),
         ({"padding_free": True}, "set packing: true"),
         ({"packing_strategy": "ffd"}, "expected one of bfd, bfd_split, wrapped"),
         ({"truncation_mode": "keep_end"}, "set overlength"),
@@ -231,12 +231,12 @@ def test_answers_and_refusals_reach_the_user_with_their_lines(tmp_path, capsys):
     path.write_text("dataset_name: x.json\nassistant_only_loss: true\noutput_dir: out\n")
     parse_config(sft.Sft.arguments, ["--config", str(path)])
     assert "assistant_only_loss: true: assistant turns and completions alone are trained" in capsys.readouterr().err
-    path.write_text("dataset_name: x.json\npadding_free: true\nstreaming: true\nmax_lenght: 3\n")
+    path.write_text("dataset_name: x.json\npadding_free: true\nloss_type: dft\nmax_lenght: 3\n")
     with pytest.raises(ConfigError) as error:
         parse_config(sft.Sft.arguments, ["--config", str(path), "--output_dir", "out"])
     said = str(error.value)
     assert all(
-        words in said for words in ("line 2: padding_free", "line 3: streaming", "line 4: unknown key 'max_lenght'")
+        words in said for words in ("line 2: padding_free", "line 3: loss_type", "line 4: unknown key 'max_lenght'")
     )
 
 
