@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         ChainedRows,  # the rows of several sequences, one after the other
         SelectedRows,  # some rows of a source, with their numbers there
         mapped_dataset,  # such a table as a dataset
-        mapped_table,  # tables as one that is mapped from disk
+        mapped_tables,  # tables as such that are mapped from disk
         store_rows,  # all rows of a place, on disk
     )
     from hf_objectives.preparation.stream import PreparedStream  # a prepared folder as a stream without an end

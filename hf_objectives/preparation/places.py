@@ -12,12 +12,13 @@ from typing import Any
 
 import fsspec
 from datasets import Dataset, config, get_dataset_config_names, load_dataset, load_dataset_builder
-from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 from hf_objectives.errors import ConfigError, FileFormatError, nearest
 from hf_objectives.preparation import files
 from hf_objectives.types import check_keys
 
+_ERRORS = (DatasetsError, ConnectionError, ValueError, TypeError, OSError)  # those of Arrow are ValueErrors
 Files = str | Sequence[str] | Mapping[str, Any] | None
 
 
@@ -62,6 +63,8 @@ class Place:
         texts = isinstance(columns, Mapping) and all(isinstance(name, str) for name in columns.values())
         if columns is not None and not texts:
             raise ConfigError(f"column_mapping of source {name!r} is {columns!r}; expected their names and ours (JSON)")
+        if not isinstance(place.streaming, bool):
+            raise ConfigError(f"streaming of source {name!r} is {place.streaming!r}; expected true or false")
         if not files.is_hub_id(place.path) and (asked := [key for key in (*own[2:6], own[8]) if getattr(place, key)]):
             raise ConfigError(f"source {name!r}, {place.path}, is no dataset of the Hub; {asked[0]} is for those")
         return place
@@ -77,22 +80,23 @@ class Place:
         Raises:
             ConfigError: no such dataset, subset or split (those that exist are named), or no connection.
         """
-        with self._naming():
+        with self.naming():
             return load_dataset(self.path, self.config, split=self.split, streaming=self.streaming, **self._files())
 
     def version(self) -> str:
         """A value that changes when a dataset of the Hub does: its cache folder, which is named by its files and revision."""
-        with self._naming():
+        with self.naming():
             return str(load_dataset_builder(self.path, self.config, **self._files()).cache_dir)
 
     def _files(self) -> dict[str, Any]:
         return {"revision": self.revision, "data_files": self.data_files, "data_dir": self.data_dir}
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
+    def naming(self) -> Iterator[None]:
+        """Name the dataset in an error of what loads or streams it."""
         try:
             yield
-        except (DatasetNotFoundError, DataFilesNotFoundError, ConnectionError, ValueError, OSError) as error:
+        except _ERRORS as error:
             raise ConfigError(f"{self.path}: {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:

@@ -29,7 +29,7 @@ _SKIPPED_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Some records: the rows, the number of each (see `Segment.first`), and of JSON lines the text of each."""
+    """Some records: the rows, the number of each (see `Segment.first`), and the text of each where orjson parsed it."""
 
     rows: list[dict[str, Any]]
     numbers: list[int]
@@ -191,7 +191,6 @@ def _read_json_lines(segment: Segment, skipped: Skipped | None, read_bytes: int)
                 try:
                     records.rows.append(_read_object(text))
                     records.numbers.append(number)
-                    records.texts.append(text)
                 except ValueError as error:
                     _report(FileFormatError(f"{segment.path}, line {number + 1}: {error}"), skipped, error)
         yield records

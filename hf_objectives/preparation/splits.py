@@ -94,8 +94,9 @@ def rows_at(rows: Dataset | Sequence[Row], numbers: NDArray[np.int64]) -> list[A
 
 
 def _values(rows: Dataset, index: Any) -> list[Any]:
-    if not any(rows.features._column_requires_decoding.values()):
-        return rows.with_format("arrow")[index].to_pylist()
-    # JSON that does not fit a table, say, which datasets keeps as text.
-    columns = rows.with_format(None)[index]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    found = rows.with_format("arrow")[index].to_pylist()
+    # JSON that fits no table is text there. Images stay as they are: decoded, they would differ from read to read.
+    for name in (name for name, feature in rows.features.items() if "Json(" in repr(feature)):
+        for row, value in zip(found, rows.with_format(None, columns=[name])[index][name], strict=True):
+            row[name] = value
+    return found

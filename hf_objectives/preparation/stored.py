@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 from uuid import uuid4
@@ -24,10 +25,12 @@ from hf_objectives.preparation.places import Place, local_files
 from hf_objectives.preparation.readers import parquet_batches, parquet_errors, read_segment
 from hf_objectives.preparation.shards import disk_full
 from hf_objectives.preparation.splits import ROWS_READ, rows_at
-from hf_objectives.types import TOO_DEEP, Row, parse_json
+from hf_objectives.types import TOO_DEEP, Row
 
 _READ_BYTES = 1 << 20  # of a file at a time: as Python values they are twenty times as much
-_JSON = "hf_objectives.json"  # the column of rows that are kept as text
+_JSON = "json"  # the column of rows that are kept as text
+#: How the text of each row is parsed, or None where the table has the rows' columns; and the table.
+Part = tuple[Callable[[bytes], Row] | None, pa.Table]
 
 
 class LazyRows(Sequence[Row]):
@@ -57,9 +60,9 @@ class StoredRows(LazyRows):
     A row of JSON is kept as its text: a table would give each row the keys of all. Rows of Parquet keep their columns.
     """
 
-    def __init__(self, tables: Sequence[pa.Table], place: Place, columns: Sequence[str]) -> None:
-        self._tables = tables
-        self._begins = np.cumsum([0, *(table.num_rows for table in tables)])
+    def __init__(self, parts: Sequence[Part], place: Place, columns: Sequence[str]) -> None:
+        self._parts = parts
+        self._begins = np.cumsum([0, *(table.num_rows for _, table in parts)])
         self._path = place.path
         self._renaming = place.renaming(columns)
 
@@ -68,9 +71,14 @@ class StoredRows(LazyRows):
 
     def take(self, numbers: ArrayLike) -> list[Row]:
         """The rows of these numbers, int64 [rows]."""
-        parts = _by_part(self._begins, np.asarray(numbers, np.int64))
-        with parquet_errors(self._path):
-            found = [row for table, chosen in parts for row in _read(self._tables[table], chosen)]
+        found: list[Row] = []
+        for part, chosen in _by_part(self._begins, np.asarray(numbers, np.int64)):
+            parse, table = self._parts[part]
+            if parse is not None:
+                found += map(parse, _taken(table, chosen)[_JSON].to_pylist())
+                continue
+            with parquet_errors(self._path):
+                found += _taken(table, chosen).to_pylist()
         return found if self._renaming is None else [self._renaming.of_row(row) for row in found]
 
 
@@ -119,55 +127,71 @@ def store_rows(place: Place) -> StoredRows | Dataset:
         FileFormatError, ConfigError: see `load_rows`.
         DiskFullError: the cache folder has no room.
     """
-    if place.on_hub and not place.streaming:
-        return place.rename(place.load_dataset())
-    columns: dict[str, None] = {}
-    batches = place.load_dataset().with_format("arrow").iter(ROWS_READ) if place.on_hub else _files(place.path, columns)
-    tables = [mapped_table(group) for _, group in itertools.groupby(batches, key=lambda batch: batch.schema)]
-    if not any(table.num_rows for table in tables):
-        raise FileFormatError(f"{place.path} holds no rows")
     if place.on_hub:
-        return place.rename(mapped_dataset(pa.concat_tables(tables, promote_options="default")))
-    return StoredRows(tables, place, list(columns))
+        rows = place.load_dataset()
+        if place.streaming:
+            with place.naming():
+                tables = rows.with_format("arrow").iter(ROWS_READ)
+                rows = mapped_dataset(pa.concat_tables(mapped_tables(tables), promote_options="default"))
+        return place.rename(rows)
+    columns: dict[str, None] = {}
+    parts: list[Part] = []
+    for parse, group in itertools.groupby(_files(place.path, columns), key=lambda part: part[0]):
+        parts += ((parse, table) for table in mapped_tables(table for _, table in group))
+    if not any(table.num_rows for _, table in parts):
+        raise FileFormatError(f"{place.path} holds no rows")
+    return StoredRows(parts, place, list(columns))
 
 
-def _files(name: str, columns: dict[str, None]) -> Iterator[pa.Table]:
+def _files(name: str, columns: dict[str, None]) -> Iterator[Part]:
     for file in local_files(name):
         segment = whole_file("", file)
         if kind_of(file) == ".parquet":
             for _, batch in parquet_batches(segment):
                 columns.update(dict.fromkeys(batch.schema.names))
-                yield pa.table(batch)
+                yield None, pa.table(batch)
             continue
         for records in read_segment(segment, read_bytes=_READ_BYTES):
             for keys in dict.fromkeys(map(tuple, records.rows)):
                 columns.update(dict.fromkeys(keys))
-            try:
-                texts = records.texts or [json.dumps(row).encode() for row in records.rows]
-            except RecursionError as error:
-                raise FileFormatError(f"{file}: {TOO_DEEP}") from error
-            yield pa.table({_JSON: pa.array(texts, pa.large_binary())})
+            # What one parser read the other might read as something else, long integers for one.
+            parse: Callable[[bytes], Row] = orjson.loads
+            texts = records.texts
+            if not texts:
+                try:
+                    parse, texts = json.loads, [json.dumps(row).encode() for row in records.rows]
+                except RecursionError as error:
+                    raise FileFormatError(f"{file}: {TOO_DEEP}") from error
+            yield parse, pa.table({_JSON: pa.array(texts, pa.large_binary())})
 
 
-def mapped_table(tables: Iterable[pa.Table]) -> pa.Table:
-    """Tables of one schema, one at least, as one that is mapped into memory, from a file of the cache whose name is gone.
+def mapped_tables(tables: Iterable[pa.Table]) -> list[pa.Table]:
+    """Tables one after the other, those of one schema in a row as one, mapped into memory from files without a name.
+
+    The files lie in the cache folder of `datasets`, or, where it cannot be written to, in that for temporary files.
 
     Raises:
-        DiskFullError: the cache folder of `datasets` has no room.
+        DiskFullError: there is no room.
     """
-    rest = iter(tables)
-    first = next(rest)
+    return [_mapped(schema, group) for schema, group in itertools.groupby(tables, key=lambda table: table.schema)]
+
+
+def _mapped(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Table:
     folder = Path(config.HF_DATASETS_CACHE)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="rows-", suffix=".arrow") as file:
-        path = Path(file.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the mapping outlives it)
+    except OSError:
+        folder, file = Path(tempfile.gettempdir()), tempfile.TemporaryFile()  # noqa: SIM115
+    with file:
         try:
-            with pa.ipc.new_file(str(path), first.schema) as writer:
-                for table in itertools.chain([first], rest):
+            with pa.ipc.new_stream(file, schema) as writer:
+                for table in tables:
                     writer.write_table(table)
+            file.flush()
         except OSError as error:
-            raise disk_full(error, path) from error
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            raise disk_full(error, folder / "rows") from error
+        return pa.ipc.open_stream(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
 
 
 def mapped_dataset(table: pa.Table) -> Dataset:
@@ -175,20 +199,11 @@ def mapped_dataset(table: pa.Table) -> Dataset:
     return Dataset(table, fingerprint=Hasher.hash(uuid4()))
 
 
-def _read(table: pa.Table, numbers: NDArray[np.int64]) -> list[Row]:
+def _taken(table: pa.Table, numbers: NDArray[np.int64]) -> pa.Table:
     # What is taken is copied: from a slice it is little, whatever the order of the numbers.
     begin, end = int(numbers.min()), int(numbers.max()) + 1
     part = table.slice(begin, end - begin)
-    if end - begin != len(numbers) or (np.diff(numbers) != 1).any():
-        part = part.take(pa.array(numbers - begin))
-    return list(map(_parsed, part[_JSON].to_pylist())) if part.column_names == [_JSON] else part.to_pylist()
-
-
-def _parsed(text: bytes) -> Row:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:  # NaN, say
-        return parse_json(text.decode("utf-8"))
+    return part if (np.diff(numbers) == 1).all() else part.take(pa.array(numbers - begin))
 
 
 def _by_part(begins: NDArray[np.int64], numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ from hf_objectives.types import Row, parse_json
 
 logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]] | SelectedRows
-_READY, _SPLITS = "ready.json", ("train", "evaluation")
+_READY = "ready.json"
 _OVERFLOW = "split"  # texts longer than a packed row
 _ROWS_AT_ONCE = 4_096  # that are written at a time
 _EXAMPLES = 64  # encoded rows that are kept for the preview, from the beginning and from the end
@@ -72,22 +73,19 @@ class Prepared:
         try:
             kept = parse_json((folder / _READY).read_bytes())
             examples, ledger = list(kept["examples"]), Ledger.from_dict(kept["ledger"])
+            splits = {name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in kept["splits"]}
+            return cls(splits["train"], splits.get("evaluation"), examples, ledger)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise PreparedDataError(
-                f"{folder / _READY} is damaged ({type(error).__name__}: {error!s:.200}); delete {folder} and prepare again"
+                f"{folder} is damaged ({type(error).__name__}: {error!s:.200}); delete it, and prepare again"
             ) from error
-        paths = [folder / f"{name}.arrow" for name in _SPLITS]
-        train, evaluation = (Dataset.from_file(str(path)) if path.exists() else None for path in paths)
-        if train is None:
-            raise PreparedDataError(f"{paths[0]} is gone; delete {folder} and prepare again")
-        return cls(train, evaluation, examples, ledger)
 
 
-def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) -> Prepared:
+def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str, keep: bool = True) -> Prepared:
     """Load, split, encode and pack every source; the tokenizer gets the chat template that `data` names.
 
     The rows lie in a folder of the run. One process makes it, while the others of a launch wait on its lock; a later launch
-    with the same data and settings finds it.
+    with the same data and settings finds it. Without `keep` nothing is written there.
     """
     set_template(tokenizer, data.chat_template)
     set_tokens(tokenizer, eos_token=data.eos_token, pad_token=data.pad_token)
@@ -99,10 +97,16 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str) 
         "chat_template": tokenizer.chat_template,
         "sources": places,
         "mixture": data.mixture_settings() is not None,
+        "order": list(places),
+        "fractions": data.fractions(),
     }
     versions = [_version(place) for place in data.places().values()]
     name = sha256([__version__, settings, seed, tokenizer_digest(tokenizer), versions])[:20]
     folder = Path(output_dir) / "prepared" / name
+    if not keep and not (folder / _READY).exists():
+        with TemporaryDirectory() as other:
+            _prepare(data, tokenizer, seed, Path(other))
+            return Prepared.load(Path(other))  # what is mapped stays when its name is gone
     with exclusive(folder, lambda: "encoding rows"):
         if not (folder / _READY).exists():
             _prepare(data, tokenizer, seed, folder)
@@ -158,11 +162,13 @@ def _prepare(data: DataArguments, tokenizer: Any, seed: int, folder: Path) -> No
         evaluation = (
             _encode(data, held_out, tokenizer, data.packing, Ledger(), folder) if any(held_out.values()) else None
         )
-    write_table(folder / f"{_SPLITS[0]}.arrow", _packed(data, encoded, packing))
+    splits = {"train": _packed(data, encoded, packing)}
     if evaluation is not None:
-        write_table(folder / f"{_SPLITS[1]}.arrow", _packed(data, evaluation, data.packing))
+        splits["evaluation"] = _packed(data, evaluation, data.packing)
+    for name, tables in splits.items():
+        write_table(folder / f"{name}.arrow", tables)
     ends = [encoded.slice(0, _EXAMPLES), encoded.slice(max(_EXAMPLES, len(encoded) - _EXAMPLES))]
-    ready = {"examples": pa.concat_tables(ends).to_pylist(), "ledger": ledger.to_dict()}
+    ready = {"splits": list(splits), "examples": pa.concat_tables(ends).to_pylist(), "ledger": ledger.to_dict()}
     draft = folder / f"{_READY}.draft"
     draft.write_text(json.dumps(ready), encoding="utf-8")
     draft.replace(folder / _READY)

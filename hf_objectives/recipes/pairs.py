@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hf_objectives.errors import FormatError
 from hf_objectives.labels import SIDES, Account, Ledger
-from hf_objectives.preparation import mapped_dataset, mapped_table
+from hf_objectives.preparation import mapped_dataset, mapped_tables
 from hf_objectives.recipes.data import Rows, digest, set_template, set_tokens, split_rows, usable_rows
 from hf_objectives.recipes.run import Recipe
 from hf_objectives.types import Row
@@ -57,13 +57,18 @@ class PairRecipe(Recipe):
     def encode(self, pairs: Rows, tokenizer: Any, account: Account | None = None) -> Dataset:
         """Pairs as ids, with their `source` and `row`, on disk."""
         options = {name: getattr(self.args, name) for name in self.encoding_options}
-        encode = type(self).encode_row
-        rows = usable_rows(
-            *(self.data, pairs),
-            lambda pair: encode(tokenizer, pair, source=pair["source"], row_index=pair["row"], **options),
-            account,
-        )
-        return mapped_dataset(mapped_table(_tables(rows)))
+        known: list[str] = []  # the columns of the first pair
+
+        def use(pair: Row) -> Row:
+            made = type(self).encode_row(tokenizer, pair, source=pair["source"], row_index=pair["row"], **options)
+            if set(known or made) != set(made):
+                found = f"the pair gives {', '.join(made)} among pairs that give {', '.join(known)}"
+                raise FormatError(f"{found}; expected pairs of one kind", source=pair["source"], row=pair["row"])
+            known[:] = made
+            return made
+
+        tables = mapped_tables(_tables(usable_rows(self.data, pairs, use, account)))
+        return mapped_dataset(tables[0]) if tables else Dataset.from_list([])
 
     def introduce(self, trainer: Any) -> None:
         """Print the plan, and what happened to every pair."""
@@ -75,16 +80,13 @@ class PairRecipe(Recipe):
 def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
     schema: pa.Schema | None = None
     while batch := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-        known = [*batch[0]] if schema is None else schema.names
-        for row in batch:
-            if {*row} != {*known}:
-                raise FormatError(
-                    f"the pair gives {', '.join(row)} among pairs that give {', '.join(known)}; expected pairs of one kind",
-                    source=row["source"],
-                    row=row["row"],
-                )
         table = pa.Table.from_pylist(batch, schema)
-        schema = table.schema
+        if schema is None:  # of lists that are all empty Arrow does not know what they are of
+            lists = [
+                field.with_type(pa.list_(pa.int64())) if pa.types.is_list(field.type) else field
+                for field in table.schema
+            ]
+            table = table.cast(schema := pa.schema(lists))
         yield table
 
 

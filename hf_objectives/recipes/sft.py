@@ -44,7 +44,8 @@ class Sft(Recipe):
     def load_rows(self, tokenizer: Any) -> None:
         """Prepare the rows and mix them where weights ask for it."""
         data, seed = self.data, self.args.seed
-        self.prepared = prepare(data, tokenizer, seed=seed, output_dir=self.args.output_dir)
+        kept = not self.reads_again
+        self.prepared = prepare(data, tokenizer, seed=seed, output_dir=self.args.output_dir, keep=kept)
         self.train_rows, self.num_rows = self.prepared.train, len(self.prepared.train)
         self.rows_digest = digest(self.train_rows)
         if (settings := data.mixture_settings()) is not None:

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_objectives.errors import ConfigError, DiskFullError, FileFormatError
-from hf_objectives.preparation import ChainedRows, Place, SelectedRows, load_rows, mapped_table, store_rows
+from hf_objectives.preparation import ChainedRows, Place, SelectedRows, load_rows, mapped_tables, store_rows
 from hf_objectives.preparation import stored as stored_module
+from hf_objectives.preparation.splits import rows_between
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"é {i}"}], **({"tools": [{f"k{i}": i}]} if i % 3 else {})}
@@ -101,9 +102,39 @@ def test_a_full_disk_is_named(cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stored_module.pa.ipc, "new_file", full)
-    with pytest.raises(DiskFullError, match="no space left to write rows-"):
-        mapped_table([pa.table({"x": [1]})])
+    monkeypatch.setattr(stored_module.pa.ipc, "new_stream", full)
+    with pytest.raises(DiskFullError, match="no space left to write rows in .*cache"):
+        mapped_tables([pa.table({"x": [1]})])
+
+
+def test_a_cache_that_cannot_be_written_is_gone_round(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    (found,) = mapped_tables([pa.table({"x": [1]}), pa.table({"x": [2]})])
+    assert found["x"].to_pylist() == [1, 2] and mapped_tables([]) == []
+
+
+def test_dictionaries_that_change_and_long_integers(tmp_path, cache):
+    """Categories of pandas, and what only Python's parser reads, beside a column of the name that texts have."""
+    path = tmp_path / "rows"
+    path.mkdir()
+    for name in "ab":
+        table = pa.table({"text": pa.array([name, f"{name}2"]).dictionary_encode(), "json": [1, 2]})
+        pq.write_table(table, path / f"{name}.parquet")
+    nested = json.dumps([[]])
+    for _ in range(150):
+        nested = f"[{nested}]"
+    (path / "c.json").write_text(f'[{{"id": {10**30}, "score": NaN, "deep": {nested}}}]')
+    assert repr(list(store_rows(Place(str(path))))) == repr(load_rows(str(path)))
+
+
+def test_images_are_not_decoded_and_json_is():
+    features = datasets.Features(
+        {"image": datasets.Image(), "audio": datasets.Audio(), "turns": datasets.List(datasets.Json())}
+    )
+    empty = {"bytes": b"x", "path": None}
+    rows = Dataset.from_dict({"image": [empty], "turns": [[{"a": 1}, {"b": "2"}]]}, features)
+    assert rows_between(rows, 0, 1) == [{"image": empty, "turns": [{"a": 1}, {"b": "2"}]}]
 
 
 def test_a_stream_of_the_hub_is_read_once_and_keeps_what_its_rows_hold(tmp_path, cache, monkeypatch):
@@ -125,3 +156,8 @@ def test_a_stream_of_the_hub_is_read_once_and_keeps_what_its_rows_hold(tmp_path,
     )
     assert [row["turns"] for row in SelectedRows(rows, np.arange(50), "chats")] == [row["messages"] for row in ROWS]
     assert not list(cache.rglob("*.arrow"))
+    path.write_text('{"messages": [')
+    with pytest.raises(ConfigError, match="org/chats: "):
+        store_rows(Place("org/chats", streaming=True))
+    with pytest.raises(ConfigError, match="streaming of source 'a' is 'false'; expected true or false"):
+        Place.read("a", {"path": "org/chats", "streaming": "false"}, Place(""))

@@ -86,8 +86,24 @@ def test_rows_that_were_prepared_are_found_again_while_nothing_has_changed(chats
     assert fewer.ledger.total().rows_in < first.ledger.total().rows_in
     (folder,) = {*(tmp_path / "prepared").iterdir()} - {tmp_path / "prepared" / _name(first)}
     (folder / "train.arrow").unlink()
-    with pytest.raises(PreparedDataError, match="train.arrow is gone; delete"):
+    with pytest.raises(PreparedDataError, match=r"is damaged .*train\.arrow.*delete it"):
         prepared()
+
+
+def test_what_decides_rows_names_their_folder(chats, tmp_path):
+    """Shares and the order of sources among it; without `keep` nothing is written."""
+    sources = [
+        {"a": {"path": str(chats), "fraction": share}, "b": {"path": str(chats), "fraction": 0.5}}
+        for share in (0.5, 0.1)
+    ]
+    orders = [{"x": "builtin", "y": "builtin:texts"}, {"y": "builtin:texts", "x": "builtin"}]
+    for i, given in enumerate([*sources, *orders]):
+        data = DataArguments(sources=json.dumps(given), max_length=256, packing=False, built_in_rows=20)
+        made = prepare(data, TOKENIZER, seed=0, output_dir=str(tmp_path / "shared"))
+        assert len([*(tmp_path / "shared" / "prepared").iterdir()]) == i + 1
+        other = prepare(data, TOKENIZER, seed=0, output_dir=str(tmp_path / "none"), keep=False)
+        assert other.train[:] == made.train[:] and other.evaluation[:] == made.evaluation[:]
+        assert not (tmp_path / "none").exists()
 
 
 def _name(prepared):

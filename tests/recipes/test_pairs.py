@@ -62,3 +62,19 @@ def test_no_pair_that_can_be_used():
         recipe.encode(rows, TOKENIZER)
     with pytest.raises(FormatError, match="none of 3 rows can be used; of the last one"):
         recipe.encode(rows, TOKENIZER, Account())
+
+
+def test_pairs_whose_first_prompts_are_empty_and_pairs_of_another_kind(tmp_path):
+    rows = [{"prompt": "" if i < 2_000 else "Go.", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(2_002)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    dpo = Dpo(None, DpoData(dataset_name=str(tmp_path / "pairs.jsonl"), eval_share=0.0), ARGS, {})
+    dpo.load_rows(TOKENIZER)
+    assert len(dpo.train_rows) == 2_002 and dpo.train_rows["row"][:] == list(range(2_002))
+    assert dpo.encode([], TOKENIZER).num_rows == 0
+    write_rows(tmp_path / "pairs.jsonl", [rows[0], {**rows[1], "margin": 1.0}, rows[2]])
+    data = {"dataset_name": str(tmp_path / "pairs.jsonl"), "eval_share": 0.0}
+    with pytest.raises(FormatError, match=r"margin among pairs that give .*pairs\.jsonl, line 2\)"):
+        Reward(None, RewardData(**data), ARGS, {}).load_rows(TOKENIZER)
+    left = Reward(None, RewardData(**data, on_error="skip"), ARGS, {})
+    left.load_rows(TOKENIZER)
+    assert left.train_rows["row"][:] == [0, 2]
