@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_objectives.errors import ConfigError
 from hf_objectives.evaluation import Asked, evaluate_answers, find_answers
 from hf_objectives.inspection import visible
-from hf_objectives.trainers import stop_ids
+from hf_objectives.trainers import log_samples, stop_ids
 
 _SHOWN, _CHARACTERS = 3, 300
 
@@ -62,17 +62,12 @@ class AnswersCallback(TrainerCallback):
             table = Table(
                 "prompt", "said", "expected", title=f"Answers after step {state.global_step}", title_justify="left"
             )
-            for answer in answers[:_SHOWN]:
-                texts = (answer.prompt[-_CHARACTERS:], answer.said[:_CHARACTERS], answer.expected[:_CHARACTERS])
+            samples = [
+                {"prompt": answer.prompt, "said": answer.said, "expected": answer.expected}
+                for answer in answers[:_SHOWN]
+            ]
+            for sample in samples:
+                texts = sample["prompt"][-_CHARACTERS:], sample["said"][:_CHARACTERS], sample["expected"][:_CHARACTERS]
                 table.add_row(*(Text(visible(text)) for text in texts))
             self.console.print(table)
-            self._to_trackers(answers[:_SHOWN], state.global_step)
-
-    def _to_trackers(self, answers: list[Any], step: int) -> None:
-        for callback in self.trainer.callback_handler.callbacks:
-            writer = getattr(callback, "tb_writer", None)
-            if writer is None:
-                continue
-            for i, answer in enumerate(answers):
-                text = f"    {answer.prompt}\n\n    said: {answer.said}\n\n    expected: {answer.expected}"
-                writer.add_text(f"eval/answer_{i}", text, step)
+            log_samples(self.trainer, "eval/answers", samples, state.global_step)

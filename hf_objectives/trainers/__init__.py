@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     )
     from hf_objectives.trainers.trackers import (
         guard_trackers,  # let a run outlast its trackers
+        log_samples,  # texts to the trackers that take them
     )
     from hf_objectives.trainers.trl_compat import (
         suppress_seqcls_warning,  # a context in which a new score head is no warning

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,22 @@ def guard_trackers(trainer: Any) -> None:
         if type(callback).__module__.startswith("transformers.integrations"):
             for event in _EVENTS:
                 setattr(callback, event, _guarded(callback, getattr(callback, event)))
+
+
+def log_samples(trainer: Any, name: str, samples: Sequence[Mapping[str, str]], step: int) -> None:
+    """Log texts, by column, to the trackers that take texts: TensorBoard, trackio, Weights & Biases."""
+    for callback in trainer.callback_handler.callbacks:
+        _guarded(callback, _log)(callback, name, samples, step)
+
+
+def _log(callback: Any, name: str, samples: Sequence[Mapping[str, str]], step: int) -> None:
+    if (writer := getattr(callback, "tb_writer", None)) is not None:
+        for i, sample in enumerate(samples):
+            text = "\n\n".join(f"    {column}: {value}" for column, value in sample.items())
+            writer.add_text(f"{name}_{i}", text, step)
+    tracker = getattr(callback, "_trackio", None) or getattr(callback, "_wandb", None)
+    if tracker is not None and callback._initialized:
+        tracker.log({name: tracker.Table(dataframe=pd.DataFrame(samples)), "train/global_step": step})
 
 
 def _guarded(callback: Any, heard: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,7 +54,7 @@ def test_figures_samples_and_the_best_checkpoint(tmp_path, capsys):
     assert "Answers after step 4" in printed and "exact match, held-out answers" in printed
     assert "answers_exact_match" in (tmp_path / "with" / "README.md").read_text()
     events = b"".join(path.read_bytes() for path in (tmp_path / "with").rglob("events.out*"))
-    assert b"eval/answer_0" in events and b"expected:" in events
+    assert b"eval/answers_0" in events and b"expected:" in events
     _, plain = run(tmp_path, "without", "--report_to", "none")
     losses = [[entry["loss"] for entry in found["log_history"] if "loss" in entry] for found in (state, plain)]
     assert losses[0] == losses[1]  # to the bit

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import trackio
 from transformers import TrainerCallback
 
-from hf_objectives.trainers import guard_trackers
+from hf_objectives.trainers import guard_trackers, log_samples
 from tests.support.language_models import trainer
 
 
@@ -38,3 +41,30 @@ def test_it_is_told_once_and_heard_no_more(tmp_path, monkeypatch, caplog):
 def test_callbacks_of_others_still_raise(tmp_path):
     with pytest.raises(ConnectionError):
         run(tmp_path, Tracker())
+
+
+class Texts:
+    """What TrackioCallback and WandbCallback are to those who log tables."""
+
+    def __init__(self, name, initialized=True, fails=False):
+        self.logged, self._initialized = [], initialized
+        setattr(self, name, SimpleNamespace(Table=trackio.Table, log=self.log))
+        self.fails = fails
+
+    def log(self, values):
+        if self.fails:
+            raise ConnectionError("no network")
+        self.logged.append(values)
+
+
+def test_samples_reach_trackers_that_take_tables(caplog):
+    heard = [Texts("_trackio"), Texts("_wandb", fails=True), Texts("_wandb"), Texts("_wandb", initialized=False)]
+    made = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[*heard, TrainerCallback()]))
+    for step in (1, 2):
+        log_samples(made, "eval/answers", [{"prompt": "2 + 2?", "said": str(step)}], step)
+    for callback in (heard[0], heard[2]):
+        tables = [values["eval/answers"].data for values in callback.logged]
+        assert tables == [[{"prompt": "2 + 2?", "said": "1"}], [{"prompt": "2 + 2?", "said": "2"}]]
+        assert [values["train/global_step"] for values in callback.logged] == [1, 2]
+    assert not heard[1].logged and not heard[3].logged
+    assert caplog.text.count("Texts failed (ConnectionError: no network); the run goes on without it") == 1
