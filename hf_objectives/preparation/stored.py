@@ -127,18 +127,19 @@ def store_rows(place: Place) -> StoredRows | Dataset:
         FileFormatError, ConfigError: see `load_rows`.
         DiskFullError: the cache folder has no room.
     """
+    if place.on_hub and not place.streaming:
+        return place.rename(place.load_dataset())
     if place.on_hub:
-        rows = place.load_dataset()
-        if place.streaming:
-            with place.naming():
-                tables = rows.with_format("arrow").iter(ROWS_READ)
-                rows = mapped_dataset(pa.concat_tables(mapped_tables(tables), promote_options="default"))
-        return place.rename(rows)
+        with place.naming():
+            tables = mapped_tables(place.load_dataset().with_format("arrow").iter(ROWS_READ))
+        if not tables:
+            raise FileFormatError(f"{place.path} holds no rows")
+        return place.rename(mapped_dataset(pa.concat_tables(tables, promote_options="default")))
     columns: dict[str, None] = {}
     parts: list[Part] = []
     for parse, group in itertools.groupby(_files(place.path, columns), key=lambda part: part[0]):
         parts += ((parse, table) for table in mapped_tables(table for _, table in group))
-    if not any(table.num_rows for _, table in parts):
+    if not parts:
         raise FileFormatError(f"{place.path} holds no rows")
     return StoredRows(parts, place, list(columns))
 
@@ -149,19 +150,20 @@ def _files(name: str, columns: dict[str, None]) -> Iterator[Part]:
         if kind_of(file) == ".parquet":
             for _, batch in parquet_batches(segment):
                 columns.update(dict.fromkeys(batch.schema.names))
-                yield None, pa.table(batch)
+                if len(batch):
+                    yield None, pa.table(batch)
             continue
         for records in read_segment(segment, read_bytes=_READ_BYTES):
+            if not records.rows:
+                continue
             for keys in dict.fromkeys(map(tuple, records.rows)):
                 columns.update(dict.fromkeys(keys))
             # What one parser read the other might read as something else, long integers for one.
-            parse: Callable[[bytes], Row] = orjson.loads
-            texts = records.texts
-            if not texts:
-                try:
-                    parse, texts = json.loads, [json.dumps(row).encode() for row in records.rows]
-                except RecursionError as error:
-                    raise FileFormatError(f"{file}: {TOO_DEEP}") from error
+            parse: Callable[[bytes], Row] = orjson.loads if records.texts else json.loads
+            try:
+                texts = records.texts or [json.dumps(row).encode() for row in records.rows]
+            except RecursionError as error:
+                raise FileFormatError(f"{file}: {TOO_DEEP}") from error
             yield parse, pa.table({_JSON: pa.array(texts, pa.large_binary())})
 
 

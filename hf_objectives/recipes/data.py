@@ -71,13 +71,16 @@ class Prepared:
     def load(cls, folder: Path) -> Prepared:
         """Read what `prepare` wrote."""
         try:
-            kept = parse_json((folder / _READY).read_bytes())
+            kept = parse_json((path := folder / _READY).read_bytes())
             examples, ledger = list(kept["examples"]), Ledger.from_dict(kept["ledger"])
-            splits = {name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in kept["splits"]}
+            splits = {}
+            for name in kept["splits"]:
+                path = folder / f"{name}.arrow"
+                splits[name] = Dataset.from_file(str(path))
             return cls(splits["train"], splits.get("evaluation"), examples, ledger)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise PreparedDataError(
-                f"{folder} is damaged ({type(error).__name__}: {error!s:.200}); delete it, and prepare again"
+                f"{path} is damaged ({type(error).__name__}: {error!s:.200}); delete {folder} and prepare again"
             ) from error
 
 

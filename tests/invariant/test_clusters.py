@@ -11,6 +11,7 @@ from tests.support.clusters import FILES, Clusters, briefly, divided, from_files
 BRIEF = (("pretraining", "mixture"), ("reward", "padding-free"), ("dpo", "padded"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_hosts_give_the_numbers_of_one_process(tmp_path):

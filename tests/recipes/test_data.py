@@ -86,7 +86,7 @@ def test_rows_that_were_prepared_are_found_again_while_nothing_has_changed(chats
     assert fewer.ledger.total().rows_in < first.ledger.total().rows_in
     (folder,) = {*(tmp_path / "prepared").iterdir()} - {tmp_path / "prepared" / _name(first)}
     (folder / "train.arrow").unlink()
-    with pytest.raises(PreparedDataError, match=r"is damaged .*train\.arrow.*delete it"):
+    with pytest.raises(PreparedDataError, match=r"train\.arrow is damaged .*delete .* and prepare again"):
         prepared()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from hf_objectives.errors import ConfigError
 from hf_objectives.recipes import harness, reward, sft
+from tests.support.recipes import few_built_in
 
 WORDS = "--model_name_or_path builtin --max_length 64 --max_steps 6 --logging_steps 1 --use_cpu true --save_strategy no"
 
@@ -38,7 +39,8 @@ def test_figures_at_evaluations(tmp_path, monkeypatch, every, steps):
 
 
 @pytest.mark.slow
-def test_a_reward_model_has_no_tasks(tmp_path):
+def test_a_reward_model_has_no_tasks(tmp_path, monkeypatch):
+    few_built_in(monkeypatch, 40)
     words = (
         "--model_name_or_path builtin --dataset_name builtin --max_steps 1 --use_cpu true --bf16 false --eval_tasks x"
     )

@@ -307,7 +307,7 @@ def test_other_settings_train(tmp_path, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked_by", ["arguments", "accelerate"])
+@pytest.mark.parametrize("asked_by", [pytest.param("arguments", marks=pytest.mark.long), "accelerate"])
 def test_a_compiled_model_has_the_losses_of_the_eager_one(tmp_path, monkeypatch, caplog, asked_by):
     warn_once.cache_clear()
     eager = trainer(tmp_path)

@@ -12,21 +12,13 @@ import pytest
 PROGRAM = Path(__file__).parents[1] / "support" / "killed_saves.py"
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), "language", "ppo"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "found.json").read_text())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["language", "ppo"])
-def test_killed_at_every_file_of_a_save(outcomes, kind):
+@pytest.mark.parametrize("kind", ["language", pytest.param("ppo", marks=pytest.mark.long)])
+def test_killed_at_every_file_of_a_save(tmp_path, kind):
     """With `save_total_limit=1`: the second checkpoint is saved, and the first one is removed."""
-    found = outcomes[kind]
+    done = subprocess.run([sys.executable, str(PROGRAM), str(tmp_path), kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())[kind]
     assert "lost" not in found and "other bytes" not in found, found
     # Killed at a change, and so with the file before cut in two: at least twice for each of twelve files.
     assert len(found["chosen"]) > 48 and {*found["chosen"]} == {2, 4}

@@ -35,6 +35,7 @@ def test_micro_batches(alone, name):
     assert len(steps) == 6 and {log["on_policy"] for log in steps} == ({1.0} if "own" in name else {0.0, 1.0})
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes(alone, tmp_path):
     run_two_processes(distillation_acts.__file__, [str(tmp_path)])
