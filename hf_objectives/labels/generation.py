@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
 from jinja2 import lexer
 
 from hf_objectives.errors import HFObjectivesError, TemplateError
@@ -15,6 +15,8 @@ from hf_objectives.labels.chat import chat_encoder, encode_chat
 from hf_objectives.labels.spans import Span
 from hf_objectives.labels.templates import Renderer, compile_template, marker_pattern, template_of
 from hf_objectives.types import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 _CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "blue"}}}
 _TOOL = {
@@ -43,7 +45,8 @@ _CHATS: list[list[dict[str, Any]]] = [
 #: Conversations, each with tools or none, that a template is tried on.
 PROBES = [(chat, [_TOOL] if any("tool_calls" in turn for turn in chat) else None) for chat in _CHATS]
 _MARK = "\ue000{}\ue001"  # of the private use area: no template prints it
-_OPENING = {"for", "if", "macro", "call", "filter", "set", "generation", "block", "with", "autoescape", "trans"}
+_OPENING = frozenset("for if macro call filter set generation block with autoescape trans".split())
+_WORDS = frozenset("if else and or not in is".split())
 
 
 def generation_template(tokenizer: Any, *, probes: Sequence[tuple[list[dict], list | None]] = PROBES) -> str:
@@ -55,7 +58,7 @@ def generation_template(tokenizer: Any, *, probes: Sequence[tuple[list[dict], li
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
         probes: conversations with their tools, on which both masks are compared; those that the template refuses are left
-            out. Give some of your own where they hold more than text, calls and a system prompt.
+            out, which a warning says. Give some of your own where they hold more than text, calls and a system prompt.
 
     Raises:
         TemplateError: no template; no place for the marks gives the mask; or the template refuses every conversation.
@@ -71,6 +74,11 @@ def generation_template(tokenizer: Any, *, probes: Sequence[tuple[list[dict], li
     tried = list(_tried(tokenizer, source, probes))
     if not tried:
         raise TemplateError("the chat template refuses every conversation that it was tried on")
+    if len(tried) < len(probes):
+        logger.warning(
+            "the mask was compared on %d of %d conversations; the template refuses the others, or takes them in another form",
+            *(len(tried), len(probes)),
+        )
     wrapped: list[tuple[int, int]] = []
     for begin, end in _places(tokenizer, pieces, tried):
         if all(end <= other[0] or other[1] <= begin for other in wrapped):
@@ -99,30 +107,26 @@ def _pieces(source: str, markers: re.Pattern[str]) -> Iterator[str]:
     Texts are cut at control tokens, and outputs of several strings at each. Marks of an earlier `{% generation %}` are left
     out.
     """
-    environment = compile_template("").environment
     data, inside, kind = "", list[tuple[str, str]](), ""
-    try:
-        for _, token, value in environment.lexer.tokeniter(source, None):
-            match token:
-                case lexer.TOKEN_DATA:
-                    data += value
-                case lexer.TOKEN_RAW_BEGIN | lexer.TOKEN_RAW_END:
-                    raise TemplateError("the chat template has a raw block, which cannot be taken apart")
-                case lexer.TOKEN_BLOCK_BEGIN | lexer.TOKEN_VARIABLE_BEGIN:
-                    yield from _texts(data, markers)
-                    data, inside, kind = "", [], token
-                case lexer.TOKEN_BLOCK_END:
-                    words = "".join(text for _, text in inside).strip()
-                    if words.split()[0] not in ("generation", "endgeneration"):
-                        yield f"{{%+ {words} +%}}"
-                    kind = ""
-                case lexer.TOKEN_VARIABLE_END:
-                    yield from (f"{{{{ {part} }}}}" for part in _added(inside, markers))
-                    kind = ""
-                case _ if kind:
-                    inside.append((token, value))
-    except jinja2.TemplateError as error:
-        raise TemplateError(f"the chat template is not valid Jinja: {error}") from error
+    for _, token, value in compile_template(source).environment.lexer.tokeniter(source, None):
+        match token:
+            case lexer.TOKEN_DATA:
+                data += value
+            case lexer.TOKEN_RAW_BEGIN | lexer.TOKEN_RAW_END:
+                raise TemplateError("the chat template has a raw block, which cannot be taken apart")
+            case lexer.TOKEN_BLOCK_BEGIN | lexer.TOKEN_VARIABLE_BEGIN:
+                yield from _texts(data, markers)
+                data, inside, kind = "", [], token
+            case lexer.TOKEN_BLOCK_END:
+                words = "".join(text for _, text in inside).strip()
+                if words.split()[0] not in ("generation", "endgeneration"):
+                    yield f"{{%+ {words} +%}}"
+                kind = ""
+            case lexer.TOKEN_VARIABLE_END:
+                yield from (f"{{{{ {part} }}}}" for part in _added(inside, markers))
+                kind = ""
+            case _ if kind:
+                inside.append((token, value))
     yield from _texts(data, markers)
 
 
@@ -144,15 +148,7 @@ def _added(tokens: list[tuple[str, str]], markers: re.Pattern[str]) -> list[str]
             parts += [value[0] + text + value[0] for text in rest]
             continue
         plain = token in (lexer.TOKEN_STRING, lexer.TOKEN_NAME, lexer.TOKEN_INTEGER, lexer.TOKEN_WHITESPACE)
-        if (depth == 0 and not (plain or value in ".|([{)]}")) or value in (
-            "if",
-            "else",
-            "and",
-            "or",
-            "not",
-            "in",
-            "is",
-        ):
+        if depth == 0 and (value in _WORDS or not (plain or value in ".|([{)]}")):
             return ["".join(text for _, text in tokens).strip()]
         depth += (value in ("(", "[", "{")) - (value in (")", "]", "}"))
         parts[-1] += value

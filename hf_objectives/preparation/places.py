@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
@@ -87,6 +88,14 @@ class Place:
         """A value that changes when a dataset of the Hub does: its cache folder, which is named by its files and revision."""
         with self.naming():
             return str(load_dataset_builder(self.path, self.config, **self._files()).cache_dir)
+
+    def commit(self) -> str | None:
+        """The commit that a dataset of the Hub is read from; where it cannot be asked for, the revision as it was given."""
+        try:
+            found = str(load_dataset_builder(self.path, self.config, **self._files()).hash)
+        except _ERRORS:
+            return self.revision
+        return found if re.fullmatch("[0-9a-f]{40}", found) else self.revision
 
     def _files(self) -> dict[str, Any]:
         return {"revision": self.revision, "data_files": self.data_files, "data_dir": self.data_dir}

@@ -48,6 +48,7 @@ class Recipe:
         num_rows: their number, of a stream the number that its length is counted in; set by `load_rows`.
         rows_digest: changes when the rows do, or the order of a stream; set by `load_rows`.
         mixture: the mixture to train on; set by `load_rows` where there is one.
+        parts: subset and commit of each source on the Hub, as they were before training.
         reads_again: whether the rows of an earlier run are read again, so that nothing is prepared.
         results: what `results.json` holds beside the metrics.
         of_model_alone: a pattern of the metrics that follow from the trained model alone, for `verify`; empty: none.
@@ -69,6 +70,7 @@ class Recipe:
         self.reads_again = False
         self.mixture: DatasetMixture | None = None
         self.results: dict[str, Any] = {}
+        self.parts: dict[str, dict[str, str]] = {}
 
     def build_trainer(self) -> Any:
         """Load the model and the data."""
@@ -130,6 +132,7 @@ class Recipe:
         if getattr(data, "eval_tasks", None):
             trainer.add_callback(HarnessCallback(trainer, data))
         if on_main():
+            recipe.parts = {name: _parts(place) for name, place in recipe.places().items()}
             recipe.introduce(trainer)
         known = {"recipe": cls.__name__.lower()}
         trainer.add_callback(LaunchRecord(trainer, known, recipe.rows_digest, (args, data, model_config)))
@@ -207,7 +210,7 @@ class Recipe:
                 results=results,
                 base_model=None if from_scratch else self.model_config.model_name_or_path,
                 sources={name: place.path for name, place in places.items()},
-                parts={name: _parts(place) for name, place in places.items()},
+                parts=self.parts,
                 labels=self.labels(),
                 settings=settings,
                 findings=_findings(trainer.state.log_history),
@@ -236,7 +239,7 @@ _LABELS = {
 
 
 def _parts(place: Place) -> dict[str, str]:
-    parts = {"config": place.config, "revision": place.revision}
+    parts = {"config": place.config, "revision": place.commit() if place.on_hub else None}
     return {name: value for name, value in parts.items() if value is not None}
 
 

@@ -63,6 +63,24 @@ def test_what_is_missing_is_named_beside_what_is_there(hub_set, given, message):
         load_rows(Place(hub_set, **given))
 
 
+def test_a_version_is_that_of_the_files_and_a_commit_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    place = Place("json", data_files=str(path), revision="v2")
+    first = place.version()
+    assert first == place.version() and place.commit() == "v2"  # the files of a machine have none
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert place.version() != first
+    found = type("Builder", (), {"hash": "c0ffee" * 6 + "abcd"})
+    monkeypatch.setattr("hf_objectives.preparation.places.load_dataset_builder", lambda *_, **given: found)
+    assert place.commit() == "c0ffee" * 6 + "abcd"
+    monkeypatch.undo()
+    assert Place("org/none", revision="v2").commit() == "v2"
+    with pytest.raises(ConfigError, match="org/none: "):
+        Place("org/none").version()
+
+
 def test_a_subset_whose_names_cannot_be_asked_for_is_one_line_too(hub_set, monkeypatch):
     def fail(name, revision):
         raise ConnectionError("offline")
