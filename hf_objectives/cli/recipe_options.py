@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from argparse import ArgumentParser, HelpFormatter
+from collections.abc import Mapping
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,15 +21,29 @@ TABLE = Path(__file__).with_name("recipe_options.json")
 
 @cache
 def read_table() -> dict[str, Any]:
-    """The table: what each recipe does, which classes its options come from, and the options of each class.
+    """The table of the package: what each recipe does, which classes its options come from, and the options of each class."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
 
-    Other releases of the packages that the options come from may have others: then it is made anew, which takes seconds.
-    """
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
-    if table["versions"] != installed_versions():
-        from hf_objectives.cli.option_table import live_table
 
-        return live_table()
+@cache
+def installed_table() -> dict[str, Any]:
+    """The table of the installed releases. Where they are others than the package's, it is made once, which takes seconds."""
+    versions = installed_versions()
+    if read_table()["versions"] == versions:
+        return read_table()
+    folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hf_objectives"
+    own = sha256(TABLE.read_bytes()).hexdigest()[:10]  # options of ours change it
+    kept = folder / f"recipe_options-{own}-{'-'.join(versions.values())}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(kept.read_text(encoding="utf-8"))
+    from hf_objectives.cli.option_table import live_table
+
+    table = live_table()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs those seconds each time
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = kept.with_suffix(f".{os.getpid()}.draft")
+        draft.write_text(json.dumps(table), encoding="utf-8")
+        draft.replace(kept)
     return table
 
 
@@ -34,11 +52,11 @@ def installed_versions() -> dict[str, str]:
     return {name: version(name) for name in ("transformers", "trl")}
 
 
-def groups_of(recipe: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+def groups_of(recipe: str, table: Mapping[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     """The options of a recipe in groups: a title, and the options by name."""
-    classes = read_table()["classes"]
+    classes = table["classes"]
     found = []
-    for name, title in read_table()["recipes"][recipe]["classes"].items():
+    for name, title in table["recipes"][recipe]["classes"].items():
         own = classes[name]["options"]
         found.append((title, own))
         if base := classes[name].get("base"):
@@ -49,17 +67,27 @@ def groups_of(recipe: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
 
 def recipe_keys(recipe: str) -> set[str]:
     """The names of a recipe's options."""
-    return {name for _, options in groups_of(recipe) for name in options}
+    return {name for _, options in groups_of(recipe, installed_table()) for name in options}
 
 
 def make_recipe_parser(recipe: str) -> ArgumentParser:
-    """A parser for `--help` and for completion; the recipe itself parses by its dataclasses."""
+    """A parser for `--help` and for completion; the recipe itself parses by its dataclasses.
+
+    It is of the package's table, which takes no import, and says so where other releases are installed.
+    """
+    epilog = "Options of accelerate launch (--num_processes 8, --config_file fsdp2 ...) start the recipe through it."
+    if read_table()["versions"] != installed_versions():
+        known, found = (
+            " and ".join(f"{name} {number}" for name, number in versions.items())
+            for versions in (read_table()["versions"], installed_versions())
+        )
+        epilog += f" These are the options under {known}; under {found}, which is installed, there may be others."
     command = recipe.replace("_", "-")
     parser = ArgumentParser(
         f"hf-objectives {command}",
         usage=f"hf-objectives {command} [--config FILE or NAME] [--option value ...] [options of accelerate launch]",
         description=read_table()["recipes"][recipe]["doc"],
-        epilog="Options of accelerate launch (--num_processes 8, --config_file fsdp2 ...) start the recipe through it.",
+        epilog=epilog,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=32),
         allow_abbrev=False,
     )
@@ -68,7 +96,7 @@ def make_recipe_parser(recipe: str) -> ArgumentParser:
         "--config", metavar="FILE", help="YAML file, or the name of a shipped one; options come before it."
     )
     first.add_argument("--print_config", action="store_true", help="Print what was given as YAML, and end.")
-    for title, options in groups_of(recipe):
+    for title, options in groups_of(recipe, read_table()):
         group = parser.add_argument_group(title)
         for name, given in options.items():
             text = given["help"] + ("" if given["default"] is None else f" (default: {given['default']})")
