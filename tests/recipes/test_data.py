@@ -113,7 +113,7 @@ def _name(prepared):
 @pytest.mark.long
 @pytest.mark.parametrize("pairs", [False, True])
 def test_memory_does_not_grow_with_the_rows(pairs):
-    """Ten times the rows in the benchmark's own process: what no file backs stays within a fifth (all in memory: 2.3, 1.8)."""
+    """Ten times the rows in the benchmark's own process: what no file backs stays within a fifth (in memory: 2.3, 1.8)."""
     command = [sys.executable, "benchmarks/preparation_memory.py", "--rows", "2000" if pairs else "20000"]
     said = subprocess.run([*command, *["--pairs"] * pairs], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert float(said.splitlines()[-1].split(": ")[1].split()[0]) < 1.2, said
