@@ -1,4 +1,4 @@
-"""The mask written into a chat template: `{% generation %}` around what the assistant has to produce, for other trainers."""
+"""Write the loss mask of `encode_chat` into a chat template as `{% generation %}` tags, for trainers that read it there."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ _WORDS = frozenset("if else and or not in is".split())
 
 
 def generation_template(tokenizer: Any, *, probes: Sequence[tuple[list[dict], list | None]] = PROBES) -> str:
-    """The tokenizer's chat template with `{% generation %}` around what `encode_chat` trains.
+    """The tokenizer's chat template with `{% generation %}` tags around the tokens that `encode_chat` trains.
 
-    `apply_chat_template(..., return_assistant_tokens_mask=True)`, which TRL's `assistant_only_loss` asks for, has then the
-    mask of `encode_chat`. The text that the template prints stays as it is.
+    TRL's `assistant_only_loss` calls `apply_chat_template(..., return_assistant_tokens_mask=True)`. With this template, that
+    call returns the loss mask of `encode_chat`. The rendered text does not change.
 
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
-        probes: conversations with their tools, on which both masks are compared; those that the template refuses are left
-            out, which a warning says. Give some of your own where they hold more than text, calls and a system prompt.
+        probes: conversations with their tools. Both masks are compared on each. A warning counts those that the template
+            refuses. Give your own if they hold more than text, tool calls and a system prompt.
 
     Raises:
-        TemplateError: no template; no place for the marks gives the mask; or the template refuses every conversation.
+        TemplateError: no template; no position of the tags gives this mask; or the template refuses every conversation.
 
     Example:
         >>> from hf_objectives import demo
@@ -102,10 +102,10 @@ def _tried(tokenizer: Any, source: str, probes: Any) -> Iterator[tuple[list[dict
 
 
 def _pieces(source: str, markers: re.Pattern[str]) -> Iterator[str]:
-    """A template in pieces that may stand apart: text, outputs, and tags that say themselves what is trimmed.
+    """Split a template into text, output expressions and tags. Whitespace is trimmed by now, and each tag turns trimming off.
 
-    Texts are cut at control tokens, and outputs of several strings at each. Marks of an earlier `{% generation %}` are left
-    out.
+    Text is split at control tokens, and `{{ a + b }}` into one output for each operand. Existing `{% generation %}` tags are
+    removed.
     """
     data, inside, kind = "", list[tuple[str, str]](), ""
     for _, token, value in compile_template(source).environment.lexer.tokeniter(source, None):
@@ -192,7 +192,7 @@ def _balanced(pieces: Sequence[str]) -> bool:
 
 
 def _places(tokenizer: Any, pieces: Sequence[str], tried: Sequence[Any]) -> list[tuple[int, int]]:
-    """Runs of pieces that print, for turns of the assistant, nothing but what is trained; those of most text come first."""
+    """Runs of pieces whose output in assistant turns is trained text only, the longest output first."""
     variables = _loop_variables(pieces)
     held = [0]  # blocks around a boundary whose text the template may use again
     for piece in pieces:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         mapped_dataset,  # such a table as a dataset
         mapped_tables,  # tables as such that are mapped from disk
         store_rows,  # all rows of a place, on disk
+        write_tables,  # tables to an Arrow IPC stream
     )
     from hf_objectives.preparation.stream import PreparedStream  # a prepared folder as a stream without an end
     from hf_objectives.preparation.workers import check_engine  # check that an engine is known and installed

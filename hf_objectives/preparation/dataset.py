@@ -139,8 +139,8 @@ def encode_rows(
 ) -> pa.Table:
     """Encode all rows without packing them: `input_ids`, `labels`, `source` and `row`; see `prepare_dataset`.
 
-    `on_error="skip"` counts a row that cannot be used in the ledger, and leaves it out. With a `folder`, the table lies
-    there in files without a name, mapped into memory; without one, it is in memory.
+    `on_error="skip"` counts a row that cannot be used in the ledger, and leaves it out. With a `folder`, the table is
+    memory-mapped from temporary files there; without one, it is in memory.
     """
     ledger = Ledger() if ledger is None else ledger
     work = _Encoding(BatchEncoder(tokenizer, config, on_error=on_error), source, dataset)

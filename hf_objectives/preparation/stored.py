@@ -1,4 +1,4 @@
-"""Rows that lie on disk and are read a batch at a time, so that their number costs no memory."""
+"""Rows on disk, read a batch at a time, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 from uuid import uuid4
 
 import numpy as np
@@ -55,9 +55,9 @@ class LazyRows(Sequence[Row]):
 
 
 class StoredRows(LazyRows):
-    """The rows of local files, as Arrow tables that are mapped into memory from a file without a name.
+    """The rows of local files in memory-mapped Arrow tables.
 
-    A row of JSON is kept as its text: a table would give each row the keys of all. Rows of Parquet keep their columns.
+    A JSON row is stored as text, because columns would give every row the keys of all rows. Parquet rows keep their columns.
     """
 
     def __init__(self, parts: Sequence[Part], place: Place, columns: Sequence[str]) -> None:
@@ -119,9 +119,10 @@ class ChainedRows(LazyRows):
 
 
 def store_rows(place: Place) -> StoredRows | Dataset:
-    """The rows of a place: a dataset of the Hub, or local files or a stream of the Hub, read once and kept on disk.
+    """Read the rows of a place once: a dataset of the Hub, a stream of one, or local files.
 
-    The copy lies in the cache folder of `datasets`. It has no name there, so it is gone with the process.
+    Local files and streams are copied to an unlinked temporary file in the cache folder of `datasets`. The operating system
+    removes it when the process ends.
 
     Raises:
         FileFormatError, ConfigError: see `load_rows`.
@@ -158,7 +159,7 @@ def _files(name: str, columns: dict[str, None]) -> Iterator[Part]:
                 continue
             for keys in dict.fromkeys(map(tuple, records.rows)):
                 columns.update(dict.fromkeys(keys))
-            # What one parser read the other might read as something else, long integers for one.
+            # The two parsers differ, in long integers for example: each text is parsed again by the one that read it.
             parse: Callable[[bytes], Row] = orjson.loads if records.texts else json.loads
             try:
                 texts = records.texts or [json.dumps(row).encode() for row in records.rows]
@@ -168,9 +169,9 @@ def _files(name: str, columns: dict[str, None]) -> Iterator[Part]:
 
 
 def mapped_tables(tables: Iterable[pa.Table]) -> list[pa.Table]:
-    """Tables one after the other, those of one schema in a row as one, mapped into memory from files without a name.
+    """Copy tables to unlinked temporary files and memory-map them; consecutive tables of one schema become one.
 
-    The files lie in the cache folder of `datasets`, or, where it cannot be written to, in that for temporary files.
+    The files are in the cache folder of `datasets`. If that is read-only, they are in the system's temporary folder.
 
     Raises:
         DiskFullError: there is no room.
@@ -187,17 +188,22 @@ def _mapped(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Table:
         folder, file = Path(tempfile.gettempdir()), tempfile.TemporaryFile()  # noqa: SIM115
     with file:
         try:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for table in tables:
-                    writer.write_table(table)
+            write_tables(file, schema, tables)
             file.flush()
         except OSError as error:
             raise disk_full(error, folder / "rows") from error
         return pa.ipc.open_stream(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
 
 
+def write_tables(sink: Any, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write tables to a path or an open file as an Arrow IPC stream, the format that `datasets` memory-maps."""
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
 def mapped_dataset(table: pa.Table) -> Dataset:
-    """A mapped table as a dataset. Without a fingerprint of ours, `datasets` would read all of it for one."""
+    """A memory-mapped table as a dataset. It gets a random fingerprint: `datasets` would read the whole table to make one."""
     return Dataset(table, fingerprint=Hasher.hash(uuid4()))
 
 

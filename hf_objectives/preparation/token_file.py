@@ -1,4 +1,4 @@
-"""Encoded documents on disk, written as they come and then mapped into memory."""
+"""Encoded documents in a temporary file: appended batch by batch, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hf_objectives.preparation.shards import disk_full
 
 
 class TokenFile:
-    """A table of encoded documents that grows on disk, in files without a name.
+    """A table of encoded documents that grows on disk, in unlinked temporary files.
 
-    Packing takes documents in any order, so their ids lie end to end, as do their labels, and the table has one chunk.
+    Packing reads documents in any order. So all ids are contiguous, all labels too, and the table has one chunk.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -38,6 +38,7 @@ from hf_objectives.preparation import (
     naming_places,
     store_rows,
     tokenizer_digest,
+    write_tables,
 )
 from hf_objectives.recipes.arguments import (
     BUILT_IN,
@@ -109,7 +110,7 @@ def prepare(data: DataArguments, tokenizer: Any, *, seed: int, output_dir: str, 
     if not keep and not (folder / _READY).exists():
         with TemporaryDirectory() as other:
             _prepare(data, tokenizer, seed, Path(other))
-            return Prepared.load(Path(other))  # what is mapped stays when its name is gone
+            return Prepared.load(Path(other))  # memory-mapped files stay readable after they are unlinked
     with exclusive(folder, lambda: "encoding rows"):
         if not (folder / _READY).exists():
             _prepare(data, tokenizer, seed, folder)
@@ -209,11 +210,10 @@ def write_table(path: Path, tables: Iterable[pa.Table]) -> None:
     Raises:
         DiskFullError: the folder has no room.
     """
-    first, rest = next(it := iter(tables)), it
+    rest = iter(tables)
+    first = next(rest)
     try:
-        with pa.ipc.new_stream(str(path), first.schema) as writer:
-            for table in itertools.chain([first], rest):
-                writer.write_table(table.combine_chunks())
+        write_tables(str(path), first.schema, itertools.chain([first], rest))
     except OSError as error:
         raise disk_full(error, path) from error
 

@@ -107,7 +107,7 @@ def test_a_full_disk_is_named(cache, monkeypatch):
         mapped_tables([pa.table({"x": [1]})])
 
 
-def test_a_cache_that_cannot_be_written_is_gone_round(tmp_path, monkeypatch):
+def test_a_read_only_cache_is_replaced_by_the_temporary_folder(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     (found,) = mapped_tables([pa.table({"x": [1]}), pa.table({"x": [2]})])
